@@ -1,0 +1,1 @@
+"""Training configs: each file has get_config(variant)."""

@@ -1,0 +1,1 @@
+"""Configs for a user's own small pictures."""

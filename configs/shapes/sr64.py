@@ -1,0 +1,54 @@
+"""Super-resolution stage, 32×32 → 64×64, on the embedded captioned data.
+
+Command:   imagen-jax train --config=shapes/sr64.py --workdir=runs/sr --config.data.path=RECORDS
+Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The config; `variant` is "" or "smoke"."""
+    if variant not in ("", "smoke"):
+        raise ValueError(f"shapes/sr64.py has the variants '' and 'smoke', not {variant!r}")
+    smoke = variant == "smoke"
+    config = ml_collections.ConfigDict(
+        {
+            "stage": {
+                "name": "sr64",
+                "resolution": 64,
+                "low_resolution": 32,
+                "max_text_length": 20,
+                "network": {
+                    "kind": "efficient_unet",
+                    # Level i works at 64 / 2^(i+1): the three levels see 32×32, 16×16 and 8×8.
+                    "channels": [16, 16] if smoke else [32, 48, 64],
+                    "num_res_blocks": [1, 1] if smoke else [1, 1, 1],
+                    "self_attention": [False, True] if smoke else [False, False, False],
+                    "text_attention": [False, True] if smoke else [False, False, True],
+                    "head_channels": 16 if smoke else 32,
+                    "embedding_width": 64 if smoke else 128,
+                    "text_width": 96,
+                },
+                "schedule": {"kind": "cosine"},
+                "prediction": "v",
+                "sampling": {
+                    "sampler": {"kind": "ddpm", "steps": 8 if smoke else 24},
+                    "guidance_weight": 1.0,
+                    "aug_level": 0.1,
+                },
+            },
+            "loss": {"space": "v"},
+            "optimizer": {"kind": "adam", "learning_rate": 1e-3, "warmup_steps": 50, "b2": 0.99},
+            "data": {"path": "records", "batch_size": 8 if smoke else 32, "num_threads": 2},
+            "train": {
+                "steps": 20 if smoke else 800,
+                "ema_decay": 0.995,
+                "log_every": 10 if smoke else 50,
+                "checkpoint_every": 10 if smoke else 400,
+                "sample_every": 20 if smoke else 400,
+                "sample_split": "test",
+            },
+        }
+    )
+    return config

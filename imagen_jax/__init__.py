@@ -1,0 +1,21 @@
+"""Imagen, the text-to-image diffusion cascade of arXiv 2205.11487, in JAX and Flax.
+
+`Imagen.load(MODEL).generate(["a red circle"], seed=0)` gives PIL images.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from imagen_jax.sampling.cascade import Imagen as Imagen
+
+__version__ = "0.1.0"
+__all__ = ["Imagen"]
+
+
+def __getattr__(name: str) -> Any:
+    # JAX takes a second to import; commands such as --help should not wait for it.
+    if name == "Imagen":
+        from imagen_jax.sampling.cascade import Imagen
+
+        return Imagen
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,40 @@
+"""`imagen-jax export`: from work directories to a model folder."""
+
+import argparse
+
+EXAMPLE = """example:
+  imagen-jax export --from=runs/base,runs/sr --out=model"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.epilog = EXAMPLE
+    parser.add_argument(
+        "--from", dest="workdirs", required=True, help="work directories of the stages, separated by commas"
+    )
+    parser.add_argument("--out", required=True, help="model folder to write")
+    parser.add_argument(
+        "--text_encoder", help="folder or hub id; default: the encoder that made the base stage's records"
+    )
+    parser.add_argument(
+        "--reference_text_encoder",
+        action="store_true",
+        help="refer to the text encoder instead of copying its weights into the model folder",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exports."""
+    from imagen_jax.training.export import export
+
+    stages = export(
+        [workdir for workdir in args.workdirs.split(",") if workdir],
+        args.out,
+        text_encoder=args.text_encoder,
+        copy_text_encoder=not args.reference_text_encoder,
+    )
+    print(
+        f"{args.out}: "
+        + " → ".join(f"{stage.name} ({stage.resolution}×{stage.resolution})" for stage in stages)
+    )
+    return 0

@@ -1,0 +1,63 @@
+"""The `imagen-jax` command: finds the verb and turns user errors into one line."""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from imagen_jax.errors import UserError
+
+VERBS = {
+    "quickstart": "the whole way on embedded data: train a small cascade and draw pictures with it",
+    "precompute": "encode captions and write training records",
+    "train": "train one stage",
+    "export": "turn trained stages into a model folder",
+    "sample": "make pictures of prompts",
+}
+
+
+def make_parser(verb: str | None) -> argparse.ArgumentParser:
+    """The parser with all verbs; only the chosen one's module is imported and its flags are added."""
+    parser = argparse.ArgumentParser(prog="imagen-jax", description="Text-to-image diffusion in JAX.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    for name, summary in VERBS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument(
+            "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+        if name == verb:
+            importlib.import_module(f"imagen_jax.cli.{name}").add_arguments(command)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; the exit code is 0 only on success."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = next((argument for argument in argv if argument in VERBS), None)
+    args, rest = make_parser(verb).parse_known_args(argv)
+    module = importlib.import_module(f"imagen_jax.cli.{args.verb}")
+    try:
+        if hasattr(module, "run_with_overrides"):
+            return module.run_with_overrides(args, rest)
+        if rest:
+            raise UserError(f"unknown argument {rest[0]!r}; see imagen-jax {args.verb} --help")
+        return module.run(args)
+    except KeyboardInterrupt:
+        print("\nimagen-jax: interrupted; the same command goes on where it can", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (UserError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"imagen-jax {args.verb}: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Sources, records and the input pipeline."""

@@ -1,0 +1,251 @@
+"""Training batches from record folders: a Grain pipeline whose only state is an example count.
+
+Example g of a run (g = 0, 1, 2, … for ever) is a pure function of (seed, g): the record by a shuffle that
+is new in every epoch, the crop and the flip by a counter-based generator keyed with (seed, g). A batch
+therefore does not depend on the number of processes, threads or restarts.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import grain
+import ml_dtypes
+import numpy as np
+from etils import epath
+from jaxtyping import BFloat16, Bool, UInt8
+
+from imagen_jax.data import pictures, records
+from imagen_jax.data.tfrecord import TFRecordReader
+from imagen_jax.errors import UserError
+
+# image uint8 (b, R, R, 3); low_res uint8 (b, r, r, 3) if asked for; text bfloat16 (b, L, d);
+# text_mask bool (b, L); index int64 (b,); key str (b,)
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """What a batch is made of.
+
+    Raises:
+      ValueError: resolutions, crop and sizes do not fit each other.
+    """
+
+    path: str  # record folder, local or cloud
+    split: str
+    resolution: int  # side of the pictures, pixels
+    low_resolution: int | None = None  # side of the low-resolution pictures, pixels; None: there are none
+    crop: int | None = None  # side of a random crop of the picture, pixels; None: the whole picture
+    max_text_length: int  # tokens; shorter texts are padded, longer ones cut off
+    batch_size: int  # examples, over all processes
+    seed: int  # of order, crop and flip; 0 to 2**32 - 1
+    shuffle: bool = True  # False: the order of the records, the same in every epoch
+    flip: bool = False  # mirror every other picture (captions that say "left" then lie)
+    num_threads: int = 8  # that read and decode, per process
+    prefetch: int = 2  # batches prepared ahead
+
+    def __post_init__(self):
+        """Checks the numbers against each other."""
+        for field in ("resolution", "max_text_length", "batch_size", "num_threads", "prefetch"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
+        if self.low_resolution is not None and (
+            self.low_resolution < 1 or self.resolution % self.low_resolution
+        ):
+            raise ValueError(f"low_resolution {self.low_resolution} does not divide {self.resolution}")
+        if self.crop is not None and not (0 < self.crop <= self.resolution and self.crop % self.scale == 0):
+            raise ValueError(
+                f"crop must be a multiple of {self.scale} of at most {self.resolution}, got {self.crop}"
+            )
+
+    @property
+    def scale(self) -> int:
+        """Pixels of the picture per low-resolution pixel, along one side."""
+        return 1 if self.low_resolution is None else self.resolution // self.low_resolution
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRecord:
+    """The bytes of a record and where they lie."""
+
+    data: bytes
+    where: str  # file and byte offset, for messages
+
+
+class RecordSource:
+    """Random access to all records of a split, shard after shard; what Grain reads from.
+
+    Raises:
+      UserError: the folder is incomplete, the split is missing or empty, a shard is damaged.
+    """
+
+    def __init__(self, path: epath.PathLike, split: str):
+        """Reads the folder's JSON files; shards are opened and indexed when first touched."""
+        info = records.read_folder_info(path)
+        self.encoder = info.encoder
+        self._lengths = info.split(split).shard_lengths
+        self._ends = np.cumsum(self._lengths)
+        self._readers = [TFRecordReader(shard) for shard in info.shards(split)]
+        if not len(self):
+            raise UserError(f"{info.path}: split {split!r} holds no records")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> StoredRecord:
+        """Record `index` of the split."""
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        reader = self._readers[shard]
+        try:
+            found = len(reader)
+        except FileNotFoundError:
+            raise UserError(
+                f"{reader.path}: the shard is missing; run `imagen-jax precompute` again"
+            ) from None
+        if found != self._lengths[shard]:
+            raise UserError(
+                f"{reader.path}: {found} records, but dataset_info.json says {self._lengths[shard]}"
+            )
+        number = int(index - (self._ends[shard] - self._lengths[shard]))
+        return StoredRecord(data=reader[number], where=f"{reader.path}, byte {reader.offsets[number]}")
+
+
+def record_count(path: epath.PathLike, split: str) -> int:
+    """Number of records of a split: the examples of one epoch.
+
+    Raises:
+      UserError: not a complete record folder or no such split.
+    """
+    return sum(records.read_folder_info(path).split(split).shard_lengths)
+
+
+def embedding_width(path: epath.PathLike) -> int:
+    """Width of the text embeddings of a record folder.
+
+    Raises:
+      UserError: not a complete record folder.
+    """
+    return records.read_folder_info(path).encoder.width
+
+
+def _pad_text(
+    embedding: BFloat16[np.ndarray, "tokens width"], length: int
+) -> tuple[BFloat16[np.ndarray, "length width"], Bool[np.ndarray, "length"]]:
+    """Pads with zeros (or cuts) a text embedding to `length` tokens; the mask is true on real tokens."""
+    tokens = min(len(embedding), length)
+    text = np.zeros((length, embedding.shape[1]), ml_dtypes.bfloat16)
+    text[:tokens] = embedding[:tokens]
+    return text, np.arange(length) < tokens
+
+
+def _cut(
+    picture: UInt8[np.ndarray, "side side 3"], top: int, left: int, size: int, mirror: bool
+) -> UInt8[np.ndarray, "size size 3"]:
+    """A square part of a picture, mirrored or not."""
+    part = picture[top : top + size, left : left + size]
+    return part[:, ::-1] if mirror else part
+
+
+class _MakeExample:
+    """Turns a stored record into one example of a batch."""
+
+    def __init__(self, config: PipelineConfig, width: int):
+        self._config = config
+        self._width = width
+
+    def __call__(self, index: int, stored: StoredRecord) -> dict[str, Any]:
+        config = self._config
+        record = records.parse(stored.data, self._width, stored.where)
+        try:
+            decoded = pictures.decode_picture(record.image)
+        except pictures.DECODE_ERRORS as error:
+            raise UserError(f"{stored.where}: picture of {record.key!r} does not decode ({error})") from error
+        rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
+        mirror = bool(rng.integers(2)) and config.flip  # drawn always: a flip moves no crop
+        side = config.crop or config.resolution
+        # Whole low-resolution pixels, so that the two crops show exactly the same.
+        top, left = rng.integers((config.resolution - side) // config.scale, size=2, endpoint=True).tolist()
+        text, mask = _pad_text(record.text_embedding, config.max_text_length)
+        example = {"text": text, "text_mask": mask, "index": np.int64(index), "key": record.key}
+        image = pictures.resize_square(decoded, config.resolution)
+        example["image"] = _cut(image, top * config.scale, left * config.scale, side, mirror)
+        if config.low_resolution is not None:
+            # From the original, as the stage below saw it, not from the resized picture.
+            low_res = pictures.resize_square(decoded, config.low_resolution)
+            example["low_res"] = _cut(low_res, top, left, side // config.scale, mirror)
+        return example
+
+
+def _collate(examples: Sequence[dict[str, Any]]) -> Batch:
+    """Stacks examples along a new first axis."""
+    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "key"}
+    batch["key"] = np.array([example["key"] for example in examples], object)
+    return batch
+
+
+class Batches(Iterator[Batch]):
+    """An endless iterator over batches; `close` (or the end of a `with` block) stops its threads."""
+
+    def __init__(self, iterator: Any):
+        """Takes over a Grain iterator."""
+        self._iterator = iterator
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """Stops reading ahead."""
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_batches(
+    config: PipelineConfig, *, start_example: int = 0, process_index: int = 0, process_count: int = 1
+) -> Batches:
+    """Opens the endless sequence of training batches.
+
+    Batch k holds the examples start_example + k · batch_size and following; of these, process p of n gets
+    those whose number is p modulo n, in ascending order.
+
+    Args:
+      config: what a batch is made of.
+      start_example: number of examples that all processes together have used before: the whole state.
+      process_index: this process, from 0.
+      process_count: number of processes that share each batch.
+
+    Returns:
+      an iterator over this process's part of each batch; see `Batch` for names, types and shapes.
+
+    Raises:
+      ValueError: the batch cannot be shared equally, or a number is negative or out of range.
+      UserError: the folder cannot be read (here), or a record is damaged (while iterating).
+    """
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
+    if config.batch_size % process_count:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of {process_count} processes")
+    if start_example < 0:
+        raise ValueError(f"start_example must not be negative, got {start_example}")
+    local_batch = config.batch_size // process_count
+    source = RecordSource(config.path, config.split)
+    first = start_example + (process_index - start_example) % process_count
+    dataset = grain.MapDataset.source(source)
+    if config.shuffle:
+        dataset = dataset.shuffle(config.seed)
+    dataset = dataset.repeat().map_with_index(_MakeExample(config, source.encoder.width))
+    read_options = grain.ReadOptions(
+        num_threads=config.num_threads, prefetch_buffer_size=config.prefetch * local_batch
+    )
+    examples = dataset.slice(slice(first, None, process_count)).to_iter_dataset(read_options)
+    return Batches(iter(examples.batch(local_batch, batch_fn=_collate)))

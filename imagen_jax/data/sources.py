@@ -1,0 +1,140 @@
+"""The SPEC of `--source` and what it opens."""
+
+import dataclasses
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from PIL import Image
+
+from imagen_jax.data import shapes
+from imagen_jax.data.examples import Example, Skipped, Source, even_ranges
+from imagen_jax.data.folder import EXAMPLES_PER_UNIT, FolderSource
+from imagen_jax.data.webdataset import WebDatasetSource
+from imagen_jax.errors import UserError
+
+_LANGUAGES = ("en", "zh", "both")
+_OBJECTS = {"1": 1, "2": 2, "any": None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShapesOptions:
+    """The embedded data set's options in SPEC.
+
+    Raises:
+      UserError: a value is out of range.
+    """
+
+    count: int = 20_000  # pictures
+    resolution: int = 64  # side in pixels
+    language: str = "en"  # en, zh or both (then two captions per picture)
+    objects: str = "any"  # shapes per picture: 1, 2 or any
+
+    def __post_init__(self):
+        """Checks the values."""
+        if self.count < 1 or not shapes.MIN_RESOLUTION <= self.resolution <= shapes.MAX_RESOLUTION:
+            raise UserError(
+                "--source: shapes wants count of at least 1 and resolution "
+                f"from {shapes.MIN_RESOLUTION} to {shapes.MAX_RESOLUTION}, "
+                f"got count={self.count}, resolution={self.resolution}"
+            )
+        if self.language not in _LANGUAGES:
+            raise UserError(f"--source: shapes wants language=en|zh|both, got {self.language!r}")
+        if self.objects not in _OBJECTS:
+            raise UserError(f"--source: shapes wants objects=1|2|any, got {self.objects!r}")
+
+    @classmethod
+    def parse(cls, text: str) -> "ShapesOptions":
+        """Reads `count=…,resolution=…,language=…,objects=…`."""
+        options: dict[str, str | int] = {}
+        for item in filter(None, text.split(",")):
+            name, equals, value = item.partition("=")
+            if not equals or name not in {field.name for field in dataclasses.fields(cls)}:
+                raise UserError(
+                    f"--source: shapes has no option {item!r} "
+                    "(accepted: count=N, resolution=PIXELS, language=en|zh|both, objects=1|2|any)"
+                )
+            if name in ("count", "resolution"):
+                if not value.isdecimal():
+                    raise UserError(f"--source: shapes wants a whole number for {name}, got {value!r}")
+                options[name] = int(value)
+            else:
+                options[name] = value
+        return cls(**options)  # type: ignore[arg-type]
+
+
+class ShapesSource(Source):
+    """The embedded data set, drawn when it is read."""
+
+    def __init__(self, options: ShapesOptions, split: str, limit: int | None):
+        """Draws nothing yet."""
+        known = [member.value for member in shapes.Split]
+        if split not in known:
+            raise UserError(f"--split: shapes has {', '.join(known)}, not {split!r}")
+        self._options = options
+        self._split = split
+        self._count = options.count if limit is None else min(limit, options.count)
+
+    @property
+    def size(self) -> int:
+        """Number of pictures."""
+        return self._count
+
+    def fingerprint(self) -> str:
+        """The options are all there is."""
+        return repr(self._options)
+
+    def units(self, count: int | None = None) -> Sequence[range]:
+        """Ranges of picture numbers."""
+        return even_ranges(self._count, count or math.ceil(self._count / EXAMPLES_PER_UNIT))
+
+    def read(self, unit: range) -> Iterator[Example | Skipped]:
+        """Draws the pictures of a range, as PNG."""
+        options = self._options
+        for index in unit:
+            scene = shapes.scene(index, split=self._split, objects=_OBJECTS[options.objects])
+            encoded = io.BytesIO()
+            Image.fromarray(shapes.draw(scene, options.resolution)).save(encoded, "PNG")
+            captions = {
+                "en": (scene.caption,),
+                "zh": (scene.caption_zh,),
+                "both": (scene.caption, scene.caption_zh),
+            }[options.language]
+            key = f"{self._split}-{index:08d}"
+            yield Example(file="shapes", key=key, image=encoded.getvalue(), captions=captions)
+
+
+_Opener = Callable[[str, str, int | None], Source]
+# Form of SPEC for messages, and what opens (text after the colon, split, limit).
+_SOURCES: dict[str, tuple[str, _Opener]] = {
+    "shapes": (
+        "shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|any]",
+        lambda text, split, limit: ShapesSource(ShapesOptions.parse(text), split, limit),
+    ),
+    "webdataset": ("webdataset:PATH/*.tar", lambda text, split, limit: WebDatasetSource(text, limit)),
+    "folder": ("folder:PATH", lambda text, split, limit: FolderSource(text, limit)),
+}
+
+
+def accepted_forms() -> str:
+    """The forms of SPEC, for help texts and messages."""
+    return ", ".join(form for form, _ in _SOURCES.values())
+
+
+def open_source(spec: str, *, split: str = "train", limit: int | None = None) -> Source:
+    """Opens a source of captioned pictures.
+
+    Args:
+      spec: `shapes`, `webdataset:PATH/*.tar` or `folder:PATH` (see `accepted_forms`).
+      split: which part of `shapes` is drawn; the other sources take what their path names.
+      limit: only the first so many samples, damaged ones included.
+
+    Raises:
+      UserError: not such a SPEC, or nothing there.
+    """
+    kind, colon, text = spec.partition(":")
+    if kind not in _SOURCES or (kind != "shapes" and not text) or (kind == "shapes" and colon and not text):
+        raise UserError(f"--source: {spec!r} is not one of the accepted forms: {accepted_forms()}")
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit: must be at least 1, got {limit}")
+    return _SOURCES[kind][1](text, split, limit)

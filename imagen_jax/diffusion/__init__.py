@@ -1,0 +1,1 @@
+"""The diffusion maths: no networks, no I/O."""

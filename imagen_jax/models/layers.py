@@ -1,0 +1,285 @@
+"""Building blocks of both U-Nets: embeddings, text conditioning, residual blocks and attention.
+
+Pictures are NHWC. Parameters are float32; convolutions and matrix products run in the configured dtype,
+normalisation statistics and softmax in float32.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+zeros_init = nnx.initializers.zeros_init()
+
+
+def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Array, "batch {width}"]:
+    """Sines and cosines of `values` at geometric frequencies 1 … 1e-4 (arXiv 1706.03762, section 3.5)."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = values.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def group_norm(channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
+    """GroupNorm of 32 groups, or fewer where 32 does not divide the channels; statistics in float32."""
+    return nnx.GroupNorm(channels, num_groups=math.gcd(32, channels), epsilon=1e-5, dtype=dtype, rngs=rngs)
+
+
+def conv3x3(
+    inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1, zero: bool = False
+) -> nnx.Conv:
+    """3×3 convolution with padding one; `zero` starts it at zero, so that its branch starts as the identity."""
+    init = zeros_init if zero else nnx.initializers.lecun_normal()
+    return nnx.Conv(
+        inputs, outputs, (3, 3), strides=stride, padding=1, kernel_init=init, dtype=dtype, rngs=rngs
+    )
+
+
+def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n 2*h 2*w c"]:
+    """Doubles both sides by repetition."""
+    n, h, w, c = x.shape
+    return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+
+
+def downsample_average(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 c"]:
+    """Halves both sides by 2×2 averages."""
+    n, h, w, c = x.shape
+    return x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
+
+
+def split_heads(
+    x: Float[Array, "batch length channels"], heads: int
+) -> Float[Array, "batch length heads head"]:
+    """(batch, length, heads × head) → (batch, length, heads, head)."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoidal embedding followed by a two-layer network; for the time and for the augmentation level."""
+
+    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.channels = channels
+        self.dense1 = nnx.Linear(channels, width, dtype=dtype, rngs=rngs)
+        self.dense2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(self, value: Float[Array, " batch"]) -> Float[Array, "batch width"]:
+        """`value` in [0, 1000] (`diffusion.process.time_condition`)."""
+        return self.dense2(nnx.silu(self.dense1(sinusoidal_embedding(value, self.channels))))
+
+
+class TextConditioning(nnx.Module):
+    """Normalises the text and pools it by attention (arXiv 2205.11487, section 2.5 and appendix D.3).
+
+    Gives the sequence that the network attends to and the pooled vector that joins the time embedding.
+    """
+
+    def __init__(self, text_width: int, width: int, *, heads: int, dtype: jnp.dtype, rngs: nnx.Rngs):
+        if width % heads:
+            raise ValueError(f"{heads} pooling heads do not divide the width {width}")
+        self.heads = heads
+        self.norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs)
+        self.project = nnx.Linear(text_width, width, dtype=dtype, rngs=rngs)
+        self.pool_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, text: Float[Array, "batch length text_width"], mask: Bool[Array, "batch length"]
+    ) -> tuple[Float[Array, "batch length width"], Float[Array, "batch width"]]:
+        """The projected sequence and the pooled vector; padding (mask False) enters neither."""
+        tokens = self.project(self.norm(text))  # (N, L, D)
+        normed = self.pool_norm(tokens)
+        weights = mask.astype(normed.dtype)[..., None]
+        mean = (normed * weights).sum(axis=1, keepdims=True) / jnp.maximum(
+            weights.sum(axis=1, keepdims=True), 1
+        )
+        pooled = jax.nn.dot_product_attention(
+            split_heads(self.query(mean), self.heads),  # (N, 1, heads, D / heads)
+            split_heads(self.key(normed), self.heads),
+            split_heads(self.value(normed), self.heads),
+            mask=mask[:, None, None, :],
+        )
+        pooled = pooled.reshape(pooled.shape[0], -1)  # (N, D)
+        return tokens, self.out(self.out_norm(pooled))
+
+
+class ResNetBlock(nnx.Module):
+    """GroupNorm, swish, conv, twice, on a residual path; the embedding scales and shifts the second norm.
+
+    With `resample` "up" or "down" both paths change resolution after the first activation, as BigGAN's blocks
+    do (arXiv 2105.05233, section 3). With `embedding_width` None no embedding enters (Efficient U-Net,
+    arXiv 2205.11487, figure A.27).
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        embedding_width: int | None,
+        resample: str | None = None,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        if resample not in (None, "up", "down"):
+            raise ValueError(f"resample must be None, 'up' or 'down', got {resample!r}")
+        self.resample = resample
+        self.norm1 = group_norm(inputs, dtype=dtype, rngs=rngs)
+        self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
+        self.embed = (
+            None
+            if embedding_width is None
+            else nnx.Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
+        )
+        self.norm2 = group_norm(outputs, dtype=dtype, rngs=rngs)
+        self.conv2 = conv3x3(outputs, outputs, dtype=dtype, rngs=rngs, zero=True)
+        self.shortcut = (
+            None if inputs == outputs else nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
+        )  # a 1×1 convolution
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width inputs"],
+        embedding: Float[Array, "batch width_e"] | None = None,
+    ) -> Float[Array, "batch height2 width2 outputs"]:
+        """`embedding` is the time and pooled-text embedding, before its activation."""
+        h = nnx.silu(self.norm1(x))
+        if self.resample == "up":
+            h, x = upsample_nearest(h), upsample_nearest(x)
+        elif self.resample == "down":
+            h, x = downsample_average(h), downsample_average(x)
+        h = self.norm2(self.conv1(h))
+        if self.embed is not None and embedding is not None:
+            scale, shift = jnp.split(self.embed(nnx.silu(embedding))[:, None, None, :], 2, axis=-1)
+            h = h * (1 + scale) + shift
+        h = self.conv2(nnx.silu(h))
+        return h + (x if self.shortcut is None else self.shortcut(x))
+
+
+class TextAttention(nnx.Module):
+    """Attention over the picture's positions, the text's tokens, or both at once.
+
+    With both, text keys and values are concatenated to the self-attention's (arXiv 2205.11487, D.3.1). Text is
+    normalised before its projection and masked.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        head_channels: int,
+        text_width: int | None,
+        self_attention: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        if channels % head_channels:
+            raise ValueError(f"head_channels {head_channels} does not divide {channels} channels")
+        if text_width is None and not self_attention:
+            raise ValueError("attention needs keys: text, positions or both")
+        self.heads = channels // head_channels
+        self.norm = group_norm(channels, dtype=dtype, rngs=rngs)
+        self.query = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.key_value = (
+            nnx.Linear(channels, 2 * channels, dtype=dtype, rngs=rngs) if self_attention else None
+        )
+        if text_width is None:
+            self.text_norm = self.text_key_value = None
+        else:
+            self.text_norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs)
+            self.text_key_value = nnx.Linear(text_width, 2 * channels, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(channels, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        text: Float[Array, "batch length text_width"],
+        mask: Bool[Array, "batch length"],
+    ) -> Float[Array, "batch height width channels"]:
+        """Residual attention; `text` is TextConditioning's sequence and `mask` its real tokens."""
+        n, height, width, channels = x.shape
+        h = self.norm(x).reshape(n, height * width, channels)
+        pairs, masks = [], []
+        if self.text_norm is not None and self.text_key_value is not None:
+            pairs.append(self.text_key_value(self.text_norm(text)))
+            masks.append(mask)
+        if self.key_value is not None:
+            pairs.append(self.key_value(h))
+            masks.append(jnp.ones(h.shape[:2], dtype=bool))
+        keys, values = jnp.split(jnp.concatenate(pairs, axis=1), 2, axis=-1)
+        attended = jax.nn.dot_product_attention(
+            split_heads(self.query(h), self.heads),
+            split_heads(keys, self.heads),
+            split_heads(values, self.heads),
+            mask=jnp.concatenate(masks, axis=1)[:, None, None, :],
+        )
+        return x + self.out(attended.reshape(n, height * width, channels)).reshape(x.shape)
+
+
+class Conditioning(nnx.Module):
+    """Everything that tells a network what to draw and how noisy its input is.
+
+    The embedding is the sum of the time's, the pooled text's and, in super-resolution stages, the
+    augmentation level's (arXiv 2205.11487, section 2.5).
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        width: int,
+        text_width: int,
+        pool_heads: int,
+        aug_level: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.time = TimeEmbedding(channels, width, dtype=dtype, rngs=rngs)
+        self.aug_level = TimeEmbedding(channels, width, dtype=dtype, rngs=rngs) if aug_level else None
+        self.text = TextConditioning(text_width, width, heads=pool_heads, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self,
+        time: Float[Array, " batch"],
+        text: Float[Array, "batch length text_width"],
+        mask: Bool[Array, "batch length"],
+        aug_time: Float[Array, " batch"] | None,
+    ) -> tuple[Float[Array, "batch width"], Float[Array, "batch length width"]]:
+        """The embedding and the text sequence; `aug_time` is the low-resolution input's noise level."""
+        tokens, pooled = self.text(text, mask)
+        embedding = self.time(time) + pooled
+        if self.aug_level is not None:
+            if aug_time is None:
+                raise ValueError("a super-resolution network needs aug_time, the level of its low-res input")
+            embedding = embedding + self.aug_level(aug_time)
+        return embedding, tokens
+
+
+def with_low_res(
+    x: Float[Array, "batch height width channels"],
+    low_res: Float[Array, "batch low_height low_width low_channels"] | None,
+) -> Float[Array, "batch height width channels2"]:
+    """The network's input: x_t, and beside it the low-resolution picture enlarged bicubically."""
+    if low_res is None:
+        return x
+    enlarged = jax.image.resize(low_res, (*x.shape[:3], low_res.shape[-1]), "cubic")
+    return jnp.concatenate([x, enlarged.astype(x.dtype)], axis=-1)
+
+
+def to_patches(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n h2 w2 c2"]:
+    """Moves squares of size × size pixels into channels."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h // size, size, w // size, size, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h // size, w // size, size * size * c)
+
+
+def from_patches(x: Float[Array, "n h w c"], size: int) -> Float[Array, "n h2 w2 c2"]:
+    """Undoes `to_patches`."""
+    n, h, w, c = x.shape
+    x = x.reshape(n, h, w, size, size, c // size**2).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(n, h * size, w * size, c // size**2)

@@ -1,0 +1,130 @@
+"""A stage of the cascade: its network, its diffusion process and how it is sampled."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from imagen_jax.diffusion.augmentation import NoiseAugmentation
+from imagen_jax.diffusion.process import Prediction, time_condition
+from imagen_jax.diffusion.samplers import SamplerConfig
+from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
+from imagen_jax.diffusion.thresholding import ThresholdConfig
+from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
+from imagen_jax.models.unet import UNet, UNetConfig
+from imagen_jax.models.weights import flatten_names
+
+Params = dict[str, Any]  # arrays (or their shapes) under dotted names
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a stage is sampled unless the user says otherwise."""
+
+    sampler: SamplerConfig = SamplerConfig()
+    guidance_weight: float = 1.35  # w of classifier-free guidance; 1: off. Imagen's FID runs: base 1.35, SR 8
+    threshold: ThresholdConfig = ThresholdConfig()
+    aug_level: float = 0.0  # noise level in [0, 1] put on the low-resolution input of an SR stage
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.aug_level <= 1.0:
+            raise ValueError(f"aug_level must be in [0, 1], got {self.aug_level}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """Everything about a stage that its weights depend on, and its sampling defaults."""
+
+    name: str  # such as "base64"; the stage's folder in a model folder
+    resolution: int  # pixels, side of the pictures it makes
+    network: UNetConfig | EfficientUNetConfig
+    low_resolution: int | None = None  # pixels, side of the pictures it enlarges; None: a base stage
+    crop: int | None = None  # pixels, side of the crops it trains on; None: whole pictures
+    max_text_length: int = 128  # tokens; captions are padded or cut to it
+    schedule: CosineSchedule | LinearSchedule = CosineSchedule()
+    prediction: Prediction = Prediction.EPSILON
+    augmentation: NoiseAugmentation = NoiseAugmentation()
+    sampling: SamplingConfig = SamplingConfig()
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ValueError(f"a stage's name must be a folder name, got {self.name!r}")
+        low = self.low_resolution
+        if low is not None and (low < 1 or self.resolution % low):
+            raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {low}")
+        if (low is not None) != (self.network.low_res_channels > 0):
+            raise ValueError(
+                f"low_resolution {low} and network.low_res_channels {self.network.low_res_channels} disagree: "
+                "a super-resolution stage has both, a base stage neither (null and 0)"
+            )
+
+
+class StageNetwork:
+    """A stage's network as pure functions of its parameters, a flat dictionary of arrays."""
+
+    def __init__(self, config: StageConfig):
+        self.config = config
+        self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
+        self.abstract_params, self._tree = flatten_names(state)
+
+    def _make(self, key: Array) -> nnx.Module:
+        network = self.config.network
+        if isinstance(network, EfficientUNetConfig):
+            return EfficientUNet(network, rngs=nnx.Rngs(key))
+        return UNet(network, rngs=nnx.Rngs(key))
+
+    def init(self, key: Array) -> Params:
+        """Fresh parameters; to be called under `jax.jit` with output shardings."""
+        return flatten_names(nnx.split(self._make(key))[1])[0]
+
+    def parameter_count(self) -> int:
+        """Number of parameters."""
+        return sum(shape.size for shape in self.abstract_params.values())
+
+    def apply(
+        self,
+        params: Params,
+        x_t: Float[Array, "batch height width channels"],
+        log_snr: Float[Array, " batch"],
+        text: Float[Array, "batch length text_width"],
+        mask: Bool[Array, "batch length"],
+        *,
+        low_res: Float[Array, "batch low_height low_width channels"] | None = None,
+        aug_log_snr: Float[Array, " batch"] | None = None,
+    ) -> Float[Array, "batch height width channels"]:
+        """The network's output, of the stage's prediction type.
+
+        Args:
+          params: as `init` gives them.
+          x_t: noisy pictures.
+          log_snr: their log signal-to-noise ratios.
+          text: text embeddings.
+          mask: True for real tokens.
+          low_res: for an SR stage: the (augmented) low-resolution pictures.
+          aug_log_snr: for an SR stage: their log signal-to-noise ratios.
+        """
+        state = jax.tree.unflatten(self._tree, [params[name] for name in self.abstract_params])
+        network = nnx.merge(self._graph, state)
+        aug_time = None if aug_log_snr is None else time_condition(aug_log_snr)
+        return network(x_t, time_condition(log_snr), text, mask, low_res=low_res, aug_time=aug_time)
+
+
+def drop_text(
+    text: Float[Array, "batch length width"], mask: Bool[Array, "batch length"], drop: Bool[Array, " batch"]
+) -> tuple[Float[Array, "batch length width"], Bool[Array, "batch length"]]:
+    """Replaces the text of the chosen examples by the null text of classifier-free guidance.
+
+    The null text is one token of zeros (arXiv 2205.11487, 2.2, zeroes the embeddings): with a single real token
+    it does not depend on the length of the caption that it replaces.
+    """
+    null_mask = jnp.arange(mask.shape[1]) == 0
+    text = jnp.where(drop[:, None, None], 0.0, text)
+    return text, jnp.where(drop[:, None], null_mask[None], mask)
+
+
+def unit_pictures(pictures: Array) -> Float[Array, "..."]:
+    """uint8 pixels as float32 in [−1, 1]."""
+    return pictures.astype(jnp.float32) / 127.5 - 1.0

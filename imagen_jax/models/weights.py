@@ -1,0 +1,417 @@
+"""Weights on disk: safetensors to NNX state and back, slice by slice, never through pickle.
+
+Three layers. `SafetensorsReader` opens what the hub's libraries write (one file, or shards under an
+index) and reads single tensors or slices of them. `load_tensors` fills an abstract NNX state from any
+reader through a table of `TensorSource`: the importer of a foreign checkpoint is that table and nothing
+more. `save_state` and `load_state` are the project's own files, whose names are the state's paths.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from safetensors import SafetensorError, safe_open
+
+from imagen_jax.errors import UserError
+
+_STEMS = ("model", "diffusion_pytorch_model")  # the names transformers and diffusers save under
+_VARIANTS = ("fp16", "bf16")  # tried, in this order, where the folder has no plain file
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
+
+_CODES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+
+
+class SafetensorsReader:
+    """Reads single tensors, or slices of them, from safetensors files.
+
+    Args:
+        folder_or_file: a `.safetensors` file, a `*.index.json` of a sharded checkpoint, or a folder with
+            `model.safetensors`, `diffusion_pytorch_model.safetensors` or the index of either.
+        variant: "fp16" for `model.fp16.safetensors` and the like; None takes the plain file, and a
+            variant only where the folder has nothing else.
+
+    Raises:
+        UserError: nothing to read there, only pickled weights, or an unreadable file.
+    """
+
+    def __init__(self, folder_or_file: epath.PathLike, variant: str | None = None):
+        self.location = epath.Path(folder_or_file)
+        entry = _find_weights(self.location, variant)
+        self._handles: dict[epath.Path, Any] = {}
+        self._scratch: tempfile.TemporaryDirectory | None = None
+        self._files: dict[str, epath.Path]
+        if entry.suffix == ".json":
+            self._files = {name: entry.parent / file for name, file in _read_index(entry).items()}
+        else:
+            self._files = dict.fromkeys(self._open(entry).keys(), entry)
+
+    def __enter__(self) -> "SafetensorsReader":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes every file that was opened; reading again opens it again."""
+        for handle in self._handles.values():
+            handle.__exit__(None, None, None)
+        self._handles.clear()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors."""
+        return frozenset(self._files)
+
+    @property
+    def files(self) -> tuple[epath.Path, ...]:
+        """The safetensors files, sorted by name."""
+        return tuple(sorted(set(self._files.values())))
+
+    def metadata(self) -> dict[str, str]:
+        """The text metadata of all files together."""
+        merged: dict[str, str] = {}
+        for file in self.files:
+            merged.update(self._open(file).metadata() or {})
+        return merged
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor, without reading it."""
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """Dtype of one tensor (bfloat16 is that of ml_dtypes), without reading it."""
+        code = self._slice(name).get_dtype()
+        if code not in _CODES:
+            raise UserError(f"{self._files[name]}: tensor {name} has dtype {code}, which is not supported")
+        return _CODES[code]
+
+    def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
+        """One tensor, or only the given slice of it (one slice per axis).
+
+        Raises:
+            UserError: no such tensor, or its dtype is not supported.
+        """
+        self.dtype(name)
+        if index is None or not self.shape(name):
+            return self._open(self._files[name]).get_tensor(name)
+        return self._slice(name)[tuple(index)]
+
+    def _open(self, file: epath.Path) -> Any:
+        if file not in self._handles:
+            if not file.exists():
+                raise UserError(f"{self.location}: weights file {file.name} is missing; copy it there")
+            try:
+                self._handles[file] = safe_open(self._local(file), framework="numpy")
+            except SafetensorError as error:
+                raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+        return self._handles[file]
+
+    def _local(self, file: epath.Path) -> str:
+        """Where the file can be memory-mapped: a cloud file is copied to the local disk first."""
+        if "://" not in os.fspath(file):
+            return os.fspath(file)
+        if self._scratch is None:
+            self._scratch = tempfile.TemporaryDirectory()
+        copy = os.path.join(self._scratch.name, file.name)
+        file.copy(copy, overwrite=True)
+        return copy
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._files:
+            raise UserError(f"{self.location}: no tensor {name}; is this the right checkpoint?")
+        try:
+            return self._open(self._files[name]).get_slice(name)
+        except SafetensorError as error:
+            raise UserError(f"{self._files[name]}: no tensor {name}, though the index names it") from error
+
+
+def _find_weights(location: epath.Path, variant: str | None) -> epath.Path:
+    """The file or index to read; see `SafetensorsReader`."""
+    if location.is_file():
+        if location.suffix in _PICKLES:
+            raise UserError(f"{location}: pickled weights are never loaded; convert them to safetensors")
+        return location
+    if not location.is_dir():
+        raise UserError(f"{location}: no such file or folder")
+    for wanted in (variant,) if variant else (None, *_VARIANTS):
+        for stem in _STEMS:
+            dotted = f".{wanted}" if wanted else ""
+            for name in (
+                f"{stem}{dotted}.safetensors",
+                f"{stem}.safetensors.index{dotted}.json",
+                f"{stem}{dotted}.safetensors.index.json",
+            ):
+                if (location / name).exists():
+                    return location / name
+    pickles = sorted(p.name for p in location.iterdir() if p.suffix in _PICKLES)
+    if pickles:
+        raise UserError(
+            f"{location}: only pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
+        )
+    kind = f"{variant} " if variant else ""
+    raise UserError(f"{location}: no {kind}safetensors weights (looked for {_STEMS[0]} and {_STEMS[1]})")
+
+
+def _read_index(index: epath.Path) -> dict[str, str]:
+    """Tensor name to file name, from a `*.index.json`."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{index}: not an index of safetensors shards (no weight_map)") from error
+    for file in weight_map.values():
+        if not file.endswith(".safetensors") or "/" in file:
+            raise UserError(f"{index}: shard {file} is not a safetensors file beside the index")
+    return weight_map
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorSource:
+    """Where one tensor of our state comes from in a stored checkpoint."""
+
+    names: tuple[str, ...]  # stored tensors: exactly one, or one per layer where stacked
+    axes: tuple[int, ...] | None = None  # our axis i is stored axis axes[i]; None: as stored
+    stacked: bool = False  # whether ours has a leading axis over `names` (layers under a scan)
+
+    def __post_init__(self):
+        if not self.names or (len(self.names) > 1 and not self.stacked):
+            raise ValueError(f"a source that is not stacked has exactly one name, got {self.names!r}")
+
+    def shape(self, reader: SafetensorsReader) -> tuple[int, ...]:
+        """Our shape, from the first stored tensor."""
+        stored = reader.shape(self.names[0])
+        axes = range(len(stored)) if self.axes is None else self.axes
+        if len(axes) != len(stored):
+            raise UserError(
+                f"{reader.location}: tensor {self.names[0]} has shape {stored}, not {len(axes)} axes"
+            )
+        shape = tuple(stored[axis] for axis in axes)
+        return (len(self.names), *shape) if self.stacked else shape
+
+    def read(self, reader: SafetensorsReader, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+        """The part of our tensor under `index` (one slice per axis) as `dtype`, reading nothing else."""
+        if not self.stacked:
+            return self._read_one(reader, self.names[0], index).astype(dtype, copy=False)
+        # Each layer is converted before they are stacked: the stack is the largest array there is.
+        layers = self.names[index[0]]
+        return np.stack(
+            [self._read_one(reader, name, index[1:]).astype(dtype, copy=False) for name in layers]
+        )
+
+    def _read_one(self, reader: SafetensorsReader, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if self.axes is None:
+            return reader.read(name, index)
+        stored_index = [slice(None)] * len(index)
+        for ours, stored in enumerate(self.axes):
+            stored_index[stored] = index[ours]
+        return reader.read(name, stored_index).transpose(self.axes)
+
+
+def flatten_names(state: Any) -> tuple[dict[str, Any], Any]:
+    """Leaves of an NNX state (or any pytree) under dotted path names, and its tree definition.
+
+    `state.down_blocks[0].conv1.kernel` is `down_blocks.0.conv1.kernel`. The order is the tree's.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(state)
+    named = {}
+    for path, leaf in leaves:
+        # The last step inside a Variable is its `value`, which is not part of the name.
+        keys = [key for key in path if not isinstance(key, jax.tree_util.GetAttrKey)]
+        named[".".join(jax.tree_util.keystr((key,), simple=True) for key in keys)] = leaf
+    if len(named) != len(leaves):
+        raise ValueError("two leaves of the state have the same dotted name")
+    return named, treedef
+
+
+def load_tensors(
+    abstract_state: Any,
+    reader: SafetensorsReader,
+    sources: Mapping[str, TensorSource],
+    *,
+    shardings: Any = None,
+    dtype: Any = None,
+) -> Any:
+    """Fills an abstract state from stored tensors, at most one tensor (or shard of it) at a time.
+
+    Args:
+        abstract_state: an `nnx.State` (or another tree) whose leaves have `shape` and `dtype`, as
+            `nnx.eval_shape` makes them.
+        reader: the open checkpoint; tensors that no source names are left alone.
+        sources: source of each leaf, under its dotted name.
+        shardings: one `jax.sharding.Sharding` for all leaves, or a tree like the state; each device's
+            part is then read on its own. None: the default device.
+        dtype: dtype of the floating-point leaves; None keeps those of `abstract_state`.
+
+    Returns:
+        A state like `abstract_state` with `jax.Array` leaves.
+
+    Raises:
+        UserError: a stored tensor is missing, or has another shape than the state's.
+    """
+    named, treedef = flatten_names(abstract_state)
+    for name, leaf in named.items():
+        if name not in sources:
+            raise UserError(
+                f"{reader.location}: no tensor for parameter {name}; is this the right checkpoint?"
+            )
+        shape = sources[name].shape(reader)
+        if shape != tuple(leaf.shape):
+            raise UserError(
+                f"{reader.location}: tensor {name} has shape {shape}, expected {tuple(leaf.shape)}"
+            )
+        for other in sources[name].names[1:]:
+            if reader.shape(other) != reader.shape(sources[name].names[0]):
+                raise UserError(
+                    f"{reader.location}: tensor {other} has shape {reader.shape(other)}, unlike its equals"
+                )
+    per_leaf = _shardings_of(shardings, list(named))
+    leaves = [
+        _load_one(leaf, reader, sources[name], sharding, dtype)
+        for (name, leaf), sharding in zip(named.items(), per_leaf, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def _shardings_of(shardings: Any, names: list[str]) -> list[jax.sharding.Sharding | None]:
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        return [shardings] * len(names)
+    by_name, _ = flatten_names(shardings)
+    if list(by_name) != names:
+        raise ValueError("the shardings are not a tree like the state")
+    return list(by_name.values())
+
+
+def _load_one(
+    leaf: Any,
+    reader: SafetensorsReader,
+    source: TensorSource,
+    sharding: jax.sharding.Sharding | None,
+    dtype: Any,
+) -> jax.Array:
+    target = leaf.dtype if dtype is None or not jnp.issubdtype(leaf.dtype, jnp.floating) else dtype
+
+    whole = tuple(slice(None) for _ in leaf.shape)
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        return np.asarray(source.read(reader, whole if index is None else index, target), order="C")
+
+    if sharding is not None:
+        return jax.make_array_from_callback(tuple(leaf.shape), sharding, part)
+    return jnp.asarray(part(None))
+
+
+def save_state(state: Any, path: epath.PathLike, *, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a state's arrays to one safetensors file, under their dotted path names.
+
+    One tensor at a time is in host memory. The file appears under its name only when it is complete. The
+    same state gives the same bytes. With several processes every one has to call this; the first writes.
+
+    Args:
+        state: an `nnx.State` of array leaves (filter out random keys: `nnx.state(model, nnx.Param)`).
+        path: the file to write, usually `*.safetensors`; its folder is made where it is missing.
+        metadata: text to keep in the header.
+
+    Raises:
+        ValueError: a leaf is not an array of a dtype that safetensors knows.
+    """
+    named, _ = flatten_names(state)
+    for name, leaf in named.items():
+        if _is_key(leaf) or np.dtype(leaf.dtype) not in _CODE_OF:
+            raise ValueError(f"{name} has dtype {leaf.dtype}, which safetensors cannot hold")
+    # Widest first keeps every tensor aligned, as the library's own writer does.
+    order = sorted(named, key=lambda name: (-np.dtype(named[name].dtype).itemsize, name))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in order:
+        leaf, dtype = named[name], np.dtype(named[name].dtype)
+        end = offset + int(np.prod(leaf.shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {
+            "dtype": _CODE_OF[dtype],
+            "shape": list(leaf.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    _write_file(epath.Path(path), text, [named[name] for name in order])
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
+def _write_file(path: epath.Path, header: bytes, leaves: list[Any]) -> None:
+    first = jax.process_index() == 0
+    partial = path.with_name(f".{path.name}.partial")
+    if not first:
+        for leaf in leaves:
+            _to_host(leaf)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with partial.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little"))
+        file.write(header)
+        for leaf in leaves:
+            file.write(_to_host(leaf).tobytes())
+    partial.replace(path)
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
+def load_state(abstract_state: Any, path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> Any:
+    """Reads what `save_state` wrote, as a state like `abstract_state`.
+
+    Args:
+        abstract_state: an `nnx.State` (or another tree) whose leaves have `shape` and `dtype`, as
+            `nnx.eval_shape` makes them.
+        path: the file, or a folder or index that `SafetensorsReader` accepts.
+        shardings: one sharding for all leaves, or a tree like the state: each tensor then goes slice by
+            slice onto its devices. None: the default device.
+        dtype: dtype of the floating-point leaves; None keeps those of `abstract_state`.
+
+    Raises:
+        UserError: naming the first tensor that is missing, unexpected or of another shape.
+    """
+    names = list(flatten_names(abstract_state)[0])
+    with SafetensorsReader(path) as reader:
+        for name in names:
+            if name not in reader.names:
+                raise UserError(f"{path}: tensor {name} is missing; the file is of another network")
+        unexpected = sorted(reader.names - set(names))
+        if unexpected:
+            raise UserError(f"{path}: unexpected tensor {unexpected[0]}; the file is of another network")
+        sources = {name: TensorSource(names=(name,)) for name in names}
+        return load_tensors(abstract_state, reader, sources, shardings=shardings, dtype=dtype)

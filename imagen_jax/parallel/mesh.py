@@ -1,0 +1,99 @@
+"""The device mesh, and how arrays lie on it. All sharding rules of the project are in this file."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from imagen_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+# Below this a shard costs more in collectives than it saves in memory.
+MIN_SHARDED_SIZE = 2**12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis; one axis may be −1 and takes what is left."""
+
+    data: int = -1  # copies of the model that share the batch
+    fsdp: int = 1  # devices that share the batch and split the parameters
+    tensor: int = 1  # devices that split the features of each layer
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh axes must be positive, at most one of them -1; got {sizes}")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The ("data", "fsdp", "tensor") mesh over all devices of all processes, or over the given ones.
+
+    Raises:
+      UserError: if the axes' sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        shown = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
+        raise UserError(f"config.mesh: {shown} does not make the {len(devices)} devices that there are")
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices).tolist()
+    )
+
+
+def parameter_spec(shape: Sequence[int], mesh: Mesh) -> P:
+    """How an array of the training state is split: parameter, moving average or optimizer statistic.
+
+    Output features (the last axis) go over "tensor", input features (the last but one) over "fsdp"; an axis
+    that its mesh axis does not divide takes the other's, and is else left whole. The rule looks at the shape
+    only, so that a parameter, its EMA and its Adam moments always lie alike.
+    """
+    spec: list[Any] = [None] * len(shape)
+    if len(shape) < 2 or math.prod(shape) < MIN_SHARDED_SIZE:
+        return P(*spec)
+    for axis, order in (("tensor", (-1, -2)), ("fsdp", (-2, -1))):
+        size = mesh.shape[axis]
+        if size == 1:
+            continue
+        for dim in order:
+            if spec[dim] is None and shape[dim] % size == 0:
+                spec[dim] = axis
+                break
+    return P(*spec)
+
+
+def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
+    """The sharding of every array of a training state, as a pytree like it."""
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, mesh)), abstract_state)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Examples are split over "data" and "fsdp", and are the same along "tensor"."""
+    return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, P())
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
+    """Raises UserError, naming the flag or field, unless the devices share the batch equally."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % parts:
+        raise UserError(f"{name}={batch_size} is not a multiple of the {parts} devices that share a batch")
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Gives this process's examples as global arrays split over the mesh."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}

@@ -1,0 +1,1 @@
+"""From a model folder and prompts to pictures."""

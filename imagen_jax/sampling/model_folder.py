@@ -1,0 +1,114 @@
+"""The model folder: a cascade's stages and its text encoder, as configs and safetensors.
+
+MODEL/model_index.json names the stages in order and the text encoder; MODEL/<stage>/ holds config.json and
+model.safetensors; MODEL/text_encoder/ is a copy of the encoder, or the index refers to one by path or hub id.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from imagen_jax.config import build, to_dict
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import Params, StageConfig, StageNetwork
+from imagen_jax.models.weights import load_state, save_state
+
+INDEX = "model_index.json"
+WEIGHTS = "model.safetensors"
+FORMAT = 1  # of the folder
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelIndex:
+    """Contents of model_index.json."""
+
+    stages: tuple[str, ...]  # folder names, base first
+    text_encoder: str  # a folder below the model folder, a path or a hub id
+    format: int = FORMAT
+
+
+def check_cascade(stages: Sequence[StageConfig]) -> None:
+    """Raises UserError unless the stages follow each other: a base, then SR stages that fit."""
+    for previous, stage in zip((None, *stages), stages):
+        expected = None if previous is None else previous.resolution
+        if stage.low_resolution != expected:
+            raise UserError(
+                f"stage {stage.name!r} enlarges pictures of {stage.low_resolution}, but it follows "
+                + (
+                    "nothing: the first stage must be a base"
+                    if previous is None
+                    else f"{previous.name!r} of {expected}"
+                )
+            )
+    names = [stage.name for stage in stages]
+    if len(set(names)) < len(names):
+        raise UserError(f"two stages have the same name: {names}")
+
+
+def save_stage(folder: epath.PathLike, config: StageConfig, params: Params) -> None:
+    """Writes MODEL/<stage>/config.json and model.safetensors."""
+    folder = epath.Path(folder) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    save_state(params, folder / WEIGHTS)
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def save_index(folder: epath.PathLike, index: ModelIndex) -> None:
+    """Writes model_index.json: last, so that a folder with an index is complete."""
+    (epath.Path(folder) / INDEX).write_text(json.dumps(to_dict(index), indent=2) + "\n")
+
+
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+      UserError: if it is missing or not JSON, naming the file.
+    """
+    if not path.exists():
+        raise UserError(f"{path} is missing")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+class ModelFolder:
+    """A model folder opened for reading; weights are read stage by stage when asked for."""
+
+    def __init__(self, folder: epath.PathLike):
+        """Reads the index and the stages' configs.
+
+        Raises:
+          UserError: if the folder is missing, is no model folder, or its stages do not fit each other.
+        """
+        self.path = epath.Path(folder)
+        if not self.path.is_dir():
+            raise UserError(f"--model {folder}: there is no such folder")
+        if not (self.path / INDEX).exists():
+            raise UserError(f"--model {folder} is not a model folder: it has no {INDEX}")
+        self.index = build(ModelIndex, read_json(self.path / INDEX), str(self.path / INDEX))
+        if self.index.format > FORMAT:
+            raise UserError(
+                f"{self.path / INDEX} has format {self.index.format}; this version reads up to {FORMAT}"
+            )
+        self.stages = tuple(self._stage(name) for name in self.index.stages)
+        check_cascade(self.stages)
+
+    def _stage(self, name: str) -> StageConfig:
+        path = self.path / name / "config.json"
+        return build(StageConfig, read_json(path), str(path))
+
+    def text_encoder(self) -> str:
+        """Path or hub id of the text encoder."""
+        inside = self.path / self.index.text_encoder
+        return str(inside) if inside.is_dir() else self.index.text_encoder
+
+    def params(self, network: StageNetwork, shardings: Any = None) -> Params:
+        """Weights of a stage, put onto `shardings` slice by slice."""
+        path = self.path / network.config.name / WEIGHTS
+        if not path.exists():
+            raise UserError(f"{path} is missing")
+        return load_state(network.abstract_params, path, shardings=shardings)

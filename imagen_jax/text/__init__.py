@@ -1,0 +1,1 @@
+"""Text encoding and the embedding job."""

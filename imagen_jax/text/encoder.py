@@ -1,0 +1,314 @@
+"""Captions to embeddings: a Hugging Face tokenizer and the frozen T5 encoder behind one object."""
+
+import collections
+import contextlib
+import functools
+import importlib.util
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import nnx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from jaxtyping import Array, Bool, Float, Int
+from tqdm import tqdm
+
+from imagen_jax.errors import UserError
+from imagen_jax.models.t5 import T5Config, encode, load_t5
+from imagen_jax.models.weights import SafetensorsReader
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "spiece.model",
+    "tokenizer.model",
+)
+_HUB_FILES = ("*.safetensors", "*.safetensors.index*.json", "config.json", *_TOKENIZER_FILES)
+
+# Padded lengths. Beyond the last one, multiples of it.
+_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+# Tokens (padding included) of one full batch: enough for an accelerator's matrix units, and small enough
+# that a 4096-wide encoder's activations stay below a gigabyte.
+_TOKENS_PER_BATCH = 4096
+# Rows of the batches that are not full: a single prompt does not pay for a full batch.
+_SMALL_ROWS = (1, 8)
+
+
+class TextEncoder:
+    """A tokenizer and a frozen T5 encoder. Made by `load`.
+
+    Attributes:
+        folder: where the encoder's files are.
+        name: the folder's name or the hub id it was loaded under.
+        width: channels of an embedding.
+        vocab_size: number of token ids.
+        dtype: of the matrix products and, unless `encode` is told otherwise, of the embeddings.
+    """
+
+    folder: epath.Path
+    name: str
+    width: int
+    vocab_size: int
+    dtype: str
+
+    def __init__(
+        self,
+        *,
+        folder: epath.Path,
+        name: str,
+        tokenizer: Any,
+        config: T5Config,
+        graph: nnx.GraphDef,
+        state: nnx.State,
+        dtype: str,
+        mesh: jax.sharding.Mesh | None = None,
+    ):
+        self.folder, self.name, self.dtype = folder, name, dtype
+        self.width, self.vocab_size = config.width, config.vocab_size
+        self._tokenizer, self._state, self._mesh = tokenizer, state, mesh
+        self._eos = int(tokenizer.eos_token_id)
+        self._run = jax.jit(functools.partial(_encode_as, graph), static_argnames="dtype")
+
+    @classmethod
+    def load(
+        cls,
+        folder_or_hub_id: str | os.PathLike,
+        *,
+        dtype: str = "float32",
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> "TextEncoder":
+        """Opens an encoder from a local folder or from the hub.
+
+        Args:
+            folder_or_hub_id: a folder with config.json, safetensors and the tokenizer's files; a
+                pipeline folder with `text_encoder` and `tokenizer` in it; or a hub id such as
+                "google/t5-v1_1-small".
+            dtype: of the parameters and of the matrix products (norms and softmax are float32).
+            mesh: of this process's devices, to spread the parameters and the batches over; None: one
+                device holds everything.
+
+        Raises:
+            UserError: no such folder or hub id, no network, pickled weights, or not a T5 encoder.
+        """
+        folder = epath.Path(folder_or_hub_id)
+        name = folder.name
+        if not folder.is_dir():
+            name = os.fspath(folder_or_hub_id)
+            folder = _download(name)
+        model, tokenizer_folder = _parts(folder)
+        config, graph, state = load_t5(
+            model,
+            dtype=_check_dtype(dtype),
+            shardings=None if mesh is None else functools.partial(_spread, mesh),
+        )
+        return cls(
+            folder=model,
+            name=name,
+            tokenizer=_load_tokenizer(tokenizer_folder),
+            config=config,
+            graph=graph,
+            state=state,
+            dtype=dtype,
+            mesh=mesh,
+        )
+
+    def tokenize(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
+        """Token ids of each caption, ending with </s>, at most `max_length` of them, without padding.
+
+        An empty caption is </s> alone.
+        """
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        if not captions:
+            return []
+        # Cut here and not by the tokenizer: its truncation warns, and tokenizers without a post-processor
+        # append no </s>.
+        ids = self._tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+        return [[*(int(i) for i in row[: max_length - 1]), self._eos] for row in ids]
+
+    def encode(
+        self,
+        captions: Sequence[str],
+        *,
+        max_length: int = 128,
+        dtype: str | None = None,
+        progress: bool = False,
+    ) -> list[np.ndarray]:
+        """Embeddings of captions: of the real tokens only, </s> included.
+
+        Captions are grouped by length into few compiled shapes; identical ones are encoded once. An
+        embedding does not depend on the other captions of the call, up to float32 rounding.
+
+        Args:
+            captions: any texts.
+            max_length: tokens kept of each, </s> included.
+            dtype: of the result; None: the encoder's. bfloat16 is that of ml_dtypes.
+            progress: whether to show a progress bar.
+
+        Returns:
+            In the order given, arrays (n_tokens, width). Equal captions share one array.
+        """
+        wanted = _check_dtype(dtype or self.dtype)
+        rows = [tuple(ids) for ids in self.tokenize(captions, max_length)]
+        found: dict[tuple[int, ...], np.ndarray] = {}
+        waiting: collections.deque[tuple[list[tuple[int, ...]], jax.Array]] = collections.deque()
+
+        def finish_one() -> int:
+            done, result = waiting.popleft()
+            host = np.asarray(result)
+            for i, ids in enumerate(done):
+                found[ids] = host[i, : len(ids)].copy()
+            return len(done)
+
+        with tqdm(total=len(set(rows)), unit="caption", desc="text encoder", disable=not progress) as bar:
+            for batch, tokens, mask in _batches(rows):
+                waiting.append((batch, self._run(self._state, *self._place(tokens, mask), dtype=wanted)))
+                # One batch runs while the one before it is copied back.
+                if len(waiting) > 1:
+                    bar.update(finish_one())
+            while waiting:
+                bar.update(finish_one())
+        return [found[ids] for ids in rows]
+
+    def save_copy(self, folder: epath.PathLike) -> None:
+        """Copies config.json, the weights and the tokenizer's files, so that `load(folder)` works."""
+        target = epath.Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        model, tokenizer = _parts(self.folder)
+        with SafetensorsReader(model) as reader:
+            files = [model / "config.json", *reader.files]
+            if len(reader.files) > 1:
+                files += model.glob("*.safetensors.index*.json")
+        files += [tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).exists()]
+        for file in files:
+            file.copy(target / file.name, overwrite=True)
+
+    def _place(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
+        if self._mesh is None:
+            return tokens, mask
+        spec = jax.sharding.PartitionSpec(self._mesh.axis_names)
+        if tokens.shape[0] % self._mesh.size:
+            spec = jax.sharding.PartitionSpec()
+        return jax.device_put((tokens, mask), jax.sharding.NamedSharding(self._mesh, spec))
+
+
+def _check_dtype(name: str) -> np.dtype:
+    if name not in ("float32", "bfloat16"):
+        raise UserError(f"text encoder dtype {name!r}: expected float32 or bfloat16")
+    return jnp.dtype(name)
+
+
+def _encode_as(
+    graph: nnx.GraphDef,
+    state: nnx.State,
+    tokens: Int[Array, "batch length"],
+    mask: Bool[Array, "batch length"],
+    *,
+    dtype: Any,
+) -> Float[Array, "batch length width"]:
+    return encode(graph, state, tokens, mask).astype(dtype)
+
+
+def _batches(
+    rows: Sequence[tuple[int, ...]],
+) -> Iterator[
+    tuple[list[tuple[int, ...]], Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]
+]:
+    """Groups distinct rows by padded length into batches of few shapes."""
+    groups: dict[int, list[tuple[int, ...]]] = collections.defaultdict(list)
+    for ids in dict.fromkeys(rows):
+        groups[_padded_length(len(ids))].append(ids)
+    for length, group in sorted(groups.items()):
+        full = max(_TOKENS_PER_BATCH // length, _SMALL_ROWS[-1])
+        for start in range(0, len(group), full):
+            batch = group[start : start + full]
+            size = min(n for n in (*_SMALL_ROWS, full) if n >= len(batch))
+            tokens = np.zeros((size, length), np.int32)
+            mask = np.zeros((size, length), np.bool_)
+            for i, ids in enumerate(batch):
+                tokens[i, : len(ids)] = ids
+                mask[i, : len(ids)] = True
+            yield batch, tokens, mask
+
+
+def _padded_length(length: int) -> int:
+    for bucket in _BUCKETS:
+        if length <= bucket:
+            return bucket
+    return -(-length // _BUCKETS[-1]) * _BUCKETS[-1]
+
+
+def _spread(mesh: jax.sharding.Mesh, abstract: nnx.State) -> Any:
+    """Each parameter over all devices of the mesh, along its largest axis that divides evenly."""
+
+    def sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:
+        spec: list[Any] = [None] * len(leaf.shape)
+        # The first axis is the vocabulary, or the layers, which the scan would have to gather.
+        dividing = [i for i in range(1, len(spec)) if leaf.shape[i] % mesh.size == 0]
+        if dividing:
+            spec[max(dividing, key=lambda i: leaf.shape[i])] = mesh.axis_names
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, abstract)
+
+
+def _download(hub_id: str) -> epath.Path:
+    """The hub's copy of an encoder, weights in safetensors only, from the cache or the network."""
+    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
+        raise UserError(f"text encoder {hub_id}: no such folder")
+    try:
+        return epath.Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+    except HFValidationError as error:
+        raise UserError(f"text encoder {hub_id}: neither a folder nor a hub id") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+        raise UserError(
+            f"text encoder {hub_id}: no such folder, and not to be had from the hub "
+            f"({type(error).__name__}); check the name and the network, or give a local folder"
+        ) from error
+
+
+def _parts(folder: epath.Path) -> tuple[epath.Path, epath.Path]:
+    """The folders of the model and of the tokenizer, which pipeline folders keep side by side."""
+    model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
+    for candidate in (model, model.parent / "tokenizer"):
+        if any((candidate / name).exists() for name in _TOKENIZER_FILES):
+            return model, candidate
+    # ByT5 needs no vocabulary: AutoTokenizer finds its class from config.json.
+    return model, model
+
+
+def _load_tokenizer(folder: epath.Path) -> Any:
+    # transformers takes seconds to import (it imports PyTorch where it finds it), and says that models
+    # need PyTorch where it does not: the tokenizer needs none.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import AutoTokenizer
+
+    if (
+        (folder / "spiece.model").exists()
+        and not (folder / "tokenizer.json").exists()
+        and importlib.util.find_spec("sentencepiece") is None
+    ):
+        raise UserError(f"{folder}: spiece.model needs the sentencepiece package; pip install sentencepiece")
+    with contextlib.ExitStack() as stack:
+        local = os.fspath(folder)
+        if "://" in local:
+            local = stack.enter_context(tempfile.TemporaryDirectory())
+            for name in ("config.json", *_TOKENIZER_FILES):
+                if (folder / name).exists():
+                    (folder / name).copy(os.path.join(local, name))
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
+        except (OSError, ValueError, ImportError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(f"{folder}: the tokenizer does not open ({reason})") from error
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; is it a T5 tokenizer?")
+    return tokenizer

@@ -1,0 +1,197 @@
+"""The fields of a training config, their defaults and meaning."""
+
+import ast
+import dataclasses
+import enum
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+import imagen_jax
+from imagen_jax.config import build
+from imagen_jax.diffusion.losses import LossConfig
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import StageConfig
+from imagen_jax.parallel.mesh import MeshConfig
+
+
+class Optimizer(enum.StrEnum):
+    """The update rule."""
+
+    ADAM = "adam"
+    ADAFACTOR = "adafactor"
+
+
+class Decay(enum.StrEnum):
+    """What the learning rate does after the warm-up."""
+
+    CONSTANT = "constant"
+    COSINE = "cosine"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimizer and learning rate."""
+
+    kind: Optimizer = Optimizer.ADAM  # Imagen: adafactor for the base, adam for the SR stages
+    learning_rate: float = 1e-4  # peak; Imagen: 1e-4
+    warmup_steps: int = 10_000  # linear from 0 to the peak
+    decay: Decay = Decay.COSINE  # to 0 at train.steps
+    b1: float = 0.9  # Adam's first moment
+    b2: float = 0.999  # Adam's second moment
+    eps: float = 1e-8  # Adam's ε
+    clip_norm: float | None = 1.0  # largest global gradient norm; None: unclipped
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where the training examples come from."""
+
+    path: str  # folder of records that `imagen-jax precompute` wrote
+    split: str = "train"
+    batch_size: int = 2048  # examples a step, over all devices and processes
+    flip: bool = False  # mirror pictures at random; captions with left and right forbid it
+    num_threads: int = 16  # threads that decode and resize
+    prefetch: int = 2  # batches made ahead
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How long to train, and what to write on the way."""
+
+    steps: int  # optimizer steps in all
+    text_dropout: float = 0.1  # probability of the null text (classifier-free guidance)
+    ema_decay: float = 0.9999  # of the weights that are exported; reached as (1 + step) / (10 + step)
+    log_every: int = 100  # steps between lines of metrics.jsonl
+    checkpoint_every: int = 5000  # steps between checkpoints
+    keep_checkpoints: int = 3  # newest checkpoints kept
+    sample_every: int = 5000  # steps between sample grids; 0: none
+    sample_count: int = 16  # pictures of a sample grid, of the first captions of the split
+    sample_split: str | None = (
+        None  # split whose captions (and low-resolution pictures) are used; None: data.split
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_count"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("text_dropout", "ema_decay"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run of one stage: network × schedule × prediction × loss × optimizer × data."""
+
+    stage: StageConfig
+    data: DataConfig
+    train: LoopConfig
+    seed: int = 0  # of initial weights, order of examples, times, noise and dropout
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    mesh: MeshConfig = MeshConfig()
+
+
+# Fields that may differ between a run and its resumption: they change neither the weights nor the data.
+RESUMABLE = (
+    "config.mesh",
+    "config.data.path",
+    "config.data.num_threads",
+    "config.data.prefetch",
+    "config.train.log_every",
+    "config.train.checkpoint_every",
+    "config.train.keep_checkpoints",
+    "config.train.sample_every",
+    "config.train.sample_count",
+    "config.train.sample_split",
+    "config.stage.sampling",
+)
+
+
+def find_config_file(name: str) -> Path:
+    """A config file by path, or by its path below the installed `configs` folder ("imagen/base64.py").
+
+    Raises:
+      UserError: if there is none, naming the flag.
+    """
+    package = Path(imagen_jax.__file__).parent
+    candidates = [Path(name), package.parent / "configs" / name, package / "configs" / name]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"--config: no file {name!r}, here or below the installed configs/")
+
+
+def parse_override(argument: str) -> tuple[list[str], Any]:
+    """Splits "--config.a.b=value" into its path and its value; a value that is no literal is a string.
+
+    Raises:
+      UserError: if the argument is not of that form.
+    """
+    flag, equals, text = argument.partition("=")
+    if not flag.startswith("--config.") or not equals:
+        raise UserError(f"unexpected argument {argument!r}; overrides are --config.some.field=value")
+    try:
+        value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
+    except (ValueError, SyntaxError):
+        value = text
+    return flag.removeprefix("--config.").split("."), value
+
+
+def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Sets the overridden fields in a nested dictionary; `build` checks their names and types after."""
+    for argument in overrides:
+        path, value = parse_override(argument)
+        group: Any = values
+        for name in path[:-1]:
+            if group.get(name) is None:
+                group[name] = {}
+            group = group[name]
+            if not isinstance(group, dict):
+                raise UserError(f"{argument.partition('=')[0]}: {name} is a field, not a group")
+        group[path[-1]] = value
+    return values
+
+
+def load_config(spec: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Runs a config file's `get_config(variant)` and checks the result with the overrides applied.
+
+    Args:
+      spec: "FILE" or "FILE:variant".
+      overrides: arguments "--config.some.field=value".
+
+    Raises:
+      UserError: for a missing file, an unknown variant, an unknown field (with the nearest name) or a value of
+        the wrong type.
+    """
+    name, _, variant = spec.partition(":")
+    file = find_config_file(name)
+    module_spec = importlib.util.spec_from_file_location("imagen_jax_user_config", file)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"--config: {file} is not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {file} has no function get_config(variant)")
+    values = module.get_config(variant)
+    if isinstance(values, ml_collections.ConfigDict):
+        values = values.to_dict()
+    return build(TrainConfig, apply_overrides(_plain(values), overrides), "config")
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(value) if isinstance(value, Mapping) else value for name, value in values.items()}

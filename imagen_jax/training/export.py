@@ -1,0 +1,73 @@
+"""From work directories to a model folder: each stage's averaged weights and the text encoder."""
+
+from collections.abc import Sequence
+
+from etils import epath
+
+from imagen_jax.config import build
+from imagen_jax.data.records import read_folder_info
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import StageConfig, StageNetwork
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+from imagen_jax.sampling.model_folder import ModelIndex, check_cascade, save_index, save_stage
+from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.training.checkpoint import Checkpoints, read_config
+from imagen_jax.training.config import TrainConfig
+from imagen_jax.training.state import abstract_state, make_optimizer
+
+
+def export(
+    workdirs: Sequence[epath.PathLike],
+    out: epath.PathLike,
+    *,
+    text_encoder: str | None = None,
+    copy_text_encoder: bool = True,
+) -> tuple[StageConfig, ...]:
+    """Writes a model folder from the newest checkpoint of each work directory.
+
+    Args:
+      workdirs: one a stage, in any order; they are sorted by resolution.
+      out: the model folder.
+      text_encoder: folder or hub id; None: the encoder that made the first stage's records.
+      copy_text_encoder: whether a local encoder is copied into the model folder, else it is referred to.
+
+    Returns:
+      The stages, base first.
+
+    Raises:
+      UserError: if a work directory has no checkpoint, or the stages do not make a cascade.
+    """
+    configs = {
+        epath.Path(workdir): build(TrainConfig, read_config(workdir), f"{workdir}/config.json")
+        for workdir in workdirs
+    }
+    ordered = sorted(configs, key=lambda workdir: configs[workdir].stage.resolution)
+    stages = tuple(configs[workdir].stage for workdir in ordered)
+    check_cascade(stages)
+    if text_encoder is None:
+        text_encoder = read_folder_info(configs[ordered[0]].data.path).encoder.text_encoder
+    out = epath.Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    reference = text_encoder
+    if copy_text_encoder and epath.Path(text_encoder).is_dir():
+        reference = "text_encoder"
+        TextEncoder.load(text_encoder).save_copy(out / reference)
+    for workdir in ordered:
+        _export_stage(workdir, configs[workdir], out)
+    save_index(out, ModelIndex(stages=tuple(stage.name for stage in stages), text_encoder=reference))
+    return stages
+
+
+def _export_stage(workdir: epath.Path, config: TrainConfig, out: epath.Path) -> None:
+    checkpoints = Checkpoints(workdir)
+    try:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"--from {workdir}: no complete checkpoint in {checkpoints.folder}")
+        network = StageNetwork(config.stage)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        abstract = abstract_state(network, optimizer, make_mesh(MeshConfig(data=1, fsdp=-1)))
+        state, _ = checkpoints.restore(step, abstract)
+    finally:
+        checkpoints.close()
+    save_stage(out, config.stage, state.ema)

@@ -1,0 +1,224 @@
+"""The training loop of any stage."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from imagen_jax.data.pipeline import PipelineConfig, embedding_width, open_batches, record_count
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import StageNetwork
+from imagen_jax.parallel.mesh import check_batch_size, make_mesh, put_batch
+from imagen_jax.sampling.pictures import grid, save_png
+from imagen_jax.sampling.stage_sampler import StageSampler
+from imagen_jax.training.checkpoint import Checkpoints, check_same_config, write_config
+from imagen_jax.training.config import TrainConfig
+from imagen_jax.training.metrics import MetricsWriter
+from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer
+from imagen_jax.training.train_step import make_train_step
+
+
+def pipeline_config(config: TrainConfig) -> PipelineConfig:
+    """The input pipeline that a training config asks for."""
+    stage, data = config.stage, config.data
+    return PipelineConfig(
+        path=data.path,
+        split=data.split,
+        resolution=stage.resolution,
+        low_resolution=stage.low_resolution,
+        crop=stage.crop,
+        max_text_length=stage.max_text_length,
+        batch_size=data.batch_size,
+        seed=config.seed,
+        flip=data.flip,
+        num_threads=data.num_threads,
+        prefetch=data.prefetch,
+    )
+
+
+def check_data(config: TrainConfig) -> None:
+    """Checks the records against the config before anything is compiled.
+
+    Raises:
+      UserError: if the split is smaller than a batch or the embeddings' width is not the network's.
+    """
+    data = config.data
+    width = embedding_width(data.path)
+    if width != config.stage.network.text_width:
+        raise UserError(
+            f"config.stage.network.text_width is {config.stage.network.text_width}, "
+            f"but the embeddings in {data.path} have width {width}"
+        )
+    count = record_count(data.path, data.split)
+    if count < data.batch_size:
+        raise UserError(
+            f"config.data.batch_size={data.batch_size}, but split {data.split!r} of {data.path} "
+            f"holds only {count} records"
+        )
+
+
+def split_index(index: np.ndarray) -> np.ndarray:
+    """Example indices int64 (N,) as low and high 32 bits, uint32 (N, 2): JAX runs without 64-bit types."""
+    unsigned = index.astype(np.uint64)
+    return np.stack([unsigned & np.uint64(0xFFFFFFFF), unsigned >> np.uint64(32)], axis=1).astype(np.uint32)
+
+
+def device_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """The arrays that the training step reads, on the mesh; record keys stay behind."""
+    arrays = {name: array for name, array in batch.items() if name not in ("key", "index")}
+    return put_batch({**arrays, "index": split_index(batch["index"])}, mesh)
+
+
+class SampleGrid:
+    """Pictures of the same captions and seeds, drawn now and then with the averaged weights."""
+
+    def __init__(self, config: TrainConfig, network: StageNetwork, workdir: epath.Path):
+        loop, pipeline = config.train, pipeline_config(config)
+        split = loop.sample_split or config.data.split
+        count = min(loop.sample_count, record_count(config.data.path, split))
+        pipeline = dataclasses.replace(pipeline, split=split, shuffle=False, batch_size=count, crop=None)
+        with open_batches(pipeline) as batches:
+            self._batch = next(batches)
+        self._seeds = np.arange(count, dtype=np.uint32)
+        self._sampler = StageSampler(network)
+        self._folder = workdir / "samples"
+
+    def draw(self, state: TrainState) -> np.ndarray:
+        """Writes WORKDIR/samples/STEP.png (for an SR stage: input above output); returns the grid."""
+        pictures = self._sampler(
+            state.ema,
+            seeds=self._seeds,
+            text=self._batch["text"].astype(np.float32),
+            mask=self._batch["text_mask"],
+            low_res=self._batch.get("low_res"),
+        )
+        result = grid(list(pictures))
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_png(self._folder / f"{int(state.step):08d}.png", result)
+        return result
+
+
+def train(config: TrainConfig, workdir: epath.PathLike) -> TrainState:
+    """Trains a stage, going on from the newest checkpoint of `workdir`.
+
+    Every step depends on the config, the seed and the records only: a run that was interrupted at any moment
+    gives, bit for bit on the same devices, the losses of one that was not.
+
+    Args:
+      config: what to train.
+      workdir: gets config.json, metrics.jsonl, checkpoints/, samples/ and tensorboard/.
+
+    Returns:
+      The last state.
+
+    Raises:
+      UserError: for records that do not fit the config, a work directory of another config, a mesh that does
+        not fit the devices, or a loss that is not finite.
+    """
+    workdir = epath.Path(workdir)
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
+    check_data(config)
+    first = jax.process_index() == 0
+    if (workdir / "config.json").exists():
+        check_same_config(workdir, config)
+    network = StageNetwork(config.stage)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    with contextlib.closing(Checkpoints(workdir, keep=config.train.keep_checkpoints)) as checkpoints:
+        if first:
+            write_config(workdir, config)
+        abstract = abstract_state(network, optimizer, mesh)
+        step, examples = checkpoints.latest_step(), 0
+        if step is None:
+            state, step = init_state(network, optimizer, config, mesh), 0
+        else:
+            state, examples = checkpoints.restore(step, abstract)
+        if first:
+            print(
+                f"{config.stage.name}: {network.parameter_count() / 1e6:.2f} M parameters, "
+                f"{len(mesh.devices.flat)} device(s), step {step} of {config.train.steps}",
+                flush=True,
+            )
+        if step >= config.train.steps:
+            return state
+        metrics = MetricsWriter(
+            workdir,
+            start_step=step,
+            steps=config.train.steps,
+            batch_size=config.data.batch_size,
+            enabled=first,
+        )
+        with (
+            contextlib.closing(metrics),
+            open_batches(
+                pipeline_config(config),
+                start_example=examples,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+            ) as batches,
+        ):
+            run = _Run(config, workdir, network, mesh, checkpoints, metrics)
+            return run.loop(state, step, make_train_step(network, optimizer, config, mesh, abstract), batches)
+
+
+class _Run:
+    """The loop and what happens between its steps, in one fixed order: step, log, sample, save."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: epath.Path,
+        network: StageNetwork,
+        mesh: Mesh,
+        checkpoints: Checkpoints,
+        metrics: MetricsWriter,
+    ):
+        self.config, self.workdir, self.network, self.mesh = config, workdir, network, mesh
+        self.checkpoints, self.metrics = checkpoints, metrics
+        self._grid: SampleGrid | None = None
+
+    def loop(self, state: TrainState, step: int, train_step: Any, batches: Iterator[Any]) -> TrainState:
+        """Steps from `step` + 1 to the last; the last state is saved."""
+        loop = self.config.train
+        # The next batch is put on the devices while they work on this one.
+        batch = device_batch(next(batches), self.mesh)
+        while step < loop.steps:
+            state, values = train_step(state, batch)
+            step += 1
+            last = step == loop.steps
+            if not last:
+                batch = device_batch(next(batches), self.mesh)
+            self.metrics.advance()
+            if step % loop.log_every == 0 or last:
+                self._log(step, values)
+            if loop.sample_every and (step % loop.sample_every == 0 or last):
+                self._sample(step, state)
+            if step % loop.checkpoint_every == 0 or last:
+                examples = step * self.config.data.batch_size
+                self.checkpoints.save(step, state, examples=examples, config=self.config)
+        self.checkpoints.wait()
+        return state
+
+    def _log(self, step: int, values: Mapping[str, jax.Array]) -> None:
+        numbers = {name: float(value) for name, value in values.items()}
+        if not all(math.isfinite(number) for number in numbers.values()):
+            raise UserError(
+                f"{self.workdir}: {numbers} at step {step} is not finite; the newest checkpoint is from step "
+                f"{self.checkpoints.latest_step()}"
+            )
+        self.metrics.log(step, numbers)
+
+    def _sample(self, step: int, state: TrainState) -> None:
+        if jax.process_count() > 1:
+            return  # the averaged weights are spread over processes
+        if self._grid is None:
+            self._grid = SampleGrid(self.config, self.network, self.workdir)
+        self.metrics.pictures(step, self._grid.draw(state))
+        self.metrics.pause()

@@ -1,0 +1,207 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from imagen_jax.errors import UserError
+from imagen_jax.models.weights import (
+    SafetensorsReader,
+    TensorSource,
+    flatten_names,
+    load_state,
+    load_tensors,
+    save_state,
+)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.blocks = nnx.List([nnx.Linear(3, 5, rngs=rngs), nnx.Linear(5, 2, rngs=rngs)])
+        self.scale = nnx.Param(jnp.float32(3.0))
+        self.low = nnx.Param(jnp.arange(6, dtype=jnp.bfloat16).reshape(2, 3) / 7)
+
+
+NAMES = {"blocks.0.bias", "blocks.0.kernel", "blocks.1.bias", "blocks.1.kernel", "low", "scale"}
+
+
+def make_state(seed: int = 0) -> nnx.State:
+    return nnx.state(Net(nnx.Rngs(seed)), nnx.Param)
+
+
+def abstract_state() -> nnx.State:
+    return nnx.state(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), nnx.Param)
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+
+
+def test_saved_file_opens_in_the_library(tmp_path):
+    state = make_state()
+    save_state(state, tmp_path / "new" / "net.safetensors", metadata={"step": "7"})
+    tensors = load_file(tmp_path / "new" / "net.safetensors")
+    assert set(tensors) == NAMES
+    for name, leaf in flatten_names(state)[0].items():
+        assert tensors[name].dtype == leaf.dtype and tensors[name].shape == leaf.shape
+        np.testing.assert_array_equal(tensors[name], np.asarray(leaf))
+    with SafetensorsReader(tmp_path / "new" / "net.safetensors") as reader:
+        assert reader.metadata() == {"step": "7"}
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["net.safetensors"]  # no partial file stays
+
+
+def test_state_round_trip_is_exact_and_bytes_are_reproducible(tmp_path):
+    state = make_state()
+    save_state(state, tmp_path / "a.safetensors")
+    save_state(state, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    loaded = load_state(abstract_state(), tmp_path / "a.safetensors")
+    assert_same(loaded, state)
+    net = nnx.merge(nnx.split(Net(nnx.Rngs(1)))[0], loaded)
+    np.testing.assert_array_equal(net.blocks[0].kernel[...], flatten_names(state)[0]["blocks.0.kernel"])
+
+
+def test_an_older_file_is_replaced(tmp_path):
+    for seed in (0, 1):
+        save_state(make_state(seed), tmp_path / "net.safetensors")
+    assert_same(load_state(abstract_state(), tmp_path / "net.safetensors"), make_state(1))
+
+
+def test_dtype_converts_floating_leaves_only(tmp_path):
+    state = {"w": jnp.linspace(0, 1, 5), "ids": jnp.arange(3)}
+    save_state(state, tmp_path / "x.safetensors")
+    loaded = load_state(jax.eval_shape(lambda: state), tmp_path / "x.safetensors", dtype=jnp.bfloat16)
+    assert loaded["ids"].dtype == jnp.int32
+    np.testing.assert_array_equal(loaded["w"], state["w"].astype(jnp.bfloat16))
+
+
+def test_shardings_place_every_leaf(tmp_path):
+    state = make_state()
+    save_state(state, tmp_path / "x.safetensors")
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shardings = jax.tree.map(
+        lambda leaf: jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec(*(["data"] if leaf.ndim else []))
+        ),
+        abstract_state(),
+    )
+    loaded = load_state(abstract_state(), tmp_path / "x.safetensors", shardings=shardings)
+    assert_same(loaded, state)
+    for leaf, sharding in zip(jax.tree.leaves(loaded), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding == sharding
+    single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    assert_same(load_state(abstract_state(), tmp_path / "x.safetensors", shardings=single), state)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("blocks.1.bias"), "blocks.1.bias is missing"),
+        (lambda t: t.update(extra=np.zeros(2)), "unexpected tensor extra"),
+        (lambda t: t.update(low=np.zeros((3, 2), np.float32)), r"low has shape \(3, 2\), expected \(2, 3\)"),
+    ],
+)
+def test_other_networks_are_refused(tmp_path, change, message):
+    save_state(make_state(), tmp_path / "x.safetensors")
+    tensors = load_file(tmp_path / "x.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_state(abstract_state(), tmp_path / "x.safetensors")
+
+
+def test_random_keys_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="key has dtype"):
+        save_state({"key": jax.random.key(0)}, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def shard(folder, suffix=""):
+    """Two shards and an index, as transformers and diffusers lay them out."""
+    a = np.arange(24, dtype=np.float32).reshape(4, 6)
+    b = (np.arange(8) / 3).astype(ml_dtypes.bfloat16).reshape(2, 4)
+    files = [f"model{suffix}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    save_file({"a": a}, folder / files[0], metadata={"format": "pt"})
+    save_file({"b": b}, folder / files[1])
+    weight_map = {"a": files[0], "b": files[1]}
+    (folder / f"model.safetensors.index{suffix}.json").write_text(json.dumps({"weight_map": weight_map}))
+    return a, b
+
+
+@pytest.mark.parametrize("suffix", ["", ".fp16"])
+def test_shards_are_read_through_their_index(tmp_path, suffix):
+    a, b = shard(tmp_path, suffix)
+    with SafetensorsReader(tmp_path, suffix.lstrip(".") or None) as reader:
+        assert reader.names == {"a", "b"} and len(reader.files) == 2
+        assert reader.shape("a") == (4, 6) and reader.dtype("b") == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(reader.read("a", (slice(1, 3), slice(2, None))), a[1:3, 2:])
+        np.testing.assert_array_equal(reader.read("b"), b)
+        with pytest.raises(UserError, match=r"no tensor c"):
+            reader.read("c")
+
+
+def test_the_plain_file_wins_over_a_variant_unless_asked(tmp_path):
+    save_file({"x": np.float32([1])}, tmp_path / "diffusion_pytorch_model.safetensors")
+    save_file({"x": np.float16([2])}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
+    assert SafetensorsReader(tmp_path).read("x") == 1
+    assert SafetensorsReader(tmp_path, "fp16").read("x") == 2
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    assert SafetensorsReader(tmp_path).read("x") == 2
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    shard(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    reader = SafetensorsReader(tmp_path)
+    reader.read("a")
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing"):
+        reader.read("b")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "last.ckpt"])
+def test_pickles_are_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x80\x04.")
+    with pytest.raises(UserError, match=rf"{name}.*never loaded"):
+        SafetensorsReader(tmp_path)
+    with pytest.raises(UserError, match="never loaded"):
+        SafetensorsReader(tmp_path / name)
+
+
+def test_unreadable_places_give_one_line(tmp_path):
+    with pytest.raises(UserError, match="no such file"):
+        SafetensorsReader(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no safetensors weights"):
+        SafetensorsReader(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        SafetensorsReader(tmp_path)
+    (tmp_path / "x.index.json").write_text('{"weight_map": {"a": "../../secret.bin"}}')
+    with pytest.raises(UserError, match="is not a safetensors file beside the index"):
+        SafetensorsReader(tmp_path / "x.index.json")
+
+
+def test_sources_permute_stack_and_slice(tmp_path):
+    generator = np.random.default_rng(0)
+    stored = {f"layer.{i}.conv": generator.normal(size=(4, 3, 2, 5)).astype(np.float32) for i in range(3)}
+    save_file(stored, tmp_path / "model.safetensors")
+    source = TensorSource(names=tuple(stored), axes=(2, 3, 1, 0), stacked=True)  # OIHW -> HWIO
+    expected = np.stack([np.moveaxis(t, (0, 1), (3, 2)) for t in stored.values()])
+    with SafetensorsReader(tmp_path) as reader:
+        abstract = {"conv": jax.ShapeDtypeStruct(expected.shape, jnp.float32)}
+        loaded = load_tensors(abstract, reader, {"conv": source})
+        np.testing.assert_array_equal(loaded["conv"], expected)
+        index = (slice(1, 3), slice(0, 1), slice(2, 5), slice(None), slice(1, 3))
+        np.testing.assert_array_equal(source.read(reader, index, np.float32), expected[index])
+        with pytest.raises(UserError, match="no tensor for parameter bias"):
+            load_tensors(abstract | {"bias": abstract["conv"]}, reader, {"conv": source})
+
+
+def test_a_source_of_several_tensors_has_to_be_stacked():
+    with pytest.raises(ValueError, match="exactly one name"):
+        TensorSource(names=("a", "b"))

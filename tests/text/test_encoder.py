@@ -1,0 +1,176 @@
+import itertools
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from etils import epath
+
+from imagen_jax.errors import UserError
+from imagen_jax.text import encoder as encoder_module
+from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.small import make_small_encoder
+
+COLORS = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange"]
+SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
+PLACES = ["above", "below", "beside", "inside"]
+CAPTIONS = [
+    f"a {c} {s} {p} a {d} {t}" for c, s, p, d, t in itertools.product(COLORS, SHAPES, PLACES, COLORS, SHAPES)
+][::11]
+CHINESE = "一个红色的圆"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_small_encoder(tmp_path_factory.mktemp("small"), vocabulary_texts=[*CAPTIONS, CHINESE])
+
+
+@pytest.fixture(scope="module")
+def encoder(folder):
+    return TextEncoder.load(folder)
+
+
+def test_tokens_end_with_eos_and_are_cut(encoder):
+    full, cut, empty, chinese = encoder.tokenize(["A Red  circle", "a red circle", "", CHINESE], 7)
+    assert full[:-1] == encoder.tokenize(["a red circle"], 77)[0][:-1]
+    assert len(full) == 4 and full[-1] == 1
+    assert encoder.tokenize(["a red circle"], 3) == [[*full[:2], 1]]
+    assert empty == [1]
+    assert len(chinese) == 7 and len(set(chinese)) == 7 and 2 not in chinese  # each character is known
+    assert encoder.tokenize(["zebra"], 7) == [[2, 1]]
+    assert encoder.tokenize([], 7) == [] and cut == full
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        encoder.tokenize(["a"], 0)
+
+
+def test_embeddings_come_ragged_and_in_order(encoder):
+    captions = ["a red circle", "", CAPTIONS[0], "a red circle", "a blue star"]
+    result = encoder.encode(captions)
+    assert [r.shape for r in result] == [(4, 96), (1, 96), (8, 96), (4, 96), (4, 96)]
+    assert all(r.dtype == np.float32 for r in result)
+    assert result[0] is result[3]  # encoded once
+    for caption, got in zip(captions, result, strict=True):
+        np.testing.assert_allclose(got, encoder.encode([caption])[0], atol=1e-5)
+    assert encoder.encode([]) == []
+
+
+def test_result_does_not_depend_on_the_company(encoder):
+    alone = encoder.encode([CAPTIONS[5]], dtype="bfloat16")[0].astype(np.float32)
+    for company in (CAPTIONS[:6], CAPTIONS[:600], CAPTIONS[600:3:-1]):
+        crowd = encoder.encode(company, dtype="bfloat16")[company.index(CAPTIONS[5])].astype(np.float32)
+        # At most one rounding of bfloat16 apart.
+        np.testing.assert_allclose(crowd, alone, rtol=2**-7, atol=1e-5)
+
+
+def test_long_texts_are_cut_and_bucketed(encoder):
+    text = " ".join(CAPTIONS[:40])
+    (short,) = encoder.encode([text])
+    assert short.shape == (128, 96)
+    (long,) = encoder.encode([text], max_length=270)
+    assert long.shape == (270, 96)
+    for length, bucket in [(1, 8), (8, 8), (9, 16), (77, 96), (256, 256), (257, 512), (700, 768)]:
+        assert encoder_module._padded_length(length) == bucket
+
+
+def test_few_shapes_are_compiled(folder):
+    encoder = TextEncoder.load(folder)
+    for n in (1, 2, 5, 600, 700, 1300):
+        encoder.encode(CAPTIONS[:n])
+    assert encoder._run._cache_size() <= 3
+
+
+def test_bfloat16_encoder_is_close(folder, encoder):
+    low = TextEncoder.load(folder, dtype="bfloat16").encode(CAPTIONS[:3])
+    for got, exact in zip(low, encoder.encode(CAPTIONS[:3]), strict=True):
+        assert got.dtype == ml_dtypes.bfloat16
+        assert np.linalg.norm(got.astype(np.float32) - exact) < 0.03 * np.linalg.norm(exact)
+
+
+def test_mesh_gives_the_same_embeddings(folder, encoder):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    got = TextEncoder.load(folder, mesh=mesh).encode(CAPTIONS[:9])
+    for a, b in zip(got, encoder.encode(CAPTIONS[:9]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_saved_copy_is_complete(encoder, tmp_path):
+    encoder.save_copy(tmp_path / "copy")
+    copy = TextEncoder.load(tmp_path / "copy")
+    assert copy.width == 96 and copy.name == "copy"
+    np.testing.assert_array_equal(copy.encode(CAPTIONS[:1])[0], encoder.encode(CAPTIONS[:1])[0])
+
+
+def test_pipeline_folder_with_the_tokenizer_beside(folder, encoder, tmp_path):
+    for part, names in {
+        "text_encoder": ["config.json", "model.safetensors"],
+        "tokenizer": ["tokenizer.json", "tokenizer_config.json"],
+    }.items():
+        (tmp_path / part).mkdir()
+        for name in names:
+            (tmp_path / part / name).write_bytes((folder / name).read_bytes())
+    for place in (tmp_path, tmp_path / "text_encoder"):
+        loaded = TextEncoder.load(place)
+        np.testing.assert_array_equal(loaded.encode([CHINESE])[0], encoder.encode([CHINESE])[0])
+    loaded.save_copy(tmp_path / "flat")
+    assert TextEncoder.load(tmp_path / "flat").tokenize([CHINESE], 9) == encoder.tokenize([CHINESE], 9)
+
+
+def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoder_module, "snapshot_download", offline)
+    with pytest.raises(
+        UserError, match="text encoder google/t5: no such folder, and not to be had from the hub"
+    ):
+        TextEncoder.load("google/t5")
+    with pytest.raises(UserError, match="/no/such/place: no such folder"):
+        TextEncoder.load("/no/such/place")
+    with pytest.raises(UserError, match="dtype 'float16'"):
+        TextEncoder.load(folder, dtype="float16")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(UserError, match="'clip' is not a T5 encoder"):
+        TextEncoder.load(tmp_path)
+    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda _: None)
+    (tmp_path / "spiece.model").write_bytes(b"")
+    with pytest.raises(UserError, match="pip install sentencepiece"):
+        encoder_module._load_tokenizer(epath.Path(tmp_path))
+
+
+def offline(*_, **__):
+    raise ConnectionError("no route to host")
+
+
+def test_small_encoder_is_reproducible(folder, tmp_path):
+    again = make_small_encoder(tmp_path / "again", vocabulary_texts=[CHINESE, *reversed(CAPTIONS)])
+    names = sorted(p.name for p in folder.iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    for name in names:
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+    other = make_small_encoder(tmp_path / "other", vocabulary_texts=[*CAPTIONS, CHINESE], seed=1)
+    assert (other / "model.safetensors").read_bytes() != (folder / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="got 0 and 2"):
+        make_small_encoder(tmp_path, vocabulary_texts=[], width=0)
+
+
+def test_small_encoder_embeddings_tell_word_and_previous_word(encoder):
+    """A linear map reads both from held-out captions: the words are there, and adjectives are bound."""
+    embeddings = encoder.encode(CAPTIONS)
+    ids = encoder.tokenize(CAPTIONS, 128)
+    halves = slice(0, None, 2), slice(1, None, 2)  # learned from, and held out
+    for shift in (0, 1):
+        x = [np.concatenate([e[shift:] for e in embeddings[part]]) for part in halves]
+        y = [np.concatenate([np.array(row)[: len(row) - shift] for row in ids[part]]) for part in halves]
+        inputs = [np.pad(part, ((0, 0), (0, 1)), constant_values=1) for part in x]
+        weights = np.linalg.lstsq(inputs[0], np.eye(encoder.vocab_size)[y[0]], rcond=None)[0]
+        accuracy = np.mean(np.argmax(inputs[1] @ weights, axis=1) == y[1])
+        assert accuracy >= 0.99, (shift, accuracy)
+
+
+def test_small_encoder_keeps_each_token_its_own(encoder):
+    """The word itself dominates an embedding; its company is visible and weaker."""
+    red, blue, square = encoder.encode(["a red circle", "a blue circle", "a red square"])
+
+    def cosine(a, b):
+        return a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+
+    assert 0.6 < cosine(red[2], blue[2]) < 0.95  # the same word after another
+    assert cosine(red[2], square[2]) < 0.6  # another word in the same place

@@ -1,0 +1,436 @@
+import argparse
+import errno
+import io
+import json
+import os
+import sys
+import tarfile
+import types
+import zlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.proto import tf_example_pb2
+
+from imagen_jax.cli import precompute as cli
+from imagen_jax.data import files, records
+from imagen_jax.data.tfrecord import TFRecordReader
+from imagen_jax.errors import UserError
+from imagen_jax.text import precompute as job
+from imagen_jax.text.precompute import PrecomputeConfig, precompute
+
+WIDTH = 5
+
+
+def expected_embedding(caption, max_length=128):
+    tokens = min(len(caption.split()) + 1, max_length)
+    rng = np.random.default_rng(zlib.crc32(caption.encode()))
+    return rng.normal(size=(tokens, WIDTH)).astype(np.float32)
+
+
+class FakeEncoder:
+    """An embedding is a function of the caption; counts the captions it was asked for."""
+
+    name = "fake"
+    width = WIDTH
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, captions, *, max_length):
+        self.asked += captions
+        return [expected_embedding(caption, max_length) for caption in captions]
+
+
+def png(number):
+    encoded = io.BytesIO()
+    array = np.random.default_rng(number).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    Image.fromarray(array).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def add(tar, name, data):
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Four tars of five samples; captions occur twice; three samples cannot be used."""
+    (tmp_path / "tars").mkdir()
+    for number in range(4):
+        with tarfile.open(tmp_path / "tars" / f"{number:05d}.tar", "w") as tar:
+            for i in range(number * 5, number * 5 + 5):
+                picture = png(i)
+                add(tar, f"{i:04d}.png", picture[:-40] if i in (3, 11) else picture)
+                add(tar, f"{i:04d}.txt", b"" if i == 7 else b"caption number %d" % (i // 2))
+    return f"webdataset:{tmp_path}/tars/*.tar"
+
+
+GOOD = [i for i in range(20) if i not in (3, 11, 7)]
+
+
+def config(tmp_path, spec, **changes):
+    values = {"source": spec, "text_encoder": "fake", "out": str(tmp_path / "out")}
+    return PrecomputeConfig(**(values | changes))
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def parsed(folder, split="train"):
+    info = records.read_folder_info(folder)
+    return [
+        [records.parse(reader[i], info.encoder.width, "here") for i in range(len(reader))]
+        for reader in map(TFRecordReader, info.shards(split))
+    ]
+
+
+def test_records_in_source_order(tmp_path, source):
+    encoder = FakeEncoder()
+    summary = precompute(config(tmp_path, source), encoder=encoder)
+    shards = parsed(tmp_path / "out")
+    assert [len(shard) for shard in shards] == [4, 4, 4, 5]
+    flat = [record for shard in shards for record in shard]
+    assert [record.key for record in flat] == [f"{i:04d}" for i in GOOD]
+    for i, record in zip(GOOD, flat, strict=True):
+        assert record.image == png(i)
+        assert record.caption == f"caption number {i // 2}"
+        wanted = expected_embedding(record.caption).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(record.text_embedding, wanted)
+    assert summary.captions == summary.written == 17
+    assert summary.tokens == 17 * 4
+    assert summary.skipped == {"undecodable picture": 2, "no caption": 1}
+    assert summary.num_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.tfrecord-*"))
+    assert summary.captions_per_second > 0
+
+
+def test_identical_captions_of_a_shard_are_encoded_once(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(job, "_WINDOW", 3)  # also across windows
+    encoder = FakeEncoder()
+    precompute(config(tmp_path, source, num_shards=1), encoder=encoder)
+    assert sorted(encoder.asked) == sorted({f"caption number {i // 2}" for i in GOOD})
+
+
+def test_little_memory_gives_the_same_bytes(tmp_path, source, monkeypatch):
+    precompute(config(tmp_path, source, num_shards=2), encoder=FakeEncoder())
+    monkeypatch.setattr(job, "_MEMORY", 50)
+    monkeypatch.setattr(job, "_WINDOW", 2)
+    other = config(tmp_path, source, num_shards=2, out=str(tmp_path / "other"))
+    precompute(other, encoder=FakeEncoder())
+    assert contents(tmp_path / "other") == contents(tmp_path / "out")
+
+
+def test_skipped_samples_are_listed(tmp_path, source):
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(os.path.basename(x["file"]), x["key"], x["reason"]) for x in lines] == [
+        ("00000.tar", "0003", "undecodable picture"),
+        ("00001.tar", "0007", "no caption"),
+        ("00002.tar", "0011", "undecodable picture"),
+    ]
+
+
+def test_tfds_opens_and_reads_the_folder(tmp_path, source):
+    precompute(config(tmp_path, source, num_shards=30), encoder=FakeEncoder())  # some shards are empty
+    builder = tfds.builder_from_directory(str(tmp_path / "out"))
+    info = builder.info.splits["train"]
+    assert (info.num_examples, info.num_shards) == (17, 30)
+    assert 0 in info.shard_lengths
+    assert info.num_bytes == sum(f.stat().st_size for f in (tmp_path / "out").glob("*.tfrecord-*"))
+    assert all(os.path.exists(path) for path in info.filepaths)
+    assert builder.info.metadata["text_encoder"] == "fake"
+    assert builder.info.metadata["width"] == WIDTH
+    assert builder.info.metadata["max_length"] == 128
+    assert builder.info.metadata["source"] == {"train": source}
+    features = builder.info.features
+    expected = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "caption": tfds.features.Text(),
+            "key": tfds.features.Text(),
+            "text_embedding": tfds.features.Tensor(
+                shape=(None, WIDTH), dtype=ml_dtypes.bfloat16, encoding="bytes"
+            ),
+        }
+    )
+    assert features.to_json() == expected.to_json()
+    raw = [reader[i] for reader in map(TFRecordReader, info.filepaths) for i in range(len(reader))]
+    for i, data in zip(GOOD, raw, strict=True):
+        example = features.deserialize_example_np(data)
+        assert example["key"] == f"{i:04d}".encode()
+        assert example["caption"] == b"caption number %d" % (i // 2)
+        with Image.open(io.BytesIO(png(i))) as picture:
+            np.testing.assert_array_equal(example["image"], np.asarray(picture))
+        wanted = expected_embedding(f"caption number {i // 2}").astype(ml_dtypes.bfloat16)
+        assert example["text_embedding"].dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(example["text_embedding"], wanted)
+
+
+def test_record_is_what_tfds_serialises():
+    record = records.Record(
+        key="k", image=png(0), caption="圆", text_embedding=np.ones((2, WIDTH), ml_dtypes.bfloat16)
+    )
+    features = tfds.features.FeaturesDict(
+        {
+            "image": tfds.features.Image(),
+            "caption": tfds.features.Text(),
+            "key": tfds.features.Text(),
+            "text_embedding": tfds.features.Tensor(
+                shape=(None, WIDTH), dtype=ml_dtypes.bfloat16, encoding="bytes"
+            ),
+        }
+    )
+    example = {
+        "image": record.image,
+        "caption": record.caption,
+        "key": record.key,
+        "text_embedding": record.text_embedding.tobytes(),
+    }
+    serializer = ExampleSerializer(features.get_serialized_info())
+    ours = tf_example_pb2.Example.FromString(records.serialize(record))
+    assert ours == serializer.get_tf_example(example)
+    back = records.parse(serializer.serialize_example(example), WIDTH, "here")
+    assert (back.key, back.image, back.caption) == ("k", record.image, "圆")
+    np.testing.assert_array_equal(back.text_embedding, record.text_embedding)
+
+
+@pytest.mark.parametrize("data", [b"\xff\xff\xff", b"", b"\x0a\x00"])
+def test_other_records_are_named(data):
+    with pytest.raises(UserError, match=r"^here: "):
+        records.parse(data, WIDTH, "here")
+
+
+def test_embedding_of_another_width_is_named():
+    record = records.Record(
+        key="k", image=b"", caption="c", text_embedding=np.ones((2, 5), ml_dtypes.bfloat16)
+    )
+    with pytest.raises(UserError, match=r"^here: not a record"):
+        records.parse(records.serialize(record), 4, "here")
+
+
+@pytest.mark.parametrize("lost", [[0], [1, 3], [0, 1, 2, 3]])
+def test_restart_writes_only_what_is_missing_with_the_same_bytes(tmp_path, source, lost):
+    settings = config(tmp_path, source)
+    precompute(settings, encoder=FakeEncoder())
+    before = contents(tmp_path / "out")
+    for number in lost:
+        (tmp_path / "out" / records.shard_name("captions", "train", number, 4)).unlink()
+    encoder = FakeEncoder()
+    summary = precompute(settings, encoder=encoder)
+    assert contents(tmp_path / "out") == before
+    assert summary.captions == 17
+    assert summary.written == sum([4, 4, 4, 5][number] for number in lost)
+    assert 0 < len(encoder.asked) <= summary.written
+
+
+def test_shard_of_another_size_is_written_again(tmp_path, source):
+    settings = config(tmp_path, source)
+    precompute(settings, encoder=FakeEncoder())
+    before = contents(tmp_path / "out")
+    os.truncate(tmp_path / "out" / records.shard_name("captions", "train", 2, 4), 100)
+    precompute(settings, encoder=FakeEncoder())
+    assert contents(tmp_path / "out") == before
+
+
+def test_complete_folder_needs_no_encoder(tmp_path, source, monkeypatch):
+    settings = config(tmp_path, source)
+    precompute(settings, encoder=FakeEncoder())
+    monkeypatch.setattr(job, "_load_encoder", lambda name: pytest.fail("loaded"))
+    summary = precompute(settings)
+    assert (summary.captions, summary.written, summary.captions_per_second) == (17, 0, 0)
+
+
+class DiesAfter(FakeEncoder):
+    def __init__(self, calls):
+        super().__init__()
+        self.calls = calls
+
+    def encode(self, captions, *, max_length):
+        self.calls -= 1
+        if self.calls < 0:
+            raise KeyboardInterrupt
+        return super().encode(captions, max_length=max_length)
+
+
+def test_interrupted_anywhere_ends_with_the_same_bytes(tmp_path, source):
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    other = config(tmp_path, source, out=str(tmp_path / "other"))
+    for calls in (0, 2, 1):
+        with pytest.raises(KeyboardInterrupt):
+            precompute(other, encoder=DiesAfter(calls))
+        assert not list((tmp_path / "other").glob("incomplete.*"))
+        assert not (tmp_path / "other" / "dataset_info.json").exists()
+    precompute(other, encoder=FakeEncoder())
+    assert contents(tmp_path / "other") == contents(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_length": 3}, "--max_length was 128, now 3"),
+        ({"text_encoder": "other"}, "--text_encoder was 'fake', now 'other'"),
+        ({"num_shards": 3}, "--num_shards was 4, now 3"),
+        ({"limit": 8}, "--limit was None, now 8"),
+        ({"name": "other"}, "--name was 'captions', now 'other'"),
+        ({"source": "shapes:count=3"}, "--source was 'webdataset:"),
+    ],
+)
+def test_another_configuration_is_refused(tmp_path, source, changes, named):
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError) as info:
+        precompute(config(tmp_path, source, **changes), encoder=FakeEncoder())
+    assert named in str(info.value)
+    assert str(tmp_path / "out") in str(info.value)
+    assert "\n" not in str(info.value)
+    assert contents(tmp_path / "out") == before
+
+
+def test_changed_source_is_refused(tmp_path, source):
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    (tmp_path / "tars" / "00001.tar").unlink()
+    with pytest.raises(UserError, match=r"the files of --source .* have changed"):
+        precompute(config(tmp_path, source), encoder=FakeEncoder())
+
+
+def test_another_encoder_under_the_same_name_is_refused(tmp_path, source):
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    (tmp_path / "out" / records.shard_name("captions", "train", 1, 4)).unlink()
+    other = FakeEncoder()
+    other.width = 9
+    with pytest.raises(UserError, match="--text_encoder: 'fake' of width 9 is not"):
+        precompute(config(tmp_path, source), encoder=other)
+
+
+def test_wrong_encoder_may_be_corrected_before_the_first_shard(tmp_path, source):
+    with pytest.raises(KeyboardInterrupt):
+        precompute(config(tmp_path, source, text_encoder="typo"), encoder=DiesAfter(0))
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    assert json.loads((tmp_path / "out" / "job.json").read_text())["text_encoder"] == "fake"
+
+
+def test_foreign_data_set_is_not_overwritten(tmp_path, source):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "dataset_info.json").write_text("{}")
+    with pytest.raises(UserError, match="another origin"):
+        precompute(config(tmp_path, source), encoder=FakeEncoder())
+
+
+def test_two_splits_in_one_folder(tmp_path, source):
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    first = source.replace("*.tar", "00000.tar")
+    precompute(config(tmp_path, first, split="validation"), encoder=FakeEncoder())
+    builder = tfds.builder_from_directory(str(tmp_path / "out"))
+    assert {name: split.num_examples for name, split in builder.info.splits.items()} == {
+        "train": 17,
+        "validation": 4,
+    }
+    assert [record.key for shard in parsed(tmp_path / "out", "validation") for record in shard] == [
+        "0000",
+        "0001",
+        "0002",
+        "0004",
+    ]
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 4
+
+
+def test_shapes_with_two_captions_each(tmp_path):
+    encoder = FakeEncoder()
+    summary = precompute(
+        config(tmp_path, "shapes:count=6,resolution=16,language=both", num_shards=2), encoder=encoder
+    )
+    flat = [record for shard in parsed(tmp_path / "out") for record in shard]
+    assert summary.captions == 12
+    assert [record.key for record in flat[:3]] == ["train-00000000", "train-00000000#1", "train-00000001"]
+    assert flat[0].image == flat[1].image
+    assert flat[1].caption.encode("ascii", "ignore") != flat[1].caption.encode()
+
+
+def test_long_captions_are_cut(tmp_path, source):
+    precompute(config(tmp_path, source, max_length=2), encoder=FakeEncoder())
+    assert {len(record.text_embedding) for shard in parsed(tmp_path / "out") for record in shard} == {2}
+
+
+def test_limit(tmp_path, source):
+    assert precompute(config(tmp_path, source, limit=9), encoder=FakeEncoder()).captions == 7
+
+
+def test_nothing_usable(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        (tmp_path / "pictures" / f"{i}.png").write_bytes(b"broken")
+        (tmp_path / "pictures" / f"{i}.txt").write_text("a caption")
+    with pytest.raises(UserError, match=r"no usable sample \(undecodable picture: 3\)"):
+        precompute(config(tmp_path, f"folder:{tmp_path}/pictures"), encoder=FakeEncoder())
+    assert len((tmp_path / "out" / "skipped.jsonl").read_text().splitlines()) == 3
+    assert not (tmp_path / "out" / "dataset_info.json").exists()
+
+
+@pytest.mark.parametrize("method", ["write", "commit"])
+@pytest.mark.parametrize("which", ["-00002-of-", "features.json", "skipped.jsonl", "job.json"])
+def test_full_disk_then_the_same_command_again(tmp_path, source, monkeypatch, method, which):
+    """The disk fills on one file, anywhere; what is complete stays and the second run ends the job."""
+    precompute(config(tmp_path, source, out=str(tmp_path / "whole")), encoder=FakeEncoder())
+    original = getattr(files.AtomicFile, method)
+
+    def full(self, *args):
+        if which in self.path.name:
+            with files._naming_file(self.path):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, *args)
+
+    monkeypatch.setattr(files.AtomicFile, method, full)
+    with pytest.raises(UserError, match=rf"{which}.*No space left on device") as info:
+        precompute(config(tmp_path, source), encoder=FakeEncoder())
+    assert "\n" not in str(info.value)
+    out = tmp_path / "out"
+    assert not list(out.rglob("incomplete.*"))
+    complete = sorted(out.glob("*.tfrecord-*"))
+    assert len(complete) == {"-00002-of-": 2, "features.json": 4, "skipped.jsonl": 4, "job.json": 0}[which]
+    monkeypatch.setattr(files.AtomicFile, method, original)
+    stamps = {file: file.stat().st_mtime_ns for file in complete}
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    assert contents(out) == contents(tmp_path / "whole")
+    assert {file: file.stat().st_mtime_ns for file in complete} == stamps
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"max_length": 0}, "--max_length"),
+        ({"num_shards": 0}, "--num_shards"),
+        ({"name": "a-b"}, "--name"),
+        ({"split": "a b"}, "--split"),
+        ({"limit": 0}, "--limit"),
+    ],
+)
+def test_bad_values_name_the_flag(tmp_path, changes, flag):
+    with pytest.raises(UserError, match=f"^{flag}: "):
+        precompute(config(tmp_path, "shapes:count=2", **changes), encoder=FakeEncoder())
+
+
+def test_command_line(tmp_path, source, monkeypatch, capsys):
+    loaded = []
+    fake = types.ModuleType("imagen_jax.text.encoder")
+    fake.TextEncoder = types.SimpleNamespace(load=lambda name: loaded.append(name) or FakeEncoder())
+    monkeypatch.setitem(sys.modules, "imagen_jax.text.encoder", fake)
+    parser = argparse.ArgumentParser(prog="imagen-jax precompute")
+    cli.add_arguments(parser)
+    out = tmp_path / "out"
+    flags = [f"--source={source}", "--text_encoder=DIR", f"--out={out}", "--num_shards=2", "--name=emoji"]
+    assert cli.run(parser.parse_args(flags)) == 0
+    assert loaded == ["DIR"]
+    printed = capsys.readouterr().out
+    assert "17 captions, 68 tokens" in printed
+    assert "no caption: 1, undecodable picture: 2" in printed
+    assert (out / "emoji-train.tfrecord-00001-of-00002").exists()
+    assert cli.run(parser.parse_args(flags)) == 0
+    assert "everything was there already" in capsys.readouterr().out
+    assert "imagen-jax precompute --source=" in parser.format_help()
