@@ -40,6 +40,7 @@ setup(
         "pillow>=12,<14",
         "protobuf>=6,<8",
         "safetensors>=0.8,<1",
+        "scipy>=1.14,<2",
         "sentencepiece>=0.2,<0.3",
         "tensorboardX>=2.6.4,<3",
         "tokenizers>=0.22,<0.24",

@@ -10,6 +10,7 @@ from etils import epath
 from imagen_jax.data import shapes
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.cascade import Imagen, Picture
 from imagen_jax.sampling.pictures import grid, save_png
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
@@ -93,7 +94,7 @@ def quickstart(out: epath.PathLike, *, scale: str = "full") -> dict[str, Any]:
     _announce(5, "export to a model folder")
     export([out / "base", out / "sr"], model_folder, text_encoder=str(encoder))
     _announce(6, f"pictures of {sizes.scored} held-out captions")
-    model = Imagen.load(model_folder)
+    model = Imagen.load(model_folder, mesh=make_mesh(MeshConfig()))
     made, scores = _score(model, held_out_captions(sizes.scored, 1))
     pairs_made, pair_scores = _score(model, held_out_captions(sizes.scored_pairs, 2))
     shown = [picture.pixels for picture in made[:48] + pairs_made[:16]]

@@ -2,6 +2,8 @@
 
 import argparse
 
+from etils import epath
+
 _EXAMPLE = """example:
   imagen-jax precompute --source='webdataset:data/*.tar' --text_encoder=google/t5-v1_1-xxl --out=records
   imagen-jax precompute --source=shapes:count=20000 --text_encoder=models/t5-small --out=records
@@ -24,6 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text_encoder", required=True, metavar="DIR_OR_HUB_ID", help="T5 encoder: a folder or a hub id"
     )
+    parser.add_argument(
+        "--make_small_encoder",
+        action="store_true",
+        help="if the folder --text_encoder is not there, make a small encoder of fixed random weights in it, "
+        "which knows the words of this source (no download; no substitute for a trained one)",
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="record folder to write, local or cloud")
     parser.add_argument("--split", default="train", help="name of the split to write (%(default)s)")
     parser.add_argument(
@@ -42,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the job and prints its summary; returns the exit code."""
     # Imported here so that --help does not wait for JAX.
-    from imagen_jax.text.precompute import EmbeddingDtype, PrecomputeConfig, precompute
+    from imagen_jax.text.precompute import EmbeddingDtype, PrecomputeConfig, precompute, source_captions
+    from imagen_jax.text.small import make_small_encoder
 
     config = PrecomputeConfig(
         source=args.source,
@@ -55,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         name=args.name,
         limit=args.limit,
     )
+    if args.make_small_encoder and not epath.Path(args.text_encoder).exists():
+        make_small_encoder(args.text_encoder, vocabulary_texts=source_captions(config))
     summary = precompute(config)
     print(
         f"{summary.captions} captions, {summary.tokens} tokens, {summary.num_bytes / 1e6:.1f} MB "

@@ -20,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the quickstart."""
+    from imagen_jax.parallel.mesh import use_cpu_devices
     from imagen_jax.quickstart import quickstart
 
+    use_cpu_devices()
     quickstart(args.out, scale=args.scale)
     return 0

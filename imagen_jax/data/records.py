@@ -39,7 +39,7 @@ class Record:
 class EncoderInfo:
     """What a record folder says about its text embeddings (`metadata.json`)."""
 
-    text_encoder: str  # name of the text encoder
+    text_encoder: str  # folder or hub id of the text encoder, as it was given
     width: int  # of one token's embedding
     max_length: int  # tokens beyond it were cut off
     dtype: str  # of the stored embedding

@@ -131,25 +131,10 @@ _DIRECTION = {
 }
 
 _ZH: dict[enum.Enum, str] = {
-    Colour.RED: "红色",
-    Colour.GREEN: "绿色",
-    Colour.BLUE: "蓝色",
-    Colour.YELLOW: "黄色",
-    Colour.WHITE: "白色",
-    Colour.BLACK: "黑色",
-    Colour.PURPLE: "紫色",
-    Colour.ORANGE: "橙色",
-    Shape.CIRCLE: "圆形",
-    Shape.SQUARE: "正方形",
-    Shape.TRIANGLE: "三角形",
-    Shape.CROSS: "十字形",
-    Shape.STAR: "五角星",
-    Size.SMALL: "小",
-    Size.LARGE: "大",
-    Relation.LEFT_OF: "左边",
-    Relation.RIGHT_OF: "右边",
-    Relation.ABOVE: "上方",
-    Relation.BELOW: "下方",
+    **dict(zip(Colour, ("红色", "绿色", "蓝色", "黄色", "白色", "黑色", "紫色", "橙色"), strict=True)),
+    **dict(zip(Shape, ("圆形", "正方形", "三角形", "十字形", "五角星"), strict=True)),
+    **dict(zip(Size, ("小", "大"), strict=True)),
+    **dict(zip(Relation, ("左边", "右边", "上方", "下方"), strict=True)),
 }
 
 # Seven of the forty pairs (17.5 %): no colour and no shape loses more than two of its partners.

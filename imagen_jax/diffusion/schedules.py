@@ -6,13 +6,14 @@ preserving, so α² = sigmoid(log_snr) and σ² = sigmoid(−log_snr) (Kingma et
 
 import dataclasses
 import math
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """Anything that says how noisy x_t is at a time t."""
 

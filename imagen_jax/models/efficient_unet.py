@@ -26,6 +26,11 @@ class EfficientUNetConfig(UNetConfig):
     KIND: ClassVar[str] = "efficient_unet"
     low_res_channels: int = 3  # the network is made for super-resolution; 0 makes a base network of it
 
+    @property
+    def side_multiple(self) -> int:
+        """Pixels; both sides of a picture are multiples of it."""
+        return self.patch_size * 2 ** len(self.channels)
+
 
 class CombineEmbeddings(nnx.Module):
     """Adds the projected time and pooled-text embedding to every position."""

@@ -22,9 +22,34 @@ def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Ar
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def group_norm(channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.GroupNorm:
-    """GroupNorm of 32 groups, or fewer where 32 does not divide the channels; statistics in float32."""
-    return nnx.GroupNorm(channels, num_groups=math.gcd(32, channels), epsilon=1e-5, dtype=dtype, rngs=rngs)
+class GroupNorm(nnx.Module):
+    """GroupNorm (arXiv 1803.08494) of 32 groups, or fewer where 32 does not divide the channels.
+
+    Statistics are taken per channel in float32 and then shared within groups: the picture is never reshaped to
+    a short last axis, which is slow on CPU and TPU alike.
+    """
+
+    def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5):
+        self.groups, self.epsilon, self.dtype = math.gcd(32, channels), epsilon, dtype
+        self.scale = nnx.Param(jnp.ones((channels,)))
+        self.bias = nnx.Param(jnp.zeros((channels,)))
+
+    def _share(self, values: Float[Array, "batch channels"]) -> Float[Array, "batch channels"]:
+        """Means over each group's channels, one value a channel."""
+        n, c = values.shape
+        means = values.reshape(n, self.groups, c // self.groups).mean(axis=-1)
+        return jnp.repeat(means, c // self.groups, axis=-1)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channels"]
+    ) -> Float[Array, "batch height width channels"]:
+        """Normalises over height, width and the channels of a group."""
+        full = x.astype(jnp.float32)
+        mean = self._share(full.mean(axis=(1, 2)))
+        variance = self._share(jnp.square(full - mean[:, None, None]).mean(axis=(1, 2)))
+        factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        offset = self.bias[...] - mean * factor
+        return (full * factor[:, None, None] + offset[:, None, None]).astype(self.dtype)
 
 
 def conv3x3(
@@ -129,14 +154,14 @@ class ResNetBlock(nnx.Module):
         if resample not in (None, "up", "down"):
             raise ValueError(f"resample must be None, 'up' or 'down', got {resample!r}")
         self.resample = resample
-        self.norm1 = group_norm(inputs, dtype=dtype, rngs=rngs)
+        self.norm1 = GroupNorm(inputs, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         self.embed = (
             None
             if embedding_width is None
             else nnx.Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
         )
-        self.norm2 = group_norm(outputs, dtype=dtype, rngs=rngs)
+        self.norm2 = GroupNorm(outputs, dtype=dtype)
         self.conv2 = conv3x3(outputs, outputs, dtype=dtype, rngs=rngs, zero=True)
         self.shortcut = (
             None if inputs == outputs else nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
@@ -183,7 +208,7 @@ class TextAttention(nnx.Module):
         if text_width is None and not self_attention:
             raise ValueError("attention needs keys: text, positions or both")
         self.heads = channels // head_channels
-        self.norm = group_norm(channels, dtype=dtype, rngs=rngs)
+        self.norm = GroupNorm(channels, dtype=dtype)
         self.query = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.key_value = (
             nnx.Linear(channels, 2 * channels, dtype=dtype, rngs=rngs) if self_attention else None

@@ -52,6 +52,14 @@ class StageConfig:
     def __post_init__(self) -> None:
         if not self.name or "/" in self.name:
             raise ValueError(f"a stage's name must be a folder name, got {self.name!r}")
+        for field, side in (("resolution", self.resolution), ("crop", self.crop)):
+            if side is not None and (side < 1 or side % self.network.side_multiple):
+                raise ValueError(
+                    f"{field} {side} is not a multiple of the {self.network.side_multiple} pixels that the "
+                    f"network's {len(self.network.channels)} levels need"
+                )
+        if self.max_text_length < 1:
+            raise ValueError(f"max_text_length must be at least 1, got {self.max_text_length}")
         low = self.low_resolution
         if low is not None and (low < 1 or self.resolution % low):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {low}")

@@ -9,11 +9,11 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.layers import (
     Conditioning,
+    GroupNorm,
     ResNetBlock,
     TextAttention,
     conv3x3,
     from_patches,
-    group_norm,
     to_patches,
     with_low_res,
 )
@@ -42,6 +42,11 @@ class UNetConfig:
         for name in ("channels", "num_res_blocks", "self_attention", "text_attention"):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # configs and JSON give lists
         levels = len(self.channels)
+        if not levels or min(self.channels) < 1 or self.channels[0] % 2:
+            raise ValueError(f"channels must be positive, the first even, got {self.channels}")
+        for name in ("text_width", "head_channels", "image_channels", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("num_res_blocks", "self_attention", "text_attention"):
             if len(getattr(self, name)) != levels:
                 raise ValueError(
@@ -49,6 +54,11 @@ class UNetConfig:
                 )
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+
+    @property
+    def side_multiple(self) -> int:
+        """Pixels; both sides of a picture are multiples of it."""
+        return self.patch_size * 2 ** (len(self.channels) - 1)
 
     @property
     def channels_in(self) -> int:
@@ -144,7 +154,7 @@ class UNet(nnx.Module):
             if level > 0:
                 upsamples.append(resample(x, "up"))
         self.up, self.upsamples = nnx.List(up), nnx.List(upsamples)
-        self.norm_out = group_norm(x, dtype=dtype, rngs=rngs)
+        self.norm_out = GroupNorm(x, dtype=dtype)
         self.conv_out = conv3x3(x, config.channels_out, dtype=jnp.dtype("float32"), rngs=rngs, zero=True)
 
     def __call__(

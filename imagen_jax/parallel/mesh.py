@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(
         tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices).tolist()
     )
+
+
+def use_cpu_devices(count: int | None = None) -> None:
+    """Splits the CPU into devices, so that a batch keeps all cores busy; to be called before JAX is used.
+
+    XLA runs many of a small network's operations on one core; with one device a core they run side by side. It
+    changes nothing where there is an accelerator, nor where XLA_FLAGS already set the number.
+
+    Args:
+      count: devices; None: the largest power of two that is at most the number of cores, and at most 8.
+    """
+    if count is None:
+        count = 2 ** int(math.log2(min(os.cpu_count() or 1, 8)))
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", count)
 
 
 def parameter_spec(shape: Sequence[int], mesh: Mesh) -> P:

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from tqdm import tqdm
 
+from imagen_jax.config import nearest
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import Params, SamplingConfig, StageConfig, StageNetwork
 from imagen_jax.parallel.mesh import state_shardings
@@ -69,7 +70,11 @@ class Imagen:
           UserError: if the folder or its text encoder is missing or broken, naming it.
         """
         folder = ModelFolder(model)
-        return cls(folder, TextEncoder.load(folder.text_encoder()), mesh=mesh)
+        try:
+            encoder = TextEncoder.load(folder.text_encoder())
+        except UserError as error:
+            raise UserError(f"{folder.path}: {error}") from error
+        return cls(folder, encoder, mesh=mesh)
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:
@@ -143,10 +148,18 @@ class Imagen:
           progress: whether to show progress bars.
 
         Raises:
-          UserError: if there is no prompt, or a number is out of range.
+          UserError: if there is no prompt, a number is out of range, or `sampling` names no stage.
         """
+        if isinstance(prompts, str):  # a sequence of letters, which nobody means
+            raise UserError(f"prompts must be a list of captions, got the string {prompts!r}")
         if not prompts:
             raise UserError("there is no prompt to make a picture of")
+        known = [stage.name for stage in self.stages]
+        for name in sampling or {}:
+            if name not in known:
+                raise UserError(
+                    f"{self.folder.path}: there is no stage {name!r} to sample{nearest(name, known)}"
+                )
         if num_images < 1 or batch_size < 1:
             raise UserError(
                 f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"

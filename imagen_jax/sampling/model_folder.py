@@ -32,6 +32,8 @@ class ModelIndex:
 
 def check_cascade(stages: Sequence[StageConfig]) -> None:
     """Raises UserError unless the stages follow each other: a base, then SR stages that fit."""
+    if not stages:
+        raise UserError("a cascade needs at least one stage, got none")
     for previous, stage in zip((None, *stages), stages):
         expected = None if previous is None else previous.resolution
         if stage.low_resolution != expected:
@@ -95,11 +97,17 @@ class ModelFolder:
                 f"{self.path / INDEX} has format {self.index.format}; this version reads up to {FORMAT}"
             )
         self.stages = tuple(self._stage(name) for name in self.index.stages)
-        check_cascade(self.stages)
+        try:
+            check_cascade(self.stages)
+        except UserError as error:
+            raise UserError(f"{self.path / INDEX}: {error}") from error
 
     def _stage(self, name: str) -> StageConfig:
         path = self.path / name / "config.json"
-        return build(StageConfig, read_json(path), str(path))
+        config = build(StageConfig, read_json(path), str(path))
+        if config.name != name:  # the weights are looked for under the config's name
+            raise UserError(f"{path}: the stage is called {config.name!r}, but its folder {name!r}")
+        return config
 
     def text_encoder(self) -> str:
         """Path or hub id of the text encoder."""

@@ -343,13 +343,22 @@ def _write_info(config: PrecomputeConfig, reports: Sequence[_ShardReport]) -> No
     )
     sources[config.split] = config.source
     encoder = records.EncoderInfo(
-        text_encoder=reports[0].encoder,
+        text_encoder=config.text_encoder,
         width=reports[0].width,
         max_length=config.max_length,
         dtype=config.dtype.value,
         source=sources,
     )
     records.write_folder_info(records.FolderInfo(path=out, name=config.name, splits=splits, encoder=encoder))
+
+
+def source_captions(config: PrecomputeConfig) -> Iterator[str]:
+    """All captions of the job's source, to make a vocabulary of."""
+    source = open_source(config.source, split=config.split, limit=config.limit)
+    for unit in source.units(config.num_shards):
+        for example in source.read(unit):
+            if isinstance(example, Example):
+                yield from example.captions
 
 
 def precompute(config: PrecomputeConfig, *, encoder: Encoder | None = None) -> Summary:

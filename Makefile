@@ -1,0 +1,38 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both make their own virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/quickstart
+
+.PHONY: quickstart test test-parity lint clean
+
+$(VENV)/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.installed-parity: $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	touch $@
+
+quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures
+	JAX_PLATFORMS=cpu $(BIN)/imagen-jax quickstart --out=$(OUT)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint  ## style, types and all tests but parity's
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+
+test-parity: $(VENV)/.installed-parity  ## networks against transformers on PyTorch
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,45 @@
+"""Base stage, 32×32, on a few thousand captioned pictures of your own.
+
+Command:   imagen-jax train --config=pictures/base32.py --workdir=runs/base --config.data.path=RECORDS
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The config; it has no variants."""
+    if variant:
+        raise ValueError(f"pictures/base32.py has no variants, got {variant!r}")
+    return ml_collections.ConfigDict(
+        {
+            "stage": {
+                "name": "base32",
+                "resolution": 32,
+                "max_text_length": 24,
+                "network": {
+                    "kind": "unet",
+                    "patch_size": 2,
+                    "channels": [32, 64, 128],
+                    "num_res_blocks": [1, 1, 2],
+                    "self_attention": [False, False, True],
+                    "text_attention": [False, True, True],
+                    "head_channels": 32,
+                    "embedding_width": 256,
+                    "text_width": 96,  # of the text encoder: t5-v1_1-base 768, t5-v1_1-xxl 4096
+                },
+                "schedule": {"kind": "cosine"},
+                "prediction": "v",
+                "sampling": {"sampler": {"kind": "ddpm", "steps": 64}, "guidance_weight": 2.0},
+            },
+            "loss": {"space": "v"},
+            "optimizer": {"kind": "adam", "learning_rate": 1e-3, "warmup_steps": 200, "b2": 0.99},
+            "data": {"path": "records", "batch_size": 32, "num_threads": 2},
+            "train": {
+                "steps": 6000,
+                "ema_decay": 0.998,
+                "log_every": 50,
+                "checkpoint_every": 1000,
+                "sample_every": 1000,
+            },
+        }
+    )

@@ -1,0 +1,119 @@
+"""Eight fake CPU devices for every test, and the small things that several of them train on."""
+
+import os
+import sys
+
+# Compiling takes most of the time of tests with tiny networks: LLVM's optimizations cost more than they save.
+COMPILE_FLAGS = "--xla_backend_optimization_level=0"
+# Read when JAX first makes its devices, which no import of the package does.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILE_FLAGS}"
+
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+TEXT_WIDTH = 16
+RECORDS = 96  # of the split "train"; "test" has 8
+
+# Real networks of both kinds, attention and text included, that compile in seconds. A width of 64 makes
+# kernels large enough to be split over a mesh.
+CONFIG = """
+def get_config(variant="base"):
+    if variant not in ("base", "sr"):
+        raise ValueError(f"tiny.py has the variants 'base' and 'sr', not {variant!r}")
+    sr = variant == "sr"
+    stage = {
+        "name": variant,
+        "resolution": 16 if sr else 8,
+        "low_resolution": 8 if sr else None,
+        "max_text_length": 6,
+        "network": {
+            "kind": "efficient_unet" if sr else "unet",
+            "channels": [8],
+            "num_res_blocks": [1],
+            "self_attention": [True],
+            "text_attention": [True],
+            "head_channels": 8,
+            "embedding_width": 64,
+            "text_width": 16,
+        },
+        "prediction": "v",
+        "sampling": {"sampler": {"steps": 2}},
+    }
+    return {
+        "stage": stage,
+        "loss": {"space": "v"},
+        "optimizer": {"learning_rate": 1e-3, "warmup_steps": 4},
+        "data": {"path": RECORDS, "batch_size": 8, "num_threads": 2},
+        "train": {"steps": 4, "ema_decay": 0.99, "log_every": 1, "checkpoint_every": 2, "sample_every": 0},
+    }
+"""
+
+
+def pytest_configure() -> None:
+    # A plugin may have imported JAX before this file: then the variable comes too late.
+    if "jax" in sys.modules:
+        sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture(scope="session")
+def text_encoder(tmp_path_factory):
+    """Folder of a small text encoder of width TEXT_WIDTH."""
+    from imagen_jax.data import shapes
+    from imagen_jax.text.small import make_small_encoder
+
+    folder = tmp_path_factory.mktemp("encoder") / "text_encoder"
+    make_small_encoder(folder, vocabulary_texts=shapes.all_captions(), width=TEXT_WIDTH, layers=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records_folder(tmp_path_factory, text_encoder):
+    """Records of the embedded data at 16×16, splits "train" (two shards) and "test"."""
+    from imagen_jax.text.precompute import PrecomputeConfig, precompute
+
+    out = tmp_path_factory.mktemp("data") / "records"
+    for split, count, shards in (("train", RECORDS, 2), ("test", 8, 1)):
+        precompute(
+            PrecomputeConfig(
+                source=f"shapes:count={count},resolution=16",
+                text_encoder=str(text_encoder),
+                out=str(out),
+                split=split,
+                num_shards=shards,
+            )
+        )
+    return out
+
+
+@pytest.fixture(scope="session")
+def config_file(tmp_path_factory, records_folder):
+    """A config file with the variants "base" (8×8) and "sr" (8×8 → 16×16)."""
+    path = tmp_path_factory.mktemp("configs") / "tiny.py"
+    path.write_text(f"RECORDS = {str(records_folder)!r}\n{CONFIG}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_config(config_file):
+    """make_config(variant, "field=value", …) → TrainConfig."""
+    from imagen_jax.training.config import load_config
+
+    def make(variant="base", *overrides):
+        return load_config(f"{config_file}:{variant}", [f"--config.{each}" for each in overrides])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def subprocess_env():
+    """subprocess_env(devices) → the environment of a command on that many fake devices."""
+
+    def make(devices=1):
+        flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_FLAGS}"
+        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+
+    return make
