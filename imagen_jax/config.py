@@ -23,7 +23,7 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+def build(cls: type[T], values: Any, where: str) -> T:
     """Builds a dataclass from a dictionary, checking names and types all the way down.
 
     Args:
@@ -33,7 +33,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
       where: what to call the dictionary in messages, such as "config.stage".
 
     Raises:
-      UserError: for an unknown or missing field or a value of the wrong type, naming it in full.
+      UserError: if it is no dictionary, or for an unknown or missing field or a value of the wrong type,
+        naming it in full.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{where} must be a group of fields, got {values!r}")

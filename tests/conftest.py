@@ -2,16 +2,15 @@
 
 import os
 import sys
+from pathlib import Path
+
+import pytest
 
 # Compiling takes most of the time of tests with tiny networks: LLVM's optimizations cost more than they save.
 COMPILE_FLAGS = "--xla_backend_optimization_level=0"
 # Read when JAX first makes its devices, which no import of the package does.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILE_FLAGS}"
-
-from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXT_WIDTH = 16

@@ -15,6 +15,7 @@ class LossConfig:
     space: Prediction = (
         Prediction.EPSILON
     )  # squared error of this quantity; Imagen: epsilon (arXiv 2205.11487, 2.1)
+    snr_cap: float | None = None  # levels of a higher SNR weigh, on the x0 error, like this one; None: no cap
     min_snr_gamma: float | None = (
         None  # γ of Min-SNR weighting (arXiv 2303.09556: 5); None: every level weighs 1
     )
@@ -22,8 +23,12 @@ class LossConfig:
     def __post_init__(self) -> None:
         if self.space is Prediction.SCORE:
             raise ValueError("loss space must be x0, epsilon or v, got 'score'")
-        if self.min_snr_gamma is not None and self.min_snr_gamma <= 0:
-            raise ValueError(f"min_snr_gamma must be positive, got {self.min_snr_gamma}")
+        for name in ("snr_cap", "min_snr_gamma"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        if self.snr_cap is not None and self.min_snr_gamma is not None:
+            raise ValueError(f"snr_cap {self.snr_cap} and min_snr_gamma {self.min_snr_gamma}: give one of them")
 
 
 def min_snr_weight(
@@ -44,6 +49,24 @@ def min_snr_weight(
             return clipped / (snr + 1.0)
         case _:
             raise ValueError(f"Min-SNR weights are defined for x0, epsilon and v, got {space}")
+
+
+def snr_cap_weight(
+    log_snr: Float[Array, "*shape"], *, snr_cap: float, space: Prediction
+) -> Float[Array, "*shape"]:
+    """Weight that makes the x0 error of every level above `snr_cap` count like that of a level at the cap.
+
+    An ε-loss weighs the x0 error by SNR and a v-loss by SNR + 1, which has no bound: where a network predicts
+    x0, a handful of nearly clean examples would decide every step. The x0-loss weighs all levels by 1 already.
+    """
+    capped, snr = jnp.exp(jnp.minimum(log_snr, jnp.log(snr_cap))), jnp.exp(log_snr)
+    match space:
+        case Prediction.EPSILON:
+            return capped / snr
+        case Prediction.V:
+            return (capped + 1.0) / (snr + 1.0)
+        case _:
+            return jnp.ones_like(log_snr)
 
 
 def diffusion_loss(
@@ -69,6 +92,8 @@ def diffusion_loss(
     truth = convert(x0, x_t=x_t, log_snr=log_snr, source=Prediction.X0, target=config.space)
     guess = convert(output, x_t=x_t, log_snr=log_snr, source=prediction, target=config.space)
     error = jnp.mean(jnp.square(guess - truth), axis=tuple(range(1, x0.ndim)))
+    if config.snr_cap is not None:
+        error = error * snr_cap_weight(log_snr, snr_cap=config.snr_cap, space=config.space)
     if config.min_snr_gamma is not None:
         error = error * min_snr_weight(log_snr, gamma=config.min_snr_gamma, space=config.space)
     return error

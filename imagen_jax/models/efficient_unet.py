@@ -113,9 +113,7 @@ class EfficientUNet(nnx.Module):
         levels = range(len(config.channels))
         self.down = nnx.List([DBlock(config, inputs[level], level, rngs=rngs) for level in levels])
         self.up = nnx.List([UBlock(config, inputs[level], level, rngs=rngs) for level in reversed(levels)])
-        self.conv_out = conv3x3(
-            first, config.image_channels, dtype=jnp.dtype("float32"), rngs=rngs, zero=True
-        )
+        self.conv_out = conv3x3(first, config.channels_out, dtype=jnp.dtype("float32"), rngs=rngs, zero=True)
 
     def __call__(
         self,

@@ -23,14 +23,17 @@ def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Ar
 
 
 class GroupNorm(nnx.Module):
-    """GroupNorm (arXiv 1803.08494) of 32 groups, or fewer where 32 does not divide the channels.
+    """GroupNorm (arXiv 1803.08494) of 32 groups, or of fewer where a group would have less than 8 channels.
+
+    With a channel or two a group it would be an instance norm, which wipes out how bright or large things are.
 
     Statistics are taken per channel in float32 and then shared within groups: the picture is never reshaped to
     a short last axis, which is slow on CPU and TPU alike.
     """
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5):
-        self.groups, self.epsilon, self.dtype = math.gcd(32, channels), epsilon, dtype
+        self.groups = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
+        self.epsilon, self.dtype = epsilon, dtype
         self.scale = nnx.Param(jnp.ones((channels,)))
         self.bias = nnx.Param(jnp.zeros((channels,)))
 

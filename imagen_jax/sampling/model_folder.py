@@ -72,9 +72,12 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path} is missing")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must be a JSON object, got a {type(values).__name__}")
+    return values
 
 
 class ModelFolder:

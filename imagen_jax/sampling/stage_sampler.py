@@ -75,7 +75,7 @@ class StageSampler:
         self,
         params: Params,
         keys: Key[Array, " batch"],
-        text: Float[Array, "batch length width"],
+        text: Float[Array, "batch length text_width"],
         mask: Bool[Array, "batch length"],
         low_res: UInt8[Array, "batch low_height low_width channels"] | None,
         *,

@@ -184,10 +184,16 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> TrainConfig:
     if module_spec is None or module_spec.loader is None:
         raise UserError(f"--config: {file} is not a Python file")
     module = importlib.util.module_from_spec(module_spec)
-    module_spec.loader.exec_module(module)
+    try:
+        module_spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"--config: {file}, line {error.lineno}: {error.msg}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {file} has no function get_config(variant)")
-    values = module.get_config(variant)
+    try:
+        values = module.get_config(variant)
+    except ValueError as error:
+        raise UserError(f"--config {spec}: {error}") from error
     if isinstance(values, ml_collections.ConfigDict):
         values = values.to_dict()
     return build(TrainConfig, apply_overrides(_plain(values), overrides), "config")

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion.losses import LossConfig, diffusion_loss, min_snr_weight
+from imagen_jax.diffusion.losses import LossConfig, diffusion_loss, min_snr_weight, snr_cap_weight
 from imagen_jax.diffusion.process import Prediction, convert, diffuse
 
 LOG_SNR = np.linspace(-6.0, 6.0, 13)
@@ -82,3 +82,15 @@ def test_bad_configs():
         LossConfig(min_snr_gamma=0.0)
     with pytest.raises(ValueError, match="score"):
         min_snr_weight(jnp.zeros(1), gamma=5.0, space=Prediction.SCORE)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_snr_cap_weighs_clean_levels_like_the_cap(space):
+    cap = 4.0
+    weight = np.asarray(snr_cap_weight(jnp.asarray(LOG_SNR), snr_cap=cap, space=space))
+    uncapped = {
+        Prediction.X0: 1.0,
+        Prediction.EPSILON: np.minimum(SNR, cap),
+        Prediction.V: np.minimum(SNR, cap) + 1,
+    }
+    np.testing.assert_allclose(weight * FACTORS[space], uncapped[space] * np.ones_like(SNR), rtol=2e-5)

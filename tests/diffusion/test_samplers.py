@@ -42,9 +42,7 @@ def draw(kind, steps, *, schedule="cosine", count=COUNT, **fields):
     """Samples (count, 3) in float64."""
     config = SamplerConfig(kind=kind, steps=steps, **fields)
     run = jax.jit(
-        lambda keys: sample(
-            denoiser, keys=keys, shape=(3,), schedule=SCHEDULES[schedule], config=config
-        )
+        lambda keys: sample(denoiser, keys=keys, shape=(3,), schedule=SCHEDULES[schedule], config=config)
     )
     return np.asarray(run(keys_of(count)), np.float64)
 
@@ -77,9 +75,7 @@ def test_samples_are_distributed_as_the_data(kind, schedule, fields):
 
 def flow(x_1, schedule="cosine"):
     """Where the probability flow ODE takes x_1: each eigencoordinate keeps its standard score."""
-    alpha, sigma = (
-        float(each) for each in alpha_sigma(SCHEDULES[schedule].log_snr(jnp.ones(())))
-    )
+    alpha, sigma = (float(each) for each in alpha_sigma(SCHEDULES[schedule].log_snr(jnp.ones(()))))
     scores = (x_1 - alpha * MEAN) @ EIGENVECTORS / np.sqrt(alpha**2 * EIGENVALUES + sigma**2)
     return MEAN + (scores * np.sqrt(EIGENVALUES)) @ EIGENVECTORS.T
 
@@ -168,7 +164,8 @@ def test_noise_is_unit_and_new_at_each_step():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"steps": 0}, {"variance_interpolation": 1.5}, {"eta": -0.25}, {"variance_interpolation": -2.0}]
+    "fields",
+    [{"steps": 0}, {"variance_interpolation": 1.5}, {"eta": -0.25}, {"variance_interpolation": -2.0}],
 )
 def test_bad_configs(fields):
     with pytest.raises(ValueError, match=f"got {next(iter(fields.values()))}"):

@@ -11,19 +11,20 @@ import jax
 import numpy as np
 import pytest
 
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.state import abstract_state, make_optimizer
-from imagen_jax.models.stage import StageNetwork
 
 STEPS = 30
 SAVE_EVERY = 7
+HELD = 2 * SAVE_EVERY
 EPOCH = 12  # steps: 96 records, 8 a step
-TIMEOUT = 240  # seconds for one start on a busy machine
+TIMEOUT = 900  # seconds for one start on a busy machine
 COMMAND = "import sys; from imagen_jax.cli.main import main; sys.exit(main(sys.argv[1:]))"
-# The same command, slow enough to be killed at a chosen step and in the middle of a save: each step takes
-# a moment, and a finished checkpoint waits before it takes its name.
-SLOW = f"""
+# The same command, slowed down so that it can be killed at a chosen step: it waits a moment at each, and for
+# ever at the last one allowed. The checkpoint of step `held`, complete on the disk, never takes its name.
+SLOW = """
 import asyncio, time
 from imagen_jax.training.metrics import MetricsWriter
 from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
@@ -31,15 +32,15 @@ from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 advance, finalize = MetricsWriter.advance, AtomicRenameTemporaryPath.finalize
 
 def slow_advance(self):
-    time.sleep(0.15)
     advance(self)
+    time.sleep(10_000 if self._bar.n > {last} else 0.1)
 
-async def slow_finalize(self):
-    await asyncio.sleep(0.4)
+async def held_finalize(self):
+    if self._final_path.name == "{held}":
+        await asyncio.sleep(10_000)
     await finalize(self)
 
-MetricsWriter.advance, AtomicRenameTemporaryPath.finalize = slow_advance, slow_finalize
-{COMMAND}
+MetricsWriter.advance, AtomicRenameTemporaryPath.finalize = slow_advance, held_finalize
 """
 
 
@@ -72,9 +73,14 @@ def saving(workdir):
     return [int(name.partition(".")[0]) for name in names]
 
 
-def kill_when(condition, arguments, env):
-    """Starts the slow command and kills it as soon as the condition holds."""
-    process = start(SLOW, arguments, env)
+def complete(workdir):
+    """Steps of the checkpoints that have their name."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def kill_when(condition, arguments, env, *, last, held=None):
+    """Starts the slow command and kills it when the condition holds, at most two steps after `last`."""
+    process = start(SLOW.format(last=last, held=held) + COMMAND, arguments, env)
     end = time.monotonic() + TIMEOUT
     while not condition():
         assert process.poll() is None, f"ended before it could be killed: {process.stderr.read()}"
@@ -139,22 +145,24 @@ def test_killed_runs_go_on_bit_for_bit(devices, tmp_path, config_file, make_conf
 
     if devices == 1:
         early = off_the_interval(generator, 2, SAVE_EVERY - 1)  # nothing is saved yet
-        kill_when(lambda: last_step(killed) >= early, arguments, env)
-        assert not list((killed / "checkpoints").glob("[0-9]*"))
+        kill_when(lambda: last_step(killed) >= early, arguments, env, last=early)
+        assert not complete(killed)
 
-    # In the middle of the save after two intervals: the steps have gone on, the checkpoint has no name yet.
-    cut = 2 * SAVE_EVERY
-    kill_when(lambda: saving(killed) == [cut] and last_step(killed) > cut, arguments, env)
-    assert saving(killed) == [cut]
-    assert [path.name for path in (killed / "checkpoints").glob("[0-9]*") if path.name.isdigit()] == [
-        str(SAVE_EVERY)
-    ]
-    assert last_step(killed) % SAVE_EVERY
+    # In the middle of the second save: the steps have gone on, the checkpoint has no name yet.
+    kill_when(
+        lambda: saving(killed) == [HELD] and last_step(killed) > HELD,
+        arguments,
+        env,
+        last=HELD + 3,
+        held=HELD,
+    )
+    assert saving(killed) == [HELD] and last_step(killed) % SAVE_EVERY
+    assert complete(killed) == [SAVE_EVERY]
 
     if devices == 1:
         late = off_the_interval(generator, 2 * EPOCH, STEPS - 2)  # the data has begun a third time
-        kill_when(lambda: last_step(killed) >= late, arguments, env)
-        assert last_step(killed) < STEPS
+        kill_when(lambda: last_step(killed) >= late, arguments, env, last=late)
+        assert complete(killed)[:2] == [SAVE_EVERY, HELD] and last_step(killed) < STEPS
 
     finish(arguments, env)
     assert not saving(killed)

@@ -1,0 +1,62 @@
+"""Every config file builds, in all its variants, a network whose parameters have shapes."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from imagen_jax.models.stage import StageNetwork
+from imagen_jax.training.config import load_config
+from imagen_jax.training.train_step import batch_loss
+from imagen_jax.training.trainer import pipeline_config
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FILES = sorted(path for path in CONFIGS.glob("*/*.py") if path.name != "__init__.py")
+
+
+def variants(path):
+    """The variants that the config's docstring names: Variants:  "" (full), "smoke" (…)."""
+    text = re.search(r"^Variants?:(.*?)(?:\n\n|\n[A-Z]\w*:|\"\"\"\n)", path.read_text(), re.M | re.S)
+    return re.findall(r'"(\w*)"', text.group(1)) if text else [""]
+
+
+SPECS = [f"{path.relative_to(CONFIGS)}:{variant}" for path in FILES for variant in variants(path)]
+
+
+def test_there_are_configs():
+    assert {"shapes/base32.py:", "shapes/base32.py:smoke", "shapes/sr64.py:", "shapes/sr64.py:smoke"} <= set(
+        SPECS
+    )
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_config_builds_and_its_loss_has_a_shape(spec):
+    config = load_config(spec)
+    pipeline_config(config)
+    network, stage = StageNetwork(config.stage), config.stage
+    assert network.parameter_count() > 10_000
+    initial = jax.eval_shape(network.init, jax.random.key(0))
+    assert {name: (each.shape, each.dtype) for name, each in initial.items()} == {
+        name: (each.shape, jnp.float32) for name, each in network.abstract_params.items()
+    }
+    side, count = stage.crop or stage.resolution, 2
+    shapes = {
+        "image": ((count, side, side, 3), jnp.uint8),
+        "text": ((count, stage.max_text_length, stage.network.text_width), jnp.bfloat16),
+        "text_mask": ((count, stage.max_text_length), jnp.bool_),
+        "index": ((count, 2), jnp.uint32),
+    }
+    if stage.low_resolution:
+        low = side * stage.low_resolution // stage.resolution
+        shapes["low_res"] = ((count, low, low, 3), jnp.uint8)
+    batch = {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
+    loss = jax.eval_shape(lambda params, batch: batch_loss(network, config, params, batch), initial, batch)
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_config_says_how_it_is_run(path):
+    name = str(path.relative_to(CONFIGS))
+    assert f"imagen-jax train --config={name}" in path.read_text()

@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+from etils import epath
+from tensorboardX.proto import event_pb2
+
+from imagen_jax.data.tfrecord import TFRecordReader
+from imagen_jax.training.metrics import MetricsWriter, trim_lines
+
+
+def write(path, steps, tail=""):
+    path.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in steps) + tail)
+
+
+def steps_of(path):
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_trim_lines_drops_what_will_be_logged_again(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    write(path, [10, 20, 30, 40])
+    trim_lines(path, 20)
+    assert steps_of(path) == [10, 20]
+
+
+def test_trim_lines_drops_a_torn_last_line(tmp_path):
+    path = epath.Path(tmp_path / "metrics.jsonl")
+    for torn in ('{"step": 30, "lo', '{"step": 2', "{", "3"):
+        write(path, [10, 20], torn)
+        trim_lines(path, 30)
+        assert steps_of(path) == [10, 20]
+        assert path.read_text().endswith("\n")
+
+
+def test_trim_lines_without_a_file_makes_none(tmp_path):
+    trim_lines(epath.Path(tmp_path / "metrics.jsonl"), 3)
+    assert not list(tmp_path.iterdir())
+
+
+def writer(workdir, start_step, **changes):
+    return MetricsWriter(epath.Path(workdir), start_step=start_step, steps=8, batch_size=4, **changes)
+
+
+def test_a_resumed_writer_leaves_one_line_a_step(tmp_path):
+    first = writer(tmp_path, 0)
+    for step in range(1, 6):
+        first.log(step, {"loss": 1.0 / step, "grad_norm": 2.0})
+    first.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss"')
+    second = writer(tmp_path, 3)
+    for step in range(4, 9):
+        second.log(step, {"loss": 1.0 / step, "grad_norm": 2.0})
+    second.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert all(set(line) == {"step", "loss", "grad_norm", "images_per_s"} for line in lines)
+    assert [line["loss"] for line in lines] == [1.0 / step for step in range(1, 9)]
+    assert all(line["images_per_s"] > 0 for line in lines)
+
+
+def test_images_per_second_counts_examples_and_leaves_pauses_out(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("imagen_jax.training.metrics.time.monotonic", lambda: now[0])
+    metrics = writer(tmp_path, 0)
+    now[0] += 2.0
+    metrics.log(5, {"loss": 1.0})  # 5 steps of 4 examples in 2 s
+    now[0] += 50.0
+    metrics.pause()
+    now[0] += 1.0
+    metrics.log(6, {"loss": 1.0})
+    metrics.close()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images_per_s"] for line in lines] == [10.0, 4.0]
+
+
+def test_a_disabled_writer_writes_nothing(tmp_path):
+    metrics = writer(tmp_path, 0, enabled=False)
+    metrics.advance()
+    metrics.log(1, {"loss": 1.0})
+    metrics.pictures(1, np.zeros((4, 4, 3), np.uint8))
+    metrics.close()
+    assert not list(tmp_path.iterdir())
+
+
+def events_of(workdir):
+    """All events of a TensorBoard folder; the files are TFRecords, whose checksums the reader checks."""
+    events = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        reader = TFRecordReader(path)
+        events += [event_pb2.Event.FromString(reader[i]) for i in range(len(reader))]
+    return events
+
+
+def test_tensorboard_events_hold_scalars_and_pictures(tmp_path):
+    metrics = writer(tmp_path, 0)
+    metrics.log(3, {"loss": 0.5, "grad_norm": 1.5})
+    metrics.pictures(3, np.zeros((6, 4, 3), np.uint8))
+    metrics.close()
+    values = {
+        value.tag: (event.step, value) for event in events_of(tmp_path) for value in event.summary.value
+    }
+    assert values.keys() == {"loss", "grad_norm", "images_per_s", "samples"}
+    assert {step for step, _ in values.values()} == {3}
+    assert values["loss"][1].simple_value == 0.5
+    assert values["grad_norm"][1].simple_value == 1.5
+    picture = values["samples"][1].image
+    assert (picture.height, picture.width) == (6, 4)
+    assert picture.encoded_image_string.startswith(b"\x89PNG")
