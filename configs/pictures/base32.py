@@ -28,10 +28,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_width": 96,  # of the text encoder: t5-v1_1-base 768, t5-v1_1-xxl 4096
                 },
                 "schedule": {"kind": "cosine"},
-                "prediction": "v",
+                "prediction": "x0",
                 "sampling": {"sampler": {"kind": "ddpm", "steps": 64}, "guidance_weight": 2.0},
             },
-            "loss": {"space": "v"},
+            "loss": {"space": "v", "snr_cap": 10.0},
             "optimizer": {"kind": "adam", "learning_rate": 1e-3, "warmup_steps": 200, "b2": 0.99},
             "data": {"path": "records", "batch_size": 32, "num_threads": 2},
             "train": {

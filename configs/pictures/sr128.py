@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_width": 96,
                 },
                 "schedule": {"kind": "cosine"},
-                "prediction": "v",
+                "prediction": "x0",
                 "augmentation": {"max_level": 0.5},
                 "sampling": {
                     "sampler": {"kind": "ddpm", "steps": 32},
@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "aug_level": 0.1,
                 },
             },
-            "loss": {"space": "v"},
+            "loss": {"space": "v", "snr_cap": 10.0},
             "optimizer": {"kind": "adam", "learning_rate": 1e-3, "warmup_steps": 100, "b2": 0.99},
             "data": {"path": "records", "batch_size": 16, "num_threads": 2},
             "train": {

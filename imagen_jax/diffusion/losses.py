@@ -28,7 +28,9 @@ class LossConfig:
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be positive, got {value}")
         if self.snr_cap is not None and self.min_snr_gamma is not None:
-            raise ValueError(f"snr_cap {self.snr_cap} and min_snr_gamma {self.min_snr_gamma}: give one of them")
+            raise ValueError(
+                f"snr_cap {self.snr_cap} and min_snr_gamma {self.min_snr_gamma}: give one of them"
+            )
 
 
 def min_snr_weight(

@@ -111,7 +111,8 @@ class TextConditioning(nnx.Module):
         self.project = nnx.Linear(text_width, width, dtype=dtype, rngs=rngs)
         self.pool_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
-        self.key = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        # A key's bias would shift all logits of a query alike, which softmax takes away again.
+        self.key = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
         self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
         self.out_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)

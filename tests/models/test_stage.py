@@ -95,7 +95,12 @@ def test_starts_at_zero_and_takes_its_conditions():
 
 
 def test_fresh_parameters_start_with_an_output_of_zero():
-    one_level = {"channels": (4,), "num_res_blocks": (1,), "self_attention": (True,), "text_attention": (True,)}
+    one_level = {
+        "channels": (4,),
+        "num_res_blocks": (1,),
+        "self_attention": (True,),
+        "text_attention": (True,),
+    }
     config = dataclasses.replace(BASE, network=UNetConfig(**{**SIZES, **one_level}))
     params = jax.jit(StageNetwork(config).init, compiler_options={"xla_backend_optimization_level": 0})(
         jax.random.key(3)
