@@ -3,21 +3,23 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
+# setuptools warns about editable installs of any package beside its setup.py.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
 .PHONY: quickstart test test-parity lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable .
+	$(PIP) --upgrade pip
+	$(PIP) --editable .
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(PIP) --editable '.[test]'
 	touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
-	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	$(PIP) --editable '.[parity]'
 	touch $@
 
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures

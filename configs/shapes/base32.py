@@ -2,6 +2,8 @@
 
 Command:   imagen-jax train --config=shapes/base32.py --workdir=runs/base --config.data.path=RECORDS
 Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
+Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 100 pictures a second, 16 minutes
+Expect:    a loss of 0.06 after 300 steps, 0.03 after 900 and 0.017 at the end
 """
 
 import ml_collections

@@ -2,6 +2,8 @@
 
 Command:   imagen-jax train --config=shapes/sr64.py --workdir=runs/sr --config.data.path=RECORDS
 Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
+Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 125 pictures a second, 7 minutes
+Expect:    a loss of 0.09 after 100 steps, 0.019 after 900 and 0.014 at the end
 """
 
 import ml_collections
