@@ -28,8 +28,9 @@ code = main(sys.argv[1:])
 assert "tensorflow" not in sys.modules
 sys.exit(code)
 """
-TRAINED = ("config.json", "metrics.jsonl", "checkpoints", "checkpoints/20", "samples/00000020.png")
-FRACTIONS = ("background", "colour", "size", "shape")
+TRAINED = ("metrics.jsonl", "checkpoints", "checkpoints/20", "samples/00000020.png")
+FRACTIONS = {"background", "colour", "size", "shape"}
+PAIR_FRACTIONS = {"background", "colour", "shape", "relation"}
 
 
 def run(env, *arguments):
@@ -57,21 +58,26 @@ def test_smoke_run_leaves_everything(smoke):
     out, printed, _ = smoke
     scores = json.loads((out / "scores.json").read_text())
     sizes = SCALES["smoke"]
-    for found, count in ((scores, sizes.scored), (scores["two_objects"], sizes.scored_pairs)):
-        assert found["captions"] == count
-        for name in FRACTIONS:
-            assert isinstance(found[name], float) and 0 <= found[name] <= 1
-            assert f"{100 * found[name]:.1f} %" in printed
+    pairs = scores["two_objects"]
+    for found, names, count in (
+        (scores, FRACTIONS, sizes.scored),
+        (pairs, PAIR_FRACTIONS, sizes.scored_pairs),
+    ):
+        assert found["captions"] == count and 0 <= found["fulfilled"] <= count
+        assert {name for name, value in found.items() if isinstance(value, float)} - {"minutes"} == names
+        for name in names:
+            assert 0 <= found[name] <= 1
+            assert f"{name:<11}{100 * found[name]:6.1f} %" in printed
     assert scores["minutes"] > 0
     grid = np.asarray(Image.open(out / "grid.png"))
     shown = sizes.scored + sizes.scored_pairs
     assert grid.shape == (-(-shown // 8) * 66 + 2, 8 * 66 + 2, 3)
     assert grid.std() > 10  # pictures, not one colour
-    for stage, batch in (("base", 8), ("sr", 8)):
+    for stage in ("base", "sr"):
         lines = [json.loads(line) for line in (out / stage / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [10, 20]
         config = json.loads((out / stage / "config.json").read_text())
-        assert config["data"]["batch_size"] == batch
+        assert config["train"]["steps"] == 20
         assert all(np.isfinite(line["loss"]) and line["images_per_s"] > 0 for line in lines)
         for name in TRAINED:
             assert (out / stage / name).exists()

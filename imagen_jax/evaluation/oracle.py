@@ -138,8 +138,8 @@ def score(pictures: Iterable[UInt8[np.ndarray, "r r 3"]], captions: Sequence[str
 
     Returns:
         For `background`, `colour`, `size`, `shape` and `relation` the fraction, 0 to 1, of the captions with
-        such a part in which it holds (parts that no caption has are left out); `captions`, the number of
-        captions of which every part holds; `total`, the number of captions.
+        such a part in which it holds (parts that no caption has are left out); `fulfilled`, the number of
+        captions of which every part holds; `captions`, the number of captions.
 
     Raises:
         ValueError: The numbers of pictures and captions differ, or as in `check`.
@@ -152,7 +152,7 @@ def score(pictures: Iterable[UInt8[np.ndarray, "r r 3"]], captions: Sequence[str
         for name, holds in parts.items():
             held.setdefault(name, []).append(holds)
     fractions = {name: float(np.mean(values)) for name, values in held.items()}
-    return fractions | {"captions": whole, "total": len(captions)}
+    return fractions | {"fulfilled": whole, "captions": len(captions)}
 
 
 def _check_single(seen: Reading, wanted: Scene) -> dict[str, bool]:

@@ -60,11 +60,14 @@ class Checkpoints:
 
 
 def write_config(workdir: epath.Path, config: TrainConfig) -> None:
-    """Writes the resolved config as WORKDIR/config.json, by renaming a complete file."""
+    """Writes the resolved config as WORKDIR/config.json, by renaming a complete file, unless it is there."""
     workdir.mkdir(parents=True, exist_ok=True)
+    path, text = workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n"
+    if path.exists() and path.read_text() == text:
+        return
     temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(to_dict(config), indent=2) + "\n")
-    temporary.replace(workdir / "config.json")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_config(workdir: epath.PathLike) -> Mapping[str, Any]:

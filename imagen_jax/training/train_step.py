@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt32
 from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.models.stage import Params, StageNetwork, drop_text, unit_pictures
-from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
+from imagen_jax.parallel.mesh import batch_sharding, gather_weights, replicated, state_shardings
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.state import TrainState
 
@@ -104,9 +104,9 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss, gradients = jax.value_and_grad(lambda params: batch_loss(network, config, params, batch))(
-            state.params
-        )
+        loss, gradients = jax.value_and_grad(
+            lambda params: batch_loss(network, config, gather_weights(params, mesh), batch)
+        )(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = ema_update(state.ema, params, state.step, config.train.ema_decay)

@@ -62,7 +62,7 @@ def test_parameter_count_in_closed_form():
         norms, convs = 2 * inputs + 2 * c, conv(inputs, c) + conv(c, c)
         return norms + convs + dense(e, 2 * c) + (0 if inputs == c else dense(inputs, c))
 
-    text = 2 * t + dense(t, e) + 2 * e + 4 * dense(e, e) + 2 * e
+    text = 2 * t + dense(t, e) + 2 * e + 4 * dense(e, e) - e + 2 * e  # the pooling's keys have no bias
     blocks = 3 * block(c) + 2 * block(2 * c)  # one down, two in the middle, two up with skips
     total = dense(c, e) + dense(e, e) + text + conv(w, c) + blocks + 2 * c + conv(c, w)
     assert StageNetwork(config).parameter_count() == total
