@@ -51,7 +51,6 @@ def run(args: argparse.Namespace) -> int:
     """Runs the job and prints its summary; returns the exit code."""
     # Imported here so that --help does not wait for JAX.
     from imagen_jax.text.precompute import EmbeddingDtype, PrecomputeConfig, precompute, source_captions
-    from imagen_jax.text.small import make_small_encoder
 
     config = PrecomputeConfig(
         source=args.source,
@@ -65,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
     )
     if args.make_small_encoder and not epath.Path(args.text_encoder).exists():
+        from imagen_jax.text.small import make_small_encoder
+
         make_small_encoder(args.text_encoder, vocabulary_texts=source_captions(config))
     summary = precompute(config)
     print(

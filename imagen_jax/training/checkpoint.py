@@ -8,7 +8,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from imagen_jax.config import differences, to_dict
+from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
+from imagen_jax.sampling.model_folder import read_json
 from imagen_jax.training.config import RESUMABLE, TrainConfig
 from imagen_jax.training.state import TrainState
 
@@ -65,9 +67,7 @@ def write_config(workdir: epath.Path, config: TrainConfig) -> None:
     path, text = workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n"
     if path.exists() and path.read_text() == text:
         return
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    write_text(path, text)
 
 
 def read_config(workdir: epath.PathLike) -> Mapping[str, Any]:
@@ -79,10 +79,7 @@ def read_config(workdir: epath.PathLike) -> Mapping[str, Any]:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise UserError(f"{workdir} is not a work directory of a training run: it has no config.json")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+    return read_json(path)
 
 
 def check_same_config(workdir: epath.Path, config: TrainConfig) -> None:

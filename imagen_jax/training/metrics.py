@@ -9,6 +9,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from imagen_jax.data.files import write_text
+
 
 def trim_lines(path: epath.Path, last_step: int) -> None:
     """Drops the lines of a metrics file that come after `last_step`, and a line cut off by a crash.
@@ -25,9 +27,7 @@ def trim_lines(path: epath.Path, last_step: int) -> None:
             continue
         if step <= last_step:
             kept.append(line + "\n")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    write_text(path, "".join(kept))
 
 
 class MetricsWriter:
