@@ -87,7 +87,7 @@ def quickstart(out: epath.PathLike, *, scale: str = "full") -> dict[str, Any]:
     for split, count in (("train", sizes.train_pictures), ("test", sizes.test_pictures)):
         source = f"shapes:count={count},resolution=64"
         precompute(PrecomputeConfig(source=source, text_encoder=str(encoder), out=str(records), split=split))
-    for number, config, name in ((3, "base32", "base"), (4, "sr64", "sr")):
+    for number, config, name in ((3, "base16", "base"), (4, "sr64", "sr")):
         _announce(number, f"training {config}")
         overrides = [f"--config.data.path={records}"]
         train(load_config(f"shapes/{config}.py{sizes.variant}", overrides), out / name)

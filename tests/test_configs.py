@@ -26,7 +26,7 @@ SPECS = [f"{path.relative_to(CONFIGS)}:{variant}" for path in FILES for variant 
 
 
 def test_there_are_configs():
-    assert {"shapes/base32.py:", "shapes/base32.py:smoke", "shapes/sr64.py:", "shapes/sr64.py:smoke"} <= set(
+    assert {"shapes/base16.py:", "shapes/base16.py:smoke", "shapes/sr64.py:", "shapes/sr64.py:smoke"} <= set(
         SPECS
     )
 

@@ -83,7 +83,7 @@ def test_smoke_run_leaves_everything(smoke):
             assert (out / stage / name).exists()
     assert {path.name for path in (out / "model").iterdir()} == {
         "model_index.json",
-        "base32",
+        "base16",
         "sr64",
         "text_encoder",
     }

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 EXAMPLE = """example:
-  imagen-jax train --config=shapes/base32.py --workdir=runs/base --config.data.path=records
+  imagen-jax train --config=shapes/base16.py --workdir=runs/base --config.data.path=records
   imagen-jax train --config=imagen/base64.py:debug --workdir=runs/debug --config.data.path=records \\
       --config.optimizer.learning_rate=3e-4
 

@@ -83,7 +83,7 @@ def test_train_names_a_config_that_it_cannot_read(fails, config_file, tmp_path):
     assert "--config: no file 'shapes/base33.py'" in fails("train", "--config=shapes/base33.py", out)
     message = fails("train", f"--config={config_file}:big", out)
     assert f"--config {config_file}:big" in message and "variants 'base' and 'sr', not 'big'" in message
-    assert "not 'tiny'" in fails("train", "--config=shapes/base32.py:tiny", out)
+    assert "not 'tiny'" in fails("train", "--config=shapes/base16.py:tiny", out)
     broken = tmp_path / "broken.py"
     broken.write_text("x = 1\ndef get_config(:\n")
     assert f"{broken}, line 2" in fails("train", f"--config={broken}", out)

@@ -1,9 +1,12 @@
 """Noise conditioning augmentation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from imagen_jax.diffusion.augmentation import NoiseAugmentation
 
@@ -36,6 +39,26 @@ def test_level_zero_leaves_the_picture():
     made = NoiseAugmentation().apply(picture, noise, jnp.zeros(len(LEVELS)))
     # Half a grey level of 255 is 1 / 255 on [−1, 1]; five standard deviations of e^−7.5 stay below it.
     assert np.abs(np.asarray(made) - np.asarray(picture)).max() < 1 / 255
+
+
+@pytest.mark.parametrize("std", [0.6, 1.5])
+def test_blur_is_scipys(std):
+    generator = np.random.default_rng(0)
+    picture = generator.uniform(-1, 1, (2, 16, 24, 3)).astype(np.float32)
+    augmentation = NoiseAugmentation(blur=std)
+    made = augmentation.apply(jnp.asarray(picture), jnp.zeros(picture.shape), jnp.zeros(2))
+    expected = ndimage.gaussian_filter(picture, (0, std, std, 0), mode="nearest", radius=math.ceil(4 * std))
+    np.testing.assert_allclose(np.asarray(made), expected, atol=1e-5)
+    # The noise is not blurred: it is what hides the smallest scale for good.
+    noise = generator.standard_normal(picture.shape).astype(np.float32)
+    added = augmentation.apply(jnp.zeros(picture.shape), jnp.asarray(noise), jnp.ones(2))
+    np.testing.assert_allclose(np.asarray(added), noise, atol=1e-5)
+
+
+@pytest.mark.parametrize("std", [-1.0, math.inf, math.nan])
+def test_bad_blur(std):
+    with pytest.raises(ValueError, match=str(std)):
+        NoiseAugmentation(blur=std)
 
 
 @pytest.mark.parametrize("level", [-0.1, 1.5])

@@ -143,10 +143,9 @@ def test_killed_runs_go_on_bit_for_bit(devices, tmp_path, config_file, make_conf
     arguments = arguments_for(config_file, killed, *mesh)
     generator = random.Random(devices)
 
-    if devices == 1:
-        early = off_the_interval(generator, 2, SAVE_EVERY - 1)  # nothing is saved yet
-        kill_when(lambda: last_step(killed) >= early, arguments, env, last=early)
-        assert not complete(killed)
+    early = off_the_interval(generator, 2, SAVE_EVERY - 1)  # nothing is saved yet
+    kill_when(lambda: last_step(killed) >= early, arguments, env, last=early)
+    assert not complete(killed)
 
     # In the middle of the second save: the steps have gone on, the checkpoint has no name yet.
     kill_when(
@@ -159,10 +158,9 @@ def test_killed_runs_go_on_bit_for_bit(devices, tmp_path, config_file, make_conf
     assert saving(killed) == [HELD] and last_step(killed) % SAVE_EVERY
     assert complete(killed) == [SAVE_EVERY]
 
-    if devices == 1:
-        late = off_the_interval(generator, 2 * EPOCH, STEPS - 2)  # the data has begun a third time
-        kill_when(lambda: last_step(killed) >= late, arguments, env, last=late)
-        assert complete(killed)[:2] == [SAVE_EVERY, HELD] and last_step(killed) < STEPS
+    late = off_the_interval(generator, 2 * EPOCH, STEPS - 2)  # the data has begun a third time
+    kill_when(lambda: last_step(killed) >= late, arguments, env, last=late)
+    assert complete(killed)[:2] == [SAVE_EVERY, HELD] and last_step(killed) < STEPS
 
     finish(arguments, env)
     assert not saving(killed)
