@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-.PHONY: quickstart test test-parity lint clean
+.PHONY: quickstart test test-parity test-kill lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -30,11 +30,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## style, types and all tests but parity's
+test: lint  ## style, types and all tests but those below
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
 test-parity: $(VENV)/.installed-parity  ## networks against transformers on PyTorch
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
+
+test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m kill
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

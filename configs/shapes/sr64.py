@@ -2,8 +2,9 @@
 
 Command:   imagen-jax train --config=shapes/sr64.py --workdir=runs/sr --config.data.path=RECORDS
 Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
-Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 125 pictures a second, 7 minutes
-Expect:    a loss of 0.09 after 100 steps, 0.019 after 900 and 0.014 at the end
+Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 140 pictures a second, 17 minutes
+Expect:    a loss of 0.04 after 100 steps, 0.016 after 1000, 0.009 after 2000 and 0.007 at the end; with the base, the
+           shapes of 86 % of held-out one-object captions are exact enough to be named
 """
 
 import ml_collections
