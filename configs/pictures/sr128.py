@@ -1,6 +1,9 @@
 """Super-resolution stage, 32×32 → 128×128, on a few thousand captioned pictures of your own.
 
 Command:   imagen-jax train --config=pictures/sr128.py --workdir=runs/sr --config.data.path=RECORDS
+Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 53 pictures a second
+Expect:    on 3,438 emoji a loss of 0.20 after 100 steps, 0.075 after 400 and 0.06 after 800 (train.steps=800: 4.5
+           minutes, pictures still grainy)
 """
 
 import ml_collections
