@@ -39,6 +39,7 @@ setup(
         "numpy>=2.1,<3",
         "pillow>=12,<14",
         "protobuf>=6,<8",
+        "pyarrow>=26,<27",
         "safetensors>=0.8,<1",
         "scipy>=1.14,<2",
         "sentencepiece>=0.2,<0.3",

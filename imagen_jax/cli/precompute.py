@@ -1,6 +1,10 @@
 """`imagen-jax precompute`: captions and pictures to records with text embeddings."""
 
 import argparse
+import shutil
+import sys
+import warnings
+from typing import Any
 
 from etils import epath
 
@@ -38,19 +42,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max_length", type=int, default=128, metavar="TOKENS", help="longer captions are cut (%(default)s)"
     )
     parser.add_argument(
-        "--dtype", choices=["bfloat16"], default="bfloat16", help="of the stored embeddings (%(default)s)"
+        "--dtype",
+        choices=["bfloat16", "int8"],
+        default="bfloat16",
+        help="of the stored embeddings; int8 has a scale per token and 64 channels (%(default)s)",
+    )
+    parser.add_argument(
+        "--embeddings_only",
+        action="store_true",
+        help="leave the pictures out: keyed embeddings, to be joined to the pictures of another record folder",
     )
     parser.add_argument(
         "--num_shards", type=int, metavar="N", help="number of files (default: about 1000 pictures in each)"
     )
     parser.add_argument("--name", default="captions", help="first part of the file names (%(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="take only the first N samples (default: all)")
+    parser.add_argument(
+        "--num_processes",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the job, each started with the same flags (%(default)s)",
+    )
+    parser.add_argument(
+        "--process_index",
+        type=int,
+        default=0,
+        metavar="I",
+        help="of this process, from 0 to N-1: it writes the shards I, I+N, … (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the job and prints its summary; returns the exit code."""
     # Imported here so that --help does not wait for JAX.
-    from imagen_jax.text.precompute import EmbeddingDtype, PrecomputeConfig, precompute, source_captions
+    from imagen_jax.text.precompute import PrecomputeConfig, UnknownTokensWarning, precompute
+    from imagen_jax.text.store import EmbeddingDtype
 
     config = PrecomputeConfig(
         source=args.source,
@@ -62,21 +89,57 @@ def run(args: argparse.Namespace) -> int:
         num_shards=args.num_shards,
         name=args.name,
         limit=args.limit,
+        embeddings_only=args.embeddings_only,
+        num_processes=args.num_processes,
+        process_index=args.process_index,
     )
-    if args.make_small_encoder and not epath.Path(args.text_encoder).exists():
-        from imagen_jax.text.small import make_small_encoder
+    if args.make_small_encoder:
+        _make_small_encoder(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UnknownTokensWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        summary = precompute(config)
+    _print_summary(config, summary)
+    return 0
 
-        make_small_encoder(args.text_encoder, vocabulary_texts=source_captions(config))
-    summary = precompute(config)
+
+def _make_small_encoder(config: Any) -> None:
+    """Makes the small encoder unless it is there; of several processes, all may try at once."""
+    from imagen_jax.text.precompute import source_captions
+    from imagen_jax.text.small import make_small_encoder
+
+    target = epath.Path(config.text_encoder)
+    # A name per process: a killed one finds and overwrites its own.
+    temporary = target.parent / f"incomplete.{target.name}.{config.process_index}"
+    if not target.exists():
+        make_small_encoder(temporary, vocabulary_texts=source_captions(config))
+        try:
+            temporary.rename(target)
+        except OSError:
+            # Another process was faster; the bytes are the same.
+            if not target.exists():
+                raise
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _print_summary(config: Any, summary: Any) -> None:
+    """What the split holds and what this run did."""
     print(
         f"{summary.captions} captions, {summary.tokens} tokens, {summary.num_bytes / 1e6:.1f} MB "
-        f"in {summary.num_shards} shards of {args.out}"
+        f"({summary.bytes_per_caption:.0f} bytes per caption) in {summary.num_complete} shards of {config.out}"
     )
     if summary.written:
         print(f"written now: {summary.written} captions, {summary.captions_per_second:.1f} captions/s")
-    else:
+    elif summary.complete:
         print("everything was there already")
+    print(
+        f"useful tokens: {summary.useful_share:.1%} of those computed; "
+        f"unknown tokens: {summary.unknown_share:.1%}"
+    )
     skipped = ", ".join(f"{reason}: {count}" for reason, count in sorted(summary.skipped.items()))
     if skipped:
-        print(f"skipped: {skipped} (listed in {args.out}/skipped.jsonl)")
-    return 0
+        listed = f" (listed in {config.out}/skipped.jsonl)" if summary.complete else ""
+        print(f"skipped: {skipped}{listed}")
+    if not summary.complete:
+        missing = summary.num_shards - summary.num_complete
+        print(f"shards of other processes are not complete yet: {missing} of {summary.num_shards}")

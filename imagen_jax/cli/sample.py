@@ -29,9 +29,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", type=int, default=0, help="seed of the first picture of each prompt (default 0)"
     )
     parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn at a time (default 16)")
-    parser.add_argument("--steps", help="network calls; default: the stage's own")
+    parser.add_argument(
+        "--steps",
+        help="network steps, of one network call each (heun: two, and one in the last: 2*STEPS-1 in all); "
+        "default: the stage's own",
+    )
     parser.add_argument("--guidance", help="guidance weight, 1 is off; default: the stage's own")
-    parser.add_argument("--sampler", help="ddpm or ddim; default: the stage's own")
+    parser.add_argument("--sampler", help="ddpm, ddim, dpmpp, dpmpp_sde or heun; default: the stage's own")
+    parser.add_argument(
+        "--negative_prompt", help="what guidance leads away from, in every guided stage; default: nothing"
+    )
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
@@ -98,16 +105,17 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         num_images=args.num_images,
         batch_size=args.batch_size,
+        negative_prompt=args.negative_prompt,
         sampling=sampling_overrides(args, model.stages),
         progress=True,
     )
+    negative = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(made):
         name = f"{i // args.num_images:05d}-{picture.seed}.png"
-        save_png(
-            out / name, picture.pixels, {"prompt": picture.prompt, "seed": picture.seed, "model": args.model}
-        )
+        metadata = {"prompt": picture.prompt, **negative, "seed": picture.seed, "model": args.model}
+        save_png(out / name, picture.pixels, metadata)
     columns = args.num_images if args.num_images > 1 else None
     save_png(out / "grid.png", grid([picture.pixels for picture in made], columns=columns))
     print(f"{len(made)} pictures in {out}, all together in {out / 'grid.png'}")

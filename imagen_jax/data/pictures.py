@@ -25,13 +25,27 @@ DECODE_ERRORS = (
 )
 
 
-def decode_picture(data: bytes) -> Image.Image:
+# A picture that will be shrunk is decoded with at least so many pixels per pixel of the result, along one side:
+# what Pillow's own thumbnails keep.
+_DRAFT = 2
+
+
+def decode_picture(data: bytes, smallest: int | None = None) -> Image.Image:
     """Decodes a whole picture to RGB; transparency is laid over white, EXIF rotation applied.
+
+    Args:
+      data: an encoded picture.
+      smallest: side in pixels of the largest picture that will be made of it: a JPEG is then decoded at a
+        half, a quarter or an eighth of its size where that leaves both sides twice as long, which saves most
+        of the time and moves the centre by a quarter of a pixel of the result at most; None: at its own size.
 
     Raises:
       one of DECODE_ERRORS: the picture is damaged, cut off or of an unknown format.
     """
     with Image.open(io.BytesIO(data)) as opened:
+        if smallest is not None:
+            # Averages over blocks in the frequency domain; formats other than JPEG do not heed it.
+            opened.draft(None, (_DRAFT * smallest, _DRAFT * smallest))
         opened.load()
         picture = ImageOps.exif_transpose(opened)
     if picture.mode == "RGB":

@@ -21,8 +21,8 @@ from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 
 # image uint8 (b, R, R, 3); low_res uint8 (b, r, r, 3) if asked for; text bfloat16 (b, L, d);
-# text_mask bool (b, L); index int64 (b,); key str (b,)
-Batch = dict[str, np.ndarray]
+# text_mask bool (b, L); index int64 (b,); key str (b,); caption list[str] of b, if asked for
+Batch = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,6 +86,7 @@ class RecordSource:
     def __init__(self, path: epath.PathLike, split: str):
         """Reads the folder's JSON files; shards are opened and indexed when first touched."""
         info = records.read_folder_info(path)
+        self.path = info.path
         self.encoder = info.encoder
         self._lengths = info.split(split).shard_lengths
         self._ends = np.cumsum(self._lengths)
@@ -112,6 +113,36 @@ class RecordSource:
             )
         number = int(index - (self._ends[shard] - self._lengths[shard]))
         return StoredRecord(data=reader[number], where=f"{reader.path}, byte {reader.offsets[number]}")
+
+
+class _JoinedEmbeddings:
+    """Text embeddings of a folder without pictures, by key."""
+
+    def __init__(self, path: epath.PathLike, split: str):
+        self._source = RecordSource(path, split)
+        self._index = records.KeyIndex(path, split)
+        self.encoder = self._source.encoder
+        if len(self._index) != len(self._source):
+            raise UserError(
+                f"{self._source.path}: the key index of split {split!r} has {len(self._index)} keys for "
+                f"{len(self._source)} records; run `imagen-jax precompute` again"
+            )
+
+    def find(self, key: str, where: str) -> records.Record:
+        """The record of a key.
+
+        Raises:
+          UserError: there is none; names key and folder.
+        """
+        for number in self._index.numbers(key):
+            stored = self._source[number]
+            record = records.parse(stored.data, self.encoder.width, stored.where, images=False)
+            if record.key == key:
+                return record
+        raise UserError(
+            f"{self._source.path}: no embedding of the key {key!r} ({where}); run "
+            "`imagen-jax precompute --embeddings_only` on a source that has it"
+        )
 
 
 def record_count(path: epath.PathLike, split: str) -> int:
@@ -153,15 +184,27 @@ def _cut(
 class _MakeExample:
     """Turns a stored record into one example of a batch."""
 
-    def __init__(self, config: PipelineConfig, width: int):
+    def __init__(
+        self,
+        config: PipelineConfig,
+        encoder: records.EncoderInfo,
+        joined: _JoinedEmbeddings | None,
+        captions: bool,
+    ):
         self._config = config
-        self._width = width
+        self._encoder = encoder
+        self._joined = joined
+        self._captions = captions
 
     def __call__(self, index: int, stored: StoredRecord) -> dict[str, Any]:
         config = self._config
-        record = records.parse(stored.data, self._width, stored.where)
+        record = records.parse(stored.data, self._encoder.width, stored.where)
+        assert record.image is not None  # parse has seen to it
+        texts, encoder = record, self._encoder
+        if self._joined is not None:
+            texts, encoder = self._joined.find(record.key, stored.where), self._joined.encoder
         try:
-            decoded = pictures.decode_picture(record.image)
+            decoded = pictures.decode_picture(record.image, config.resolution)
         except pictures.DECODE_ERRORS as error:
             raise UserError(f"{stored.where}: picture of {record.key!r} does not decode ({error})") from error
         rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
@@ -169,8 +212,14 @@ class _MakeExample:
         side = config.crop or config.resolution
         # Whole low-resolution pixels, so that the two crops show exactly the same.
         top, left = rng.integers((config.resolution - side) // config.scale, size=2, endpoint=True).tolist()
-        text, mask = _pad_text(record.text_embedding, config.max_text_length)
+        try:
+            embedding = texts.embedding(encoder.block_size)
+        except ValueError as error:
+            raise UserError(f"{stored.where}: embedding of {record.key!r}: {error}") from error
+        text, mask = _pad_text(embedding, config.max_text_length)
         example = {"text": text, "text_mask": mask, "index": np.int64(index), "key": record.key}
+        if self._captions:
+            example["caption"] = texts.caption
         image = pictures.resize_square(decoded, config.resolution)
         example["image"] = _cut(image, top * config.scale, left * config.scale, side, mirror)
         if config.low_resolution is not None:
@@ -182,8 +231,13 @@ class _MakeExample:
 
 def _collate(examples: Sequence[dict[str, Any]]) -> Batch:
     """Stacks examples along a new first axis."""
-    batch = {name: np.stack([example[name] for example in examples]) for name in examples[0] if name != "key"}
-    batch["key"] = np.array([example["key"] for example in examples], object)
+    columns = {name: [example[name] for example in examples] for name in examples[0]}
+    batch: Batch = {
+        name: np.stack(column) for name, column in columns.items() if name not in ("key", "caption")
+    }
+    batch["key"] = np.array(columns["key"], object)
+    if "caption" in columns:
+        batch["caption"] = columns["caption"]
     return batch
 
 
@@ -211,7 +265,13 @@ class Batches(Iterator[Batch]):
 
 
 def open_batches(
-    config: PipelineConfig, *, start_example: int = 0, process_index: int = 0, process_count: int = 1
+    config: PipelineConfig,
+    *,
+    start_example: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    embeddings: epath.PathLike | None = None,
+    captions: bool = False,
 ) -> Batches:
     """Opens the endless sequence of training batches.
 
@@ -223,13 +283,17 @@ def open_batches(
       start_example: number of examples that all processes together have used before: the whole state.
       process_index: this process, from 0.
       process_count: number of processes that share each batch.
+      embeddings: folder of `imagen-jax precompute --embeddings_only` with the same split, whose captions
+        and text embeddings take the place of the records' own, joined by key; None: the records' own.
+      captions: whether a batch also holds its captions, as a list of strings under "caption".
 
     Returns:
       an iterator over this process's part of each batch; see `Batch` for names, types and shapes.
 
     Raises:
       ValueError: the batch cannot be shared equally, or a number is negative or out of range.
-      UserError: the folder cannot be read (here), or a record is damaged (while iterating).
+      UserError: a folder cannot be read or holds no pictures (here), or a record is damaged or its key has
+        no embedding (while iterating).
     """
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not below process_count {process_count}")
@@ -239,11 +303,17 @@ def open_batches(
         raise ValueError(f"start_example must not be negative, got {start_example}")
     local_batch = config.batch_size // process_count
     source = RecordSource(config.path, config.split)
+    if not source.encoder.images:
+        raise UserError(
+            f"{source.path}: holds text embeddings without pictures; name the folder with the pictures as "
+            "the data set and this one as its embeddings"
+        )
+    joined = None if embeddings is None else _JoinedEmbeddings(embeddings, config.split)
     first = start_example + (process_index - start_example) % process_count
     dataset = grain.MapDataset.source(source)
     if config.shuffle:
         dataset = dataset.shuffle(config.seed)
-    dataset = dataset.repeat().map_with_index(_MakeExample(config, source.encoder.width))
+    dataset = dataset.repeat().map_with_index(_MakeExample(config, source.encoder, joined, captions))
     read_options = grain.ReadOptions(
         num_threads=config.num_threads, prefetch_buffer_size=config.prefetch * local_batch
     )

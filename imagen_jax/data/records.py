@@ -1,28 +1,49 @@
 """The record folder: picture, caption, key and text embedding as a data set that TFDS can open.
 
 `features.json`, `dataset_info.json` and `metadata.json` are what TFDS reads, written here without
-TensorFlow; `tfds.builder_from_directory(FOLDER)` opens the result.
+TensorFlow; `tfds.builder_from_directory(FOLDER)` opens the result. Embeddings are bfloat16, or int8 with a
+float32 scale per token and block of channels. A folder without pictures has an index of its keys, by
+which its embeddings are joined to the pictures of another folder.
 """
 
 import dataclasses
+import enum
+import hashlib
+import io
 import json
-from collections.abc import Mapping
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 from google.protobuf.message import DecodeError
-from jaxtyping import BFloat16
+from jaxtyping import BFloat16, Float, Float32, Int8, UInt64
 from tensorflow_datasets.proto import tf_example_pb2
 
-from imagen_jax.data.files import write_text
+from imagen_jax.data.files import AtomicFile
 from imagen_jax.errors import UserError
 
 IMAGE, CAPTION, KEY, TEXT_EMBEDDING = "image", "caption", "key", "text_embedding"
+TEXT_EMBEDDING_SCALE = "text_embedding_scale"
+# Channels that share a scale: a channel 60 standard deviations out costs precision to its 63 neighbours
+# only, and the scales add one byte to 16.
+BLOCK_SIZE = 64
 VERSION = "1.0.0"  # of the record format
 _FEATURES = "tensorflow_datasets.core.features"
 _FILEPATH_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
+_INT8_MAX = 127
+_WRITE_ATTEMPTS = 8
+_INDEX_CHUNK = 2**22  # entries of the key index written at once
+
+
+class EmbeddingDtype(enum.Enum):
+    """How text embeddings are stored."""
+
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"  # with a float32 scale per token and BLOCK_SIZE channels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,9 +51,27 @@ class Record:
     """One training example."""
 
     key: str  # unique within the source
-    image: bytes  # the encoded picture as it came (PNG, JPEG, …)
+    image: bytes | None  # the encoded picture as it came (PNG, JPEG, …); None: there is none
     caption: str
-    text_embedding: BFloat16[np.ndarray, "tokens width"]  # only the real tokens, never padding
+    # Only the real tokens, never padding.
+    text_embedding: BFloat16[np.ndarray, "tokens width"] | Int8[np.ndarray, "tokens width"]
+    text_embedding_scale: Float32[np.ndarray, "tokens blocks"] | None = None  # of int8 embeddings
+
+    def embedding(self, block_size: int | None) -> BFloat16[np.ndarray, "tokens width"]:
+        """The text embedding in bfloat16.
+
+        Args:
+          block_size: `EncoderInfo.block_size` of the folder.
+
+        Raises:
+          ValueError: the scales are not those of such blocks.
+        """
+        if self.text_embedding_scale is None:
+            return self.text_embedding
+        values = dequantise(
+            self.text_embedding, self.text_embedding_scale, block_size=block_size or BLOCK_SIZE
+        )
+        return values.astype(ml_dtypes.bfloat16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +83,8 @@ class EncoderInfo:
     max_length: int  # tokens beyond it were cut off
     dtype: str  # of the stored embedding
     source: Mapping[str, str]  # split -> SPEC of the captioned pictures
+    block_size: int | None = None  # channels that share a scale, if the dtype is int8
+    images: bool = True  # whether the records hold the pictures; if not, there is an index of the keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,37 +134,49 @@ def serialize(record: Record) -> bytes:
     """The record as a `tf.train.Example`; equal records give equal bytes."""
     example = tf_example_pb2.Example()
     features = example.features.feature
-    features[IMAGE].bytes_list.value.append(record.image)
+    if record.image is not None:
+        features[IMAGE].bytes_list.value.append(record.image)
     features[CAPTION].bytes_list.value.append(record.caption.encode("utf-8"))
     features[KEY].bytes_list.value.append(record.key.encode("utf-8"))
     features[TEXT_EMBEDDING].bytes_list.value.append(record.text_embedding.tobytes())
+    if record.text_embedding_scale is not None:
+        features[TEXT_EMBEDDING_SCALE].bytes_list.value.append(record.text_embedding_scale.tobytes())
     return example.SerializeToString(deterministic=True)
 
 
-def parse(data: bytes, width: int, where: str) -> Record:
+def parse(data: bytes, width: int, where: str, *, images: bool = True) -> Record:
     """Reads back what `serialize` wrote.
 
     Args:
       data: a serialised `tf.train.Example`.
       width: of one token's embedding.
       where: file and offset, for messages.
+      images: whether the record must hold a picture.
 
     Raises:
       UserError: not such a record; names `where`.
     """
     try:
         features = tf_example_pb2.Example.FromString(data).features.feature
-        fields = {}
-        for name in (IMAGE, CAPTION, KEY, TEXT_EMBEDDING):
+
+        def field(name: str) -> bytes:
             if name not in features or len(features[name].bytes_list.value) != 1:
                 raise UserError(f"{where}: the record has no feature {name!r}")
-            fields[name] = features[name].bytes_list.value[0]
-        embedding = np.frombuffer(fields[TEXT_EMBEDDING], ml_dtypes.bfloat16)
+            return features[name].bytes_list.value[0]
+
+        image = field(IMAGE) if images else None
+        scale = None
+        embedding = np.frombuffer(
+            field(TEXT_EMBEDDING), np.int8 if TEXT_EMBEDDING_SCALE in features else ml_dtypes.bfloat16
+        ).reshape(-1, width)
+        if TEXT_EMBEDDING_SCALE in features:
+            scale = np.frombuffer(field(TEXT_EMBEDDING_SCALE), np.float32).reshape(len(embedding), -1)
         return Record(
-            key=fields[KEY].decode("utf-8"),
-            image=fields[IMAGE],
-            caption=fields[CAPTION].decode("utf-8"),
-            text_embedding=embedding.reshape(-1, width),
+            key=field(KEY).decode("utf-8"),
+            image=image,
+            caption=field(CAPTION).decode("utf-8"),
+            text_embedding=embedding,
+            text_embedding_scale=scale,
         )
     except UserError:
         raise
@@ -131,23 +184,123 @@ def parse(data: bytes, width: int, where: str) -> Record:
         raise UserError(f"{where}: not a record of this format ({error})") from error
 
 
-def features_json(width: int) -> dict[str, Any]:
-    """The content of `features.json`: TFDS's description of the four features."""
+def quantise(
+    embedding: Float[np.ndarray, "tokens width"], *, block_size: int = BLOCK_SIZE
+) -> tuple[Int8[np.ndarray, "tokens width"], Float32[np.ndarray, "tokens blocks"]]:
+    """Int8 values and their scales: per token and block of channels, the largest magnitude becomes 127.
+
+    Args:
+      embedding: finite values.
+      block_size: channels that share a scale; the last block may be smaller.
+
+    Returns:
+      values from -127 to 127, and scales; value · scale is the embedding to within half a scale.
+
+    Raises:
+      ValueError: a value is not finite, or the block size is below 1.
+    """
+    if block_size < 1:
+        raise ValueError(f"block_size must be at least 1, got {block_size}")
+    tokens, width = embedding.shape
+    blocks = -(-width // block_size)
+    padded = np.zeros((tokens, blocks * block_size), np.float32)
+    padded[:, :width] = embedding
+    if not np.isfinite(padded).all():
+        raise ValueError("the text embedding holds values that are not finite")
+    grouped = padded.reshape(tokens, blocks, block_size)
+    scale = np.abs(grouped).max(axis=-1) / np.float32(_INT8_MAX)
+    divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
+    # The clip is for scales so small that they are rounded themselves.
+    values = np.clip(np.rint(grouped / divisor), -_INT8_MAX, _INT8_MAX).astype(np.int8)
+    return values.reshape(tokens, -1)[:, :width].copy(), scale
+
+
+def dequantise(
+    values: Int8[np.ndarray, "tokens width"],
+    scale: Float32[np.ndarray, "tokens blocks"],
+    *,
+    block_size: int = BLOCK_SIZE,
+) -> Float32[np.ndarray, "tokens width"]:
+    """The inverse of `quantise`, up to rounding.
+
+    Raises:
+      ValueError: the number of scales is not that of the blocks.
+    """
+    width = values.shape[1]
+    if scale.shape[1] != -(-width // block_size):
+        raise ValueError(f"{scale.shape[1]} scales per token for {width} channels in blocks of {block_size}")
+    return values.astype(np.float32) * np.repeat(scale, block_size, axis=1)[:, :width]
+
+
+def features_json(width: int, *, block_size: int | None = None, images: bool = True) -> dict[str, Any]:
+    """The content of `features.json`: TFDS's description of the features.
+
+    Args:
+      width: of one token's embedding.
+      block_size: channels that share a scale; None: the embeddings are bfloat16.
+      images: whether the records hold pictures.
+    """
     text = {"pythonClassName": f"{_FEATURES}.text_feature.Text", "text": {}}
     image = {"shape": {"dimensions": ["-1", "-1", "3"]}, "dtype": "uint8"}
-    tensor = {"shape": {"dimensions": ["-1", str(width)]}, "dtype": "bfloat16", "encoding": "bytes"}
+
+    def tensor(size: int, dtype: str) -> dict[str, Any]:
+        description = {"shape": {"dimensions": ["-1", str(size)]}, "dtype": dtype, "encoding": "bytes"}
+        return {"pythonClassName": f"{_FEATURES}.tensor_feature.Tensor", "tensor": description}
+
+    features = {
+        CAPTION: text,
+        KEY: text,
+        TEXT_EMBEDDING: tensor(width, "bfloat16" if block_size is None else "int8"),
+    }
+    if images:
+        features[IMAGE] = {"pythonClassName": f"{_FEATURES}.image_feature.Image", "image": image}
+    if block_size is not None:
+        features[TEXT_EMBEDDING_SCALE] = tensor(-(-width // block_size), "float32")
     return {
         "type": f"{_FEATURES}.features_dict.FeaturesDict",
-        "content": {
-            "features": {
-                IMAGE: {"pythonClassName": f"{_FEATURES}.image_feature.Image", "image": image},
-                CAPTION: text,
-                KEY: text,
-                TEXT_EMBEDDING: {"pythonClassName": f"{_FEATURES}.tensor_feature.Tensor", "tensor": tensor},
-            }
-        },
+        "content": {"features": features},
         "proto_cls": "tensorflow_datasets.FeaturesDict",
     }
+
+
+def write_shared(path: epath.PathLike, chunks: Callable[[], Iterable[bytes]]) -> None:
+    """Writes a file that several processes may be writing at once, all with the same bytes.
+
+    Each has a temporary file of its own (`incomplete.NAME.…`). Where another process that has finished
+    the folder removes it in the meantime, the file is written once more.
+
+    Args:
+      path: local or cloud file.
+      chunks: gives the content from its beginning, as often as it is called.
+
+    Raises:
+      UserError: the disk is full or the system refuses otherwise; names the file.
+    """
+    path = epath.Path(path)
+    for attempt in range(_WRITE_ATTEMPTS):
+        temporary = path.parent / f"incomplete.{path.name}.{secrets.token_hex(8)}"
+        try:
+            with AtomicFile(temporary) as file:
+                for chunk in chunks():
+                    file.write(chunk)
+            temporary.replace(path)
+            return
+        except (FileNotFoundError, UserError) as error:
+            gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError)
+            if gone and attempt < _WRITE_ATTEMPTS - 1:
+                continue
+            message = str(error).replace(os.fspath(temporary), os.fspath(path))
+            raise UserError(message) from error
+
+
+def write_shared_json(path: epath.PathLike, content: Any, *, sort_keys: bool = False) -> None:
+    """Writes a JSON file as `write_shared` does.
+
+    Raises:
+      UserError: as `write_shared`.
+    """
+    text = json.dumps(content, indent=2, ensure_ascii=False, sort_keys=sort_keys) + "\n"
+    write_shared(path, lambda: [text.encode("utf-8")])
 
 
 def write_folder_info(info: FolderInfo) -> None:
@@ -156,9 +309,11 @@ def write_folder_info(info: FolderInfo) -> None:
     Raises:
       UserError: the disk is full.
     """
+    encoder = info.encoder
+    what = "Captioned pictures" if encoder.images else "Captions"
     dataset_info = {
         "name": info.name,
-        "description": f"Captioned pictures with text embeddings of {info.encoder.text_encoder}.",
+        "description": f"{what} with text embeddings of {info.encoder.text_encoder}.",
         "version": VERSION,
         "fileFormat": "tfrecord",
         "splits": [
@@ -172,12 +327,12 @@ def write_folder_info(info: FolderInfo) -> None:
         ],
     }
     contents = {
-        "features.json": features_json(info.encoder.width),
-        "metadata.json": dataclasses.asdict(info.encoder),
+        "features.json": features_json(encoder.width, block_size=encoder.block_size, images=encoder.images),
+        "metadata.json": dataclasses.asdict(encoder),
         "dataset_info.json": dataset_info,
     }
     for name, content in contents.items():
-        write_text(info.path / name, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
+        write_shared_json(info.path / name, content, sort_keys=True)
 
 
 def _read_json(path: epath.Path) -> Any:
@@ -215,3 +370,82 @@ def read_folder_info(path: epath.PathLike) -> FolderInfo:
         return FolderInfo(path=path, name=dataset_info["name"], splits=splits, encoder=encoder)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: dataset_info.json or metadata.json lacks a field ({error})") from error
+
+
+def key_hash(key: str) -> int:
+    """The 64 bits under which the key index knows a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def _key_index_path(folder: epath.PathLike, split: str) -> epath.Path:
+    """Where the key index of a split is."""
+    return epath.Path(folder).expanduser() / f"keys-{split}.npy"
+
+
+def write_key_index(folder: epath.PathLike, split: str, hashes: UInt64[np.ndarray, "records"]) -> None:
+    """Writes the key index of a split: a .npy of the sorted hashes and, below, their record numbers.
+
+    Args:
+      folder: the record folder.
+      split: its name.
+      hashes: `key_hash` of every record's key, shard after shard.
+
+    Raises:
+      UserError: as `write_shared`.
+    """
+    order = np.argsort(hashes, kind="stable")
+    header = io.BytesIO()
+    shape = {"descr": "<u8", "fortran_order": False, "shape": (2, len(hashes))}
+    np.lib.format.write_array_header_1_0(header, shape)
+
+    def chunks() -> Iterable[bytes]:
+        yield header.getvalue()
+        starts = range(0, len(order), _INDEX_CHUNK)
+        for start in starts:
+            yield hashes[order[start : start + _INDEX_CHUNK]].astype("<u8").tobytes()
+        for start in starts:
+            yield order[start : start + _INDEX_CHUNK].astype("<u8").tobytes()
+
+    write_shared(_key_index_path(folder, split), chunks)
+
+
+class KeyIndex:
+    """Finds records by key: 16 bytes a record, mapped into memory where the file is local.
+
+    Raises:
+      UserError: the folder has no index for the split, or it is damaged; names the file.
+    """
+
+    def __init__(self, folder: epath.PathLike, split: str):
+        """Opens the index."""
+        path = _key_index_path(folder, split)
+        try:
+            cloud = "://" in os.fspath(path)
+            table = np.load(io.BytesIO(path.read_bytes())) if cloud else np.load(path, mmap_mode="r")
+        except FileNotFoundError:
+            raise UserError(
+                f"{path}: no such file; only a folder of `imagen-jax precompute --embeddings_only` "
+                "can be joined by key"
+            ) from None
+        except (ValueError, EOFError) as error:
+            raise UserError(
+                f"{path}: not a key index ({error}); delete it and run precompute again"
+            ) from error
+        if table.ndim != 2 or len(table) != 2 or table.dtype != np.uint64:
+            raise UserError(f"{path}: not a key index; delete it and run precompute again")
+        self._hashes, self._numbers = table
+
+    def __len__(self) -> int:
+        return len(self._hashes)
+
+    def numbers(self, key: str) -> list[int]:
+        """Numbers, within the split, of the records whose keys share this key's hash: nearly always one."""
+        wanted = np.uint64(key_hash(key))
+        first, last = (int(np.searchsorted(self._hashes, wanted, side=side)) for side in ("left", "right"))
+        return self._numbers[first:last].tolist()
+
+    def shared_hashes(self) -> list[list[int]]:
+        """Numbers of the records that share a hash, hash by hash: keys that occur twice are among them."""
+        repeated = np.unique(self._hashes[1:][self._hashes[1:] == self._hashes[:-1]])
+        bounds = [np.searchsorted(self._hashes, repeated, side=side) for side in ("left", "right")]
+        return [self._numbers[first:last].tolist() for first, last in zip(*bounds)]

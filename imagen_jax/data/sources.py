@@ -3,13 +3,17 @@
 import dataclasses
 import io
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from PIL import Image
 
 from imagen_jax.data import shapes
 from imagen_jax.data.examples import Example, Skipped, Source, even_ranges
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT, FolderSource
+from imagen_jax.data.parquet import ParquetOptions, ParquetSource
+from imagen_jax.data.tfds_source import TfdsOptions, TfdsSource
 from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.errors import UserError
 
@@ -104,6 +108,31 @@ class ShapesSource(Source):
             yield Example(file="shapes", key=key, image=encoded.getvalue(), captions=captions)
 
 
+_Options = TypeVar("_Options")
+
+
+def parse_options(kind: str, text: str, options: type[_Options]) -> _Options:
+    """Reads `FIRST,key=value,…` into a dataclass of texts, whose first field is FIRST.
+
+    A comma divides only before a `key=`, so that FIRST may have commas in it.
+
+    Raises:
+      UserError: an option that the dataclass has no field for, or FIRST is empty.
+    """
+    first, *rest = re.split(r",(?=[a-z_]+=)", text)
+    name, *others = [field.name for field in dataclasses.fields(options)]  # type: ignore[arg-type]
+    values = {name: first}
+    for item in rest:
+        key, _, value = item.partition("=")
+        if key not in others or not value:
+            accepted = ", ".join(f"{other}=…" for other in others)
+            raise UserError(f"--source: {kind} has no option {item!r} (accepted: {accepted})")
+        values[key] = value
+    if not first:
+        raise UserError(f"--source: {kind} wants its {name} first: {kind}:{name.upper()}")
+    return options(**values)
+
+
 _Opener = Callable[[str, str, int | None], Source]
 # Form of SPEC for messages, and what opens (text after the colon, split, limit).
 _SOURCES: dict[str, tuple[str, _Opener]] = {
@@ -113,6 +142,14 @@ _SOURCES: dict[str, tuple[str, _Opener]] = {
     ),
     "webdataset": ("webdataset:PATH/*.tar", lambda text, split, limit: WebDatasetSource(text, limit)),
     "folder": ("folder:PATH", lambda text, split, limit: FolderSource(text, limit)),
+    "tfds": (
+        "tfds:NAME[,image=FEATURE,text=FEATURE,key=FEATURE,split=SPLIT,data_dir=DIR]",
+        lambda text, split, limit: TfdsSource(parse_options("tfds", text, TfdsOptions), split, limit),
+    ),
+    "parquet": (
+        "parquet:PATH[,image=COLUMN,text=COLUMN,key=COLUMN]",
+        lambda text, split, limit: ParquetSource(parse_options("parquet", text, ParquetOptions), limit),
+    ),
 }
 
 
@@ -125,8 +162,8 @@ def open_source(spec: str, *, split: str = "train", limit: int | None = None) ->
     """Opens a source of captioned pictures.
 
     Args:
-      spec: `shapes`, `webdataset:PATH/*.tar` or `folder:PATH` (see `accepted_forms`).
-      split: which part of `shapes` is drawn; the other sources take what their path names.
+      spec: `shapes`, `webdataset:PATH/*.tar`, `folder:PATH`, `tfds:NAME` or `parquet:PATH` (see `accepted_forms`).
+      split: which part of `shapes` is drawn or of a TFDS data set is read; the others take what their path names.
       limit: only the first so many samples, damaged ones included.
 
     Raises:

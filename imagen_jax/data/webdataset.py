@@ -148,7 +148,7 @@ class WebDatasetSource(Source):
 
     def __init__(self, pattern: str, limit: int | None):
         """Lists the files; with a limit it also looks for the end of the first `limit` samples."""
-        paths = _expand(pattern)
+        paths = expand_pattern(pattern)
         if not paths:
             raise UserError(f"--source: no file matches {pattern!r}")
         sizes = [int(path.stat().length) for path in paths]
@@ -246,7 +246,7 @@ def _limited(tars: list[_TarFile], limit: int) -> list[_TarFile]:
     return kept
 
 
-def _expand(pattern: str) -> list[epath.Path]:
+def expand_pattern(pattern: str) -> list[epath.Path]:
     """The files of a glob pattern, sorted; wildcards in folder names are allowed."""
     path = epath.Path(pattern).expanduser()
     parts = list(path.parts)

@@ -12,6 +12,10 @@ from jaxtyping import Array, Float
 
 from imagen_jax.diffusion.schedules import alpha_sigma
 
+# Least α or σ that anything is divided by: where one of them is 0 (no signal, or no noise, at all) a quantity
+# that the other values do not determine comes out wrong but finite.
+SMALLEST_AMPLITUDE = 1e-6
+
 
 class Prediction(enum.StrEnum):
     """What a network's output means."""
@@ -47,15 +51,16 @@ def to_x0_and_epsilon(
     """The pair (x0, ε) that agrees with `x_t` and with a value of kind `source`.
 
     A kind that its noise level does not determine is ill-conditioned there: ε says little of x0 where α is
-    near 0, x0 says little of ε where σ is near 0; v is safe at both ends.
+    near 0, x0 says little of ε where σ is near 0; v is safe at both ends. All results are finite even where α
+    or σ is 0.
     """
     alpha, sigma = alpha_sigma(expand_to(log_snr, x_t))
     if source is Prediction.X0:
-        return value, (x_t - alpha * value) / sigma
+        return value, (x_t - alpha * value) / jnp.maximum(sigma, SMALLEST_AMPLITUDE)
     if source is Prediction.V:
         return alpha * x_t - sigma * value, sigma * x_t + alpha * value
     epsilon = value if source is Prediction.EPSILON else -sigma * value
-    return (x_t - sigma * epsilon) / alpha, epsilon
+    return (x_t - sigma * epsilon) / jnp.maximum(alpha, SMALLEST_AMPLITUDE), epsilon
 
 
 def convert(
@@ -79,7 +84,7 @@ def convert(
         case Prediction.V:
             return alpha * epsilon - sigma * x0
         case Prediction.SCORE:
-            return -epsilon / sigma
+            return -epsilon / jnp.maximum(sigma, SMALLEST_AMPLITUDE)
 
 
 def time_condition(log_snr: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -28,8 +28,8 @@ def alpha_sigma(log_snr: Float[Array, "*shape"]) -> tuple[Float[Array, "*shape"]
 
 
 def _check_bounds(low: float, high: float) -> None:
-    if not low < high:
-        raise ValueError(f"log_snr_min must be below log_snr_max, got {low} and {high}")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"log_snr_min must be below log_snr_max and both finite, got {low} and {high}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class CosineSchedule:
     """
 
     KIND: ClassVar[str] = "cosine"
-    log_snr_min: float = -15.0  # nats, at t = 1 before the shift
+    log_snr_min: float = -15.0  # nats, at t = 1 before the shift; −200 leaves no signal (zero terminal SNR)
     log_snr_max: float = 15.0  # nats, at t = 0 before the shift
     shift: float = 0.0  # nats added everywhere; 2·log(64/d) moves a schedule made for 64 pixels to d pixels
 
@@ -50,9 +50,12 @@ class CosineSchedule:
 
     def log_snr(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Log-SNR −2·log(tan(angle(t))) + shift at times t in [0, 1]."""
-        first = math.atan(math.exp(-0.5 * self.log_snr_max))
-        last = math.atan(math.exp(-0.5 * self.log_snr_min))
-        return -2.0 * jnp.log(jnp.tan(first + t * (last - first))) + self.shift
+        first = math.atan(math.exp(-0.5 * self.log_snr_max))  # angle at t = 0
+        rest = math.atan(math.exp(0.5 * self.log_snr_min))  # π/2 less the angle at t = 1
+        span = math.pi / 2 - first - rest
+        # cos(angle) as the sine of what is left to π/2: float32 angles near π/2 have lost that difference.
+        tangent = jnp.log(jnp.sin(first + t * span)) - jnp.log(jnp.sin(rest + (1.0 - t) * span))
+        return jnp.clip(-2.0 * tangent, self.log_snr_min, self.log_snr_max) + self.shift
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

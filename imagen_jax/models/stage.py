@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.diffusion.augmentation import NoiseAugmentation
+from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.process import Prediction, time_condition
 from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
@@ -26,6 +27,7 @@ class SamplingConfig:
 
     sampler: SamplerConfig = SamplerConfig()
     guidance_weight: float = 1.35  # w of classifier-free guidance; 1: off. Imagen's FID runs: base 1.35, SR 8
+    guidance: GuidanceConfig = GuidanceConfig()  # at which steps w applies; at all unless told otherwise
     threshold: ThresholdConfig = ThresholdConfig()
     aug_level: float = 0.0  # noise level in [0, 1] put on the low-resolution input of an SR stage
 

@@ -110,6 +110,7 @@ class Imagen:
         seed: int = 0,
         num_images: int = 1,
         batch_size: int = 16,
+        negative_prompt: str | None = None,
         sampling: Mapping[str, SamplingConfig] | None = None,
         progress: bool = False,
     ) -> list[Image.Image]:
@@ -122,6 +123,7 @@ class Imagen:
             seed=seed,
             num_images=num_images,
             batch_size=batch_size,
+            negative_prompt=negative_prompt,
             sampling=sampling,
             progress=progress,
         )
@@ -134,6 +136,7 @@ class Imagen:
         seed: int = 0,
         num_images: int = 1,
         batch_size: int = 16,
+        negative_prompt: str | None = None,
         sampling: Mapping[str, SamplingConfig] | None = None,
         progress: bool = False,
     ) -> list[Picture]:
@@ -144,11 +147,14 @@ class Imagen:
           seed: image j of every prompt has seed + j, and depends on that and its prompt only.
           num_images: pictures of each prompt.
           batch_size: pictures drawn at a time; the last batch is filled up, so that nothing is compiled twice.
+          negative_prompt: what guidance leads away from, for every picture, instead of the null text; stages
+            that are not guided do not see it.
           sampling: by stage name, how to sample it; stages left out use their own settings.
           progress: whether to show progress bars.
 
         Raises:
-          UserError: if there is no prompt, a number is out of range, or `sampling` names no stage.
+          UserError: if there is no prompt, a number is out of range, or `sampling` names no stage, or a
+            negative prompt is given while no stage is guided.
         """
         if isinstance(prompts, str):  # a sequence of letters, which nobody means
             raise UserError(f"prompts must be a list of captions, got the string {prompts!r}")
@@ -166,13 +172,23 @@ class Imagen:
             )
         if seed < 0 or seed + num_images - 1 > MAX_SEED:
             raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {seed} … {seed + num_images - 1}")
+        choices = {stage.name: (sampling or {}).get(stage.name, stage.sampling) for stage in self.stages}
+        if negative_prompt is not None and all(each.guidance_weight == 1.0 for each in choices.values()):
+            raise UserError(
+                f"negative_prompt {negative_prompt!r} needs guidance, but every stage's guidance weight is 1 (off)"
+            )
         wanted = [(prompt, seed + j) for prompt in prompts for j in range(num_images)]
         seeds = np.array([each for _, each in wanted], np.uint32)
         pixels: np.ndarray | None = None
         for config in self.stages:
             text, mask = self.encode([prompt for prompt, _ in wanted], config.max_text_length)
-            choice = (sampling or {}).get(config.name, config.sampling)
-            pixels = self._run_stage(config, seeds, text, mask, pixels, choice, batch_size, progress)
+            choice = choices[config.name]
+            negative = None
+            if negative_prompt is not None and choice.guidance_weight != 1.0:
+                negative = self.encode([negative_prompt], config.max_text_length)
+            pixels = self._run_stage(
+                config, seeds, text, mask, negative, pixels, choice, batch_size, progress
+            )
         assert pixels is not None
         return [Picture(prompt=p, seed=s, pixels=pixels[i]) for i, (p, s) in enumerate(wanted)]
 
@@ -182,6 +198,7 @@ class Imagen:
         seeds: np.ndarray,
         text: np.ndarray,
         mask: np.ndarray,
+        negative: tuple[np.ndarray, np.ndarray] | None,
         low_res: np.ndarray | None,
         sampling: SamplingConfig,
         batch_size: int,
@@ -194,7 +211,11 @@ class Imagen:
             parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
             size = -(-size // parts) * parts
         made = []
-        with tqdm(total=total, unit="image", desc=config.name, disable=not progress) as bar:
+        if negative is not None:
+            negative = (np.repeat(negative[0], size, axis=0), np.repeat(negative[1], size, axis=0))
+        calls = sampling.sampler.network_calls
+        label = f"{config.name}, {calls} network call{'s' * (calls > 1)} each"
+        with tqdm(total=total, unit="image", desc=label, disable=not progress) as bar:
             for start in range(0, total, size):
                 chosen = np.arange(start, start + size) % total  # the last batch is filled up from the front
                 pixels = stage.sampler(
@@ -202,6 +223,7 @@ class Imagen:
                     seeds=seeds[chosen],
                     text=text[chosen],
                     mask=mask[chosen],
+                    negative=negative,
                     low_res=None if low_res is None else low_res[chosen],
                     config=sampling,
                 )

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode, load_t5
 from imagen_jax.models.weights import SafetensorsReader
+from imagen_jax.text.store import TokenCounts
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,13 +34,16 @@ _TOKENIZER_FILES = (
 )
 _HUB_FILES = ("*.safetensors", "*.safetensors.index*.json", "config.json", *_TOKENIZER_FILES)
 
-# Padded lengths. Beyond the last one, multiples of it.
-_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
-# Tokens (padding included) of one full batch: enough for an accelerator's matrix units, and small enough
+# Padded lengths, close where captions are frequent. Beyond the last one, multiples of it.
+_BUCKETS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
+# Tokens (padding included) of a batch at most: enough for an accelerator's matrix units, and small enough
 # that a 4096-wide encoder's activations stay below a gigabyte.
 _TOKENS_PER_BATCH = 4096
-# Rows of the batches that are not full: a single prompt does not pay for a full batch.
-_SMALL_ROWS = (1, 8)
+# Rows of a batch: few, because each pair of rows and length is compiled, and far enough apart that the few
+# long captions of a window are not padded to a batch of many.
+_ROWS = (1, 8, 32, 128)
+# What starting a batch costs, in tokens: more than the padding it may save.
+_BATCH_COST = 64
 
 
 class TextEncoder:
@@ -75,6 +79,7 @@ class TextEncoder:
         self.width, self.vocab_size = config.width, config.vocab_size
         self._tokenizer, self._state, self._mesh = tokenizer, state, mesh
         self._eos = int(tokenizer.eos_token_id)
+        self._unknown = tokenizer.unk_token_id
         self._run = jax.jit(functools.partial(_encode_as, graph), static_argnames="dtype")
 
     @classmethod
@@ -134,6 +139,16 @@ class TextEncoder:
         ids = self._tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
         return [[*(int(i) for i in row[: max_length - 1]), self._eos] for row in ids]
 
+    def count_tokens(self, captions: Sequence[str], *, max_length: int = 128) -> TokenCounts:
+        """What `encode` has to do for these captions, and how many tokens the vocabulary lacks."""
+        rows = [tuple(ids) for ids in self.tokenize(captions, max_length)]
+        plan = _plan([len(row) for row in dict.fromkeys(rows)])
+        return TokenCounts(
+            unknown=tuple(row.count(self._unknown) for row in rows),
+            useful=sum(len(row) for row in set(rows)),
+            computed=sum(size * length for _, size, length in plan),
+        )
+
     def encode(
         self,
         captions: Sequence[str],
@@ -144,7 +159,8 @@ class TextEncoder:
     ) -> list[np.ndarray]:
         """Embeddings of captions: of the real tokens only, </s> included.
 
-        Captions are grouped by length into few compiled shapes; identical ones are encoded once. An
+        Captions are grouped by length into few compiled shapes; identical ones are encoded once. The
+        batches, and so the bytes of the result, depend on the captions of the call only. An
         embedding does not depend on the other captions of the call, up to float32 rounding.
 
         Args:
@@ -177,6 +193,21 @@ class TextEncoder:
             while waiting:
                 bar.update(finish_one())
         return [found[ids] for ids in rows]
+
+    def encode_tokens(
+        self, tokens: Int[jax.Array, "batch length"], mask: Bool[jax.Array, "batch length"]
+    ) -> Float[jax.Array, "batch length width"]:
+        """Embeddings of one batch that is already on the devices; nothing is copied back.
+
+        Args:
+            tokens: ids, padded with any id of the vocabulary.
+            mask: True at real tokens.
+
+        Returns:
+            In the encoder's dtype; what stands at padding is finite and means nothing. One program is compiled
+            per shape.
+        """
+        return self._run(self._state, tokens, mask, dtype=jnp.dtype(self.dtype))
 
     def save_copy(self, folder: epath.PathLike) -> None:
         """Copies config.json, the weights and the tokenizer's files, so that `load(folder)` works."""
@@ -222,21 +253,46 @@ def _batches(
 ) -> Iterator[
     tuple[list[tuple[int, ...]], Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]
 ]:
-    """Groups distinct rows by padded length into batches of few shapes."""
-    groups: dict[int, list[tuple[int, ...]]] = collections.defaultdict(list)
-    for ids in dict.fromkeys(rows):
-        groups[_padded_length(len(ids))].append(ids)
-    for length, group in sorted(groups.items()):
-        full = max(_TOKENS_PER_BATCH // length, _SMALL_ROWS[-1])
-        for start in range(0, len(group), full):
-            batch = group[start : start + full]
-            size = min(n for n in (*_SMALL_ROWS, full) if n >= len(batch))
-            tokens = np.zeros((size, length), np.int32)
-            mask = np.zeros((size, length), np.bool_)
-            for i, ids in enumerate(batch):
-                tokens[i, : len(ids)] = ids
-                mask[i, : len(ids)] = True
-            yield batch, tokens, mask
+    """Distinct rows, the longest first, in batches of few shapes."""
+    distinct = sorted(dict.fromkeys(rows), key=len, reverse=True)
+    start = 0
+    for count, size, length in _plan([len(ids) for ids in distinct]):
+        batch = distinct[start : start + count]
+        start += count
+        tokens = np.zeros((size, length), np.int32)
+        mask = np.zeros((size, length), np.bool_)
+        for i, ids in enumerate(batch):
+            tokens[i, : len(ids)] = ids
+            mask[i, : len(ids)] = True
+        yield batch, tokens, mask
+
+
+def _plan(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+    """How to batch texts: (texts in the batch, its rows, its padded length), the longest texts first.
+
+    Among all ways to cut the sorted texts into batches of `_ROWS` rows, the one with the fewest tokens
+    computed, a batch counting `_BATCH_COST` more: shortest path over the texts.
+    """
+    ordered = sorted(lengths, reverse=True)
+    total = len(ordered)
+    costs: list[float] = [0.0] + [float("inf")] * total
+    steps: list[tuple[int, int, int]] = [(0, 0, 0)] * (total + 1)
+    for start, longest in enumerate(ordered):
+        length = _padded_length(longest)
+        for rows in _ROWS:
+            if rows > _ROWS[1] and rows * length > _TOKENS_PER_BATCH:
+                break
+            end = min(start + rows, total)
+            cost = costs[start] + rows * length + _BATCH_COST
+            if cost < costs[end]:
+                costs[end], steps[end] = cost, (end - start, rows, length)
+            if end == total:
+                break
+    plan = []
+    while total:
+        plan.append(steps[total])
+        total -= steps[total][0]
+    return plan[::-1]
 
 
 def _padded_length(length: int) -> int:

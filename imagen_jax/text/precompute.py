@@ -1,65 +1,38 @@
 """The job that encodes the captions of a source once and stores them with the pictures as records.
 
 A job is a row of shards. Each shard is a pure function of the source and the configuration, so that a
-restart, which skips the complete ones, ends with the same bytes. Beside the records the folder holds
-`job.json` (the resolved configuration, written first), `job/` (one small file per complete shard),
-`skipped.jsonl` (what could not be used) and, written last, TFDS's metadata.
+restart, which skips the complete ones, ends with the same bytes, and so that several processes may share
+the shards. Beside the records the folder holds `job.json` (the resolved configuration, written first),
+`job/` (small files per complete shard) and, written by whichever process finds all shards complete,
+`skipped.jsonl` (what could not be used) and TFDS's metadata.
 """
 
 import dataclasses
-import enum
-import itertools
-import json
-import os
 import re
 import time
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-import ml_dtypes
-import numpy as np
-from etils import epath
-from jaxtyping import BFloat16
 from tqdm import tqdm
 
 from imagen_jax.data import records
-from imagen_jax.data.examples import Example, Skipped, Source
-from imagen_jax.data.files import make_folder, write_text
-from imagen_jax.data.pictures import picture_fault
+from imagen_jax.data.examples import Example, Source
+from imagen_jax.data.files import make_folder
 from imagen_jax.data.sources import open_source
-from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
+from imagen_jax.text import job_folder, shards
+from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
+from imagen_jax.text.store import BLOCK_SIZE, EmbeddingDtype
 
-_WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together
-_MEMORY = 2**30  # bytes of embeddings remembered per shard, for captions that occur again
 _PICTURE_THREADS = 8  # that check pictures
+_MAX_UNKNOWN = 0.05  # share of unknown tokens above which captions and encoder do not fit each other
 
 
-class EmbeddingDtype(enum.Enum):
-    """How text embeddings are stored."""
-
-    BFLOAT16 = "bfloat16"
-
-
-@runtime_checkable
-class Encoder(Protocol):
-    """What the job needs of a text encoder."""
-
-    @property
-    def name(self) -> str:
-        """Name to be recorded."""
-        ...
-
-    @property
-    def width(self) -> int:
-        """Of one token's embedding."""
-        ...
-
-    def encode(self, captions: Sequence[str], *, max_length: int) -> Sequence[np.ndarray]:
-        """One (tokens, width) array per caption, in order, without padding."""
-        ...
+class UnknownTokensWarning(UserWarning):
+    """The text encoder's vocabulary lacks much of the captions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +52,9 @@ class PrecomputeConfig:
     num_shards: int | None = None  # files; None: by the size of the source, about 1000 pictures each
     name: str = "captions"  # of the data set: the first part of the file names
     limit: int | None = None  # samples; None: all
+    embeddings_only: bool = False  # leave the pictures out, to be joined by key to those of another folder
+    num_processes: int = 1  # that share the job
+    process_index: int = 0  # of this one, from 0; it writes every num_processes-th shard
 
     def __post_init__(self):
         """Checks the values."""
@@ -90,36 +66,54 @@ class PrecomputeConfig:
             raise UserError(f"--name: wants lower-case letters, digits and _, got {self.name!r}")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.split):
             raise UserError(f"--split: wants lower-case letters, digits and _, got {self.split!r}")
+        if self.num_processes < 1:
+            raise UserError(f"--num_processes: must be at least 1, got {self.num_processes}")
+        if not 0 <= self.process_index < self.num_processes:
+            raise UserError(
+                f"--process_index: must be from 0 to {self.num_processes - 1}, got {self.process_index}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a split of a record folder holds, and how fast this run was."""
 
-    captions: int  # records
+    captions: int  # records of the complete shards
     tokens: int  # of all captions
+    unknown: int  # of these, tokens that the encoder's vocabulary lacks
+    encoded: int  # tokens of the captions that were encoded: those distinct within a shard
+    computed: int  # tokens the encoder computed for them, padding included
     skipped: Mapping[str, int]  # samples by reason
-    num_shards: int
-    num_bytes: int  # of all shards
-    written: int  # captions written by this run, the others were there
+    num_shards: int  # in all
+    num_complete: int  # shards; fewer than num_shards: other processes are not done
+    num_bytes: int  # of all complete shards
+    written: int  # captions written by this run, the others were there or came from other processes
     seconds: float  # wall time of writing them
+
+    @property
+    def complete(self) -> bool:
+        """Whether the split is complete, its metadata included."""
+        return self.num_complete == self.num_shards
 
     @property
     def captions_per_second(self) -> float:
         """Captions written by this run per second; 0 if there was nothing left to write."""
         return self.written / self.seconds if self.written else 0.0
 
+    @property
+    def bytes_per_caption(self) -> float:
+        """Size of a record, pictures included, on average."""
+        return self.num_bytes / self.captions if self.captions else 0.0
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _ShardReport:
-    """What is known about a complete shard (`job/SHARD.json`)."""
+    @property
+    def useful_share(self) -> float:
+        """Of the tokens computed, those that are not padding; 0 to 1."""
+        return self.encoded / self.computed if self.computed else 1.0
 
-    records: int
-    tokens: int
-    num_bytes: int
-    encoder: str
-    width: int
-    skipped: list[dict[str, str]]  # Skipped as dictionaries, in the order of the source
+    @property
+    def unknown_share(self) -> float:
+        """Of all tokens, those that the encoder's vocabulary lacks; 0 to 1."""
+        return self.unknown / self.tokens if self.tokens else 0.0
 
 
 def _job_description(config: PrecomputeConfig, source: Source, num_shards: int) -> dict[str, Any]:
@@ -132,6 +126,7 @@ def _job_description(config: PrecomputeConfig, source: Source, num_shards: int) 
         "text_encoder": config.text_encoder.rstrip("/"),
         "max_length": config.max_length,
         "dtype": config.dtype.value,
+        "embeddings_only": config.embeddings_only,
         "split": {
             "source": config.source,
             "limit": config.limit,
@@ -141,215 +136,135 @@ def _job_description(config: PrecomputeConfig, source: Source, num_shards: int) 
     }
 
 
-def _claim_folder(out: epath.Path, split: str, job: dict[str, Any]) -> None:
-    """Writes job.json, or checks that the one that is there says the same.
-
-    Until a first shard is complete nothing is lost by another configuration, and it may replace the old one.
-
-    Raises:
-      UserError: the folder belongs to a different job; names the first flag that differs.
-    """
-    path = out / "job.json"
-    shared = {key: value for key, value in job.items() if key != "split"}
-    splits: dict[str, Any] = {}
-    if any((out / "job").glob("*.json")):
-        try:
-            there = json.loads(path.read_text())
-            splits = there.pop("splits")
-            old = {**there, **splits.get(split, job["split"])}
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path}: not a job description ({error}); use another --out") from error
-        for key, value in {**shared, **job["split"]}.items():
-            if old.get(key) != value:
-                what = f"--{key} was {old.get(key)!r}, now {value!r}"
-                if key == "fingerprint":
-                    what = f"the files of --source {job['split']['source']!r} have changed"
-                raise UserError(f"--out: {out} holds a different job: {what}; use another --out")
-    elif (out / "dataset_info.json").exists():
-        raise UserError(f"--out: {out} holds a data set of another origin; use another --out")
-    splits[split] = job["split"]
-    text = json.dumps({**shared, "splits": splits}, indent=2, ensure_ascii=False) + "\n"
-    if not path.exists() or path.read_text() != text:
-        write_text(path, text)
-
-
-class _ShardWriter:
-    """Writes single shards; holds the text encoder."""
-
-    def __init__(self, config: PrecomputeConfig, source: Source, encoder: Encoder, progress: Any):
-        self._config = config
-        self._source = source
-        self._encoder = encoder
-        self._progress = progress
-
-    def write(self, path: epath.Path, unit: Any, pool: ThreadPoolExecutor) -> _ShardReport:
-        """Writes the shard of one unit."""
-        skipped: list[Skipped] = []
-        known: dict[str, np.ndarray] = {}
-        tokens = 0
-        with TFRecordWriter(path) as writer:
-            for window in _windows(self._source.read(unit)):
-                examples = _usable(window, skipped, pool)
-                embeddings = self._embed([text for example in examples for text in example.captions], known)
-                for example in examples:
-                    for number, caption in enumerate(example.captions):
-                        embedding = embeddings[caption]
-                        key = f"{example.key}#{number}" if number else example.key
-                        record = records.Record(
-                            key=key, image=example.image, caption=caption, text_embedding=embedding
-                        )
-                        writer.write(records.serialize(record))
-                        tokens += len(embedding)
-        return _ShardReport(
-            records=writer.num_records,
-            tokens=tokens,
-            num_bytes=writer.num_bytes,
-            encoder=self._encoder.name,
-            width=self._encoder.width,
-            skipped=[dataclasses.asdict(item) for item in skipped],
-        )
-
-    def _embed(
-        self, captions: Sequence[str], known: dict[str, np.ndarray]
-    ) -> dict[str, BFloat16[np.ndarray, "_tokens _width"]]:
-        """Embeddings of a window's captions; those that the shard has seen come from `known`."""
-        new = [caption for caption in dict.fromkeys(captions) if caption not in known]
-        found = {caption: known[caption] for caption in captions if caption in known}
-        if new:
-            for caption, embedding in zip(new, self._encode(new), strict=True):
-                found[caption] = embedding
-        remembered = sum(embedding.nbytes for embedding in known.values())
-        for caption in new:
-            remembered += found[caption].nbytes
-            if remembered > _MEMORY:
-                break
-            known[caption] = found[caption]
-        self._progress.update(len(captions))
-        return found
-
-    def _encode(self, captions: list[str]) -> Iterator[np.ndarray]:
-        """Calls the encoder and checks what it returns."""
-        for embedding in self._encoder.encode(captions, max_length=self._config.max_length):
-            if embedding.ndim != 2 or embedding.shape[1] != self._encoder.width:
-                raise ValueError(f"text embedding of shape {embedding.shape}, width {self._encoder.width}")
-            yield np.asarray(embedding).astype(ml_dtypes.bfloat16)
-
-
-def _windows(samples: Iterable[Example | Skipped]) -> Iterator[list[Example | Skipped]]:
-    """Consecutive runs of at most `_WINDOW` samples."""
-    iterator = iter(samples)
-    while window := list(itertools.islice(iterator, _WINDOW)):
-        yield window
-
-
-def _usable(
-    window: Sequence[Example | Skipped], skipped: list[Skipped], pool: ThreadPoolExecutor
-) -> list[Example]:
-    """The examples whose picture decodes; the others are appended to `skipped`, all in order."""
-    faults = pool.map(
-        lambda sample: picture_fault(sample.image) if isinstance(sample, Example) else None, window
-    )
-    examples = []
-    for sample, fault in zip(window, faults):
-        if isinstance(sample, Skipped):
-            skipped.append(sample)
-        elif fault is not None:
-            skipped.append(
-                Skipped(file=sample.file, key=sample.key, reason="undecodable picture", detail=fault)
-            )
-        else:
-            examples.append(sample)
-    return examples
-
-
-def _read_report(out: epath.Path, shard: str) -> _ShardReport | None:
-    """The report of a shard; None unless the shard is complete."""
-    report = out / "job" / f"{shard}.json"
-    try:
-        found = _ShardReport(**json.loads(report.read_text()))
-        size = int((out / shard).stat().length)
-    except (FileNotFoundError, ValueError, TypeError):
-        return None  # to be written again
-    return found if size == found.num_bytes else None
-
-
 def _load_encoder(name: str) -> Encoder:
-    """Loads the text encoder; imported late, because a complete folder needs none of it."""
+    """Loads the text encoder; imported late, because a complete folder needs none of it.
+
+    On accelerators it is spread over those of this process, as the largest encoders fit no single one.
+    """
+    import jax
+    import numpy as np
+
     from imagen_jax.text.encoder import TextEncoder
 
+    devices = jax.local_devices()
+    if len(devices) > 1 and devices[0].platform != "cpu":
+        return TextEncoder.load(name, mesh=jax.sharding.Mesh(np.array(devices), ("devices",)))
     return TextEncoder.load(name)
 
 
-def _write_missing(
-    config: PrecomputeConfig,
-    source: Source,
-    units: Sequence[Any],
-    reports: list[_ShardReport | None],
-    encoder: Encoder | None,
-) -> list[_ShardReport]:
-    """Writes the shards that have no report yet; returns the reports of all."""
-    out = epath.Path(config.out).expanduser()
-    done = [report for report in reports if report is not None]
-    if len(done) == len(units):
-        return done
-    encoder = encoder or _load_encoder(config.text_encoder)
-    for report in done:
-        if (report.encoder, report.width) != (encoder.name, encoder.width):
+class _Job:
+    """One split of one folder, as one of its processes sees it."""
+
+    def __init__(self, config: PrecomputeConfig, source: Source):
+        self.config = config
+        self.source = source
+        self.units = source.units(config.num_shards)
+        self.out = make_folder(config.out)
+        self.description = _job_description(config, source, len(self.units))
+        count = len(self.units)
+        self.shards = [records.shard_name(config.name, config.split, i, count) for i in range(count)]
+        self._warned = False
+
+    def report(self, number: int) -> ShardReport | None:
+        """The report of a shard; None unless it is complete."""
+        return shards.read_report(self.out, self.shards[number], images=not self.config.embeddings_only)
+
+    def warn_of_unknown(self, reports: Sequence[ShardReport]) -> None:
+        """Warns once if the encoder does not know the captions' language."""
+        tokens = sum(report.tokens for report in reports)
+        unknown = sum(report.unknown for report in reports)
+        if self._warned or unknown <= _MAX_UNKNOWN * tokens:
+            return
+        self._warned = True
+        warnings.warn(
+            f"{unknown / tokens:.1%} of the captions' tokens are unknown to the text encoder "
+            f"{self.config.text_encoder!r}; use one that knows their language",
+            UnknownTokensWarning,
+            stacklevel=4,
+        )
+
+    def write_missing(self, reports: list[ShardReport | None], encoder: Encoder | None) -> int:
+        """Writes this process's shards that have no report yet, adds theirs; returns their captions."""
+        config = self.config
+        mine = range(config.process_index, len(self.units), config.num_processes)
+        missing = [number for number in mine if reports[number] is None]
+        done = [report for report in reports if report is not None]
+        self.warn_of_unknown(done)
+        if not missing:
+            return 0
+        encoder = encoder or _load_encoder(config.text_encoder)
+        for report in done:
+            if (report.encoder, report.width) != (encoder.name, encoder.width):
+                raise UserError(
+                    f"--text_encoder: {encoder.name!r} of width {encoder.width} is not what the shards in "
+                    f"{self.out} were made with ({report.encoder!r} of width {report.width}); "
+                    "use another --out"
+                )
+        settings = shards.ShardSettings(
+            max_length=config.max_length, dtype=config.dtype, images=not config.embeddings_only
+        )
+        written = 0
+        with (
+            tqdm(total=None if len(mine) < len(self.units) else self.source.size, unit="caption") as progress,
+            ThreadPoolExecutor(_PICTURE_THREADS) as pool,
+        ):
+            progress.update(sum(there.records for i in mine if (there := reports[i]) is not None))
+            writer = ShardWriter(self.out, settings, self.source, encoder, progress)
+            for number in missing:
+                report = writer.write(self.shards[number], self.units[number], pool)
+                shards.write_report(self.out, self.shards[number], report)
+                try:
+                    job_folder.still_ours(self.out, config.split, self.description)
+                except UserError:
+                    shards.withdraw_report(self.out, self.shards[number])
+                    raise
+                reports[number] = report
+                done.append(report)
+                written += report.records
+                self.warn_of_unknown(done)
+                # Few sources know their size before they are read; the shards are about equal.
+                progress.total = round(sum(report.records for report in done) / len(done) * len(mine))
+        return written
+
+    def finish(self, reports: Sequence[ShardReport]) -> None:
+        """Writes what describes the complete split; several processes may do so at once.
+
+        Raises:
+          UserError: nothing in the source is usable, or two records to be joined by key have the same.
+        """
+        config, out = self.config, self.out
+        job_folder.write_skipped(out)
+        if not sum(report.records for report in reports):
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in _skipped(reports).most_common())
             raise UserError(
-                f"--text_encoder: {encoder.name!r} of width {encoder.width} is not what the shards in {out} "
-                f"were made with ({report.encoder!r} of width {report.width}); use another --out"
+                f"--source: {config.source!r} has no usable sample ({reasons or 'it is empty'}); "
+                f"{out / 'skipped.jsonl'} lists them"
             )
-    total = None if source.size is None else max(source.size, sum(report.records for report in done))
-    with (
-        tqdm(total=total, initial=sum(report.records for report in done), unit="caption") as progress,
-        ThreadPoolExecutor(_PICTURE_THREADS) as pool,
-    ):
-        writer = _ShardWriter(config, source, encoder, progress)
-        for number, unit in enumerate(units):
-            if reports[number] is not None:
-                continue
-            shard = records.shard_name(config.name, config.split, number, len(units))
-            report = writer.write(out / shard, unit, pool)
-            content = json.dumps(dataclasses.asdict(report), ensure_ascii=False)
-            write_text(out / "job" / f"{shard}.json", content + "\n")
-            reports[number] = report
-            done.append(report)
-            # Few sources know their size before they are read; the shards are about equal.
-            progress.total = round(sum(report.records for report in done) / len(done) * len(units))
-    return [report for report in reports if report is not None]
+        if config.embeddings_only:
+            job_folder.write_key_index(out, config.split, self.shards, reports)
+        split = records.SplitInfo(
+            name=config.split,
+            shard_lengths=tuple(report.records for report in reports),
+            num_bytes=sum(report.num_bytes for report in reports),
+        )
+        encoder = records.EncoderInfo(
+            text_encoder=config.text_encoder,
+            width=reports[0].width,
+            max_length=config.max_length,
+            dtype=config.dtype.value,
+            source={config.split: config.source},
+            block_size=BLOCK_SIZE if config.dtype is EmbeddingDtype.INT8 else None,
+            images=not config.embeddings_only,
+        )
+        job_folder.write_info(
+            records.FolderInfo(path=out, name=config.name, splits={config.split: split}, encoder=encoder)
+        )
+        job_folder.remove_leftovers(out)
 
 
-def _write_skipped(out: epath.Path) -> None:
-    """Collects what the shards of all splits skipped into `skipped.jsonl`, in order."""
-    files = sorted((out / "job").glob("*.json"), key=os.fspath)
-    skipped = [item for file in files for item in json.loads(file.read_text())["skipped"]]
-    lines = [json.dumps(item, ensure_ascii=False) + "\n" for item in skipped]
-    write_text(out / "skipped.jsonl", "".join(lines))
-
-
-def _write_info(config: PrecomputeConfig, reports: Sequence[_ShardReport]) -> None:
-    """Writes the metadata of this split and of those that were complete before."""
-    out = epath.Path(config.out).expanduser()
-    splits: dict[str, records.SplitInfo] = {}
-    sources: dict[str, str] = {}
-    if (out / "dataset_info.json").exists():
-        before = records.read_folder_info(out)
-        splits.update(before.splits)
-        sources.update(before.encoder.source)
-    splits[config.split] = records.SplitInfo(
-        name=config.split,
-        shard_lengths=tuple(report.records for report in reports),
-        num_bytes=sum(report.num_bytes for report in reports),
-    )
-    sources[config.split] = config.source
-    encoder = records.EncoderInfo(
-        text_encoder=config.text_encoder,
-        width=reports[0].width,
-        max_length=config.max_length,
-        dtype=config.dtype.value,
-        source=sources,
-    )
-    records.write_folder_info(records.FolderInfo(path=out, name=config.name, splits=splits, encoder=encoder))
+def _skipped(reports: Sequence[ShardReport]) -> Counter[str]:
+    """Samples left out, by reason."""
+    return Counter(item["reason"] for report in reports for item in report.skipped)
 
 
 def source_captions(config: PrecomputeConfig) -> Iterator[str]:
@@ -362,46 +277,45 @@ def source_captions(config: PrecomputeConfig) -> Iterator[str]:
 
 
 def precompute(config: PrecomputeConfig, *, encoder: Encoder | None = None) -> Summary:
-    """Runs the job, or finishes it where an earlier run stopped.
+    """Runs this process's part of the job, or finishes it where an earlier run stopped.
 
     Args:
       config: what to do.
       encoder: the text encoder; None: `config.text_encoder` is loaded, if there is anything to encode.
 
     Returns:
-      what the split now holds.
+      what the split now holds; incomplete if shards of other processes are.
 
     Raises:
       UserError: the source cannot be opened, `out` holds a different job, the disk is full, or nothing in
         the source is usable.
     """
     source = open_source(config.source, split=config.split, limit=config.limit)
-    units = source.units(config.num_shards)
-    out = make_folder(config.out)
-    _claim_folder(out, config.split, _job_description(config, source, len(units)))
-    make_folder(out / "job")
-    shards = [records.shard_name(config.name, config.split, i, len(units)) for i in range(len(units))]
-    before = [_read_report(out, shard) for shard in shards]
-    there = sum(report.records for report in before if report is not None)
+    job = _Job(config, source)
+    job_folder.claim_folder(job.out, config.split, job.description)
+    make_folder(job.out / "job")
+    reports = [job.report(number) for number in range(len(job.units))]
     start = time.monotonic()
-    reports = _write_missing(config, source, units, before, encoder)
+    written = job.write_missing(reports, encoder)
     seconds = time.monotonic() - start
-    _write_skipped(out)
-    skipped = Counter(item["reason"] for report in reports for item in report.skipped)
-    captions = sum(report.records for report in reports)
-    if not captions:
-        reasons = ", ".join(f"{reason}: {count}" for reason, count in skipped.most_common())
-        raise UserError(
-            f"--source: {config.source!r} has no usable sample ({reasons or 'it is empty'}); "
-            f"{out / 'skipped.jsonl'} lists them"
-        )
-    _write_info(config, reports)
+    # Whoever is last to write a report finds all of them here.
+    for number, report in enumerate(reports):
+        if report is None:
+            reports[number] = job.report(number)
+    done = [report for report in reports if report is not None]
+    job.warn_of_unknown(done)
+    if len(done) == len(reports):
+        job.finish(done)
     return Summary(
-        captions=captions,
-        tokens=sum(report.tokens for report in reports),
-        skipped=dict(skipped),
+        captions=sum(report.records for report in done),
+        tokens=sum(report.tokens for report in done),
+        unknown=sum(report.unknown for report in done),
+        encoded=sum(report.encoded for report in done),
+        computed=sum(report.computed for report in done),
+        skipped=dict(_skipped(done)),
         num_shards=len(reports),
-        num_bytes=sum(report.num_bytes for report in reports),
-        written=captions - there,
+        num_complete=len(done),
+        num_bytes=sum(report.num_bytes for report in done),
+        written=written,
         seconds=seconds,
     )

@@ -7,7 +7,7 @@ from typing import Any
 import orbax.checkpoint as ocp
 from etils import epath
 
-from imagen_jax.config import differences, to_dict
+from imagen_jax.config import build, differences, to_dict
 from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
 from imagen_jax.sampling.model_folder import read_json
@@ -86,9 +86,12 @@ def check_same_config(workdir: epath.Path, config: TrainConfig) -> None:
     """Refuses to go on with a run of another config.
 
     Raises:
-      UserError: naming the first field that differs, among those that a resumed run must keep.
+      UserError: naming the first field that differs, among those that a resumed run must keep, or that is
+        unknown.
     """
-    lines = differences(read_config(workdir), to_dict(config))
+    # Through the dataclass: fields that are newer than the run have their defaults, which is how it ran.
+    before = build(TrainConfig, read_config(workdir), f"{workdir}/config.json")
+    lines = differences(to_dict(before), to_dict(config))
     changed = [line for line in lines if not line.startswith(RESUMABLE)]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""

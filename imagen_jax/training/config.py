@@ -52,11 +52,21 @@ class OptimizerConfig:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
 
 
+class TextDtype(enum.StrEnum):
+    """Precision of a text encoder that runs beside the training."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where the training examples come from."""
 
     path: str  # folder of records that `imagen-jax precompute` wrote
+    embeddings: str | None = None  # folder of `precompute --embeddings_only`, by key; None: those in `path`
+    text_encoder: str | None = None  # folder or hub id: encodes captions while training; None: stored ones
+    text_dtype: TextDtype = TextDtype.FLOAT32  # of that encoder's weights, products and embeddings
     split: str = "train"
     batch_size: int = 2048  # examples a step, over all devices and processes
     flip: bool = False  # mirror pictures at random; captions with left and right forbid it
@@ -66,6 +76,11 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.embeddings is not None and self.text_encoder is not None:
+            raise ValueError(
+                f"embeddings={self.embeddings} and text_encoder={self.text_encoder} exclude each other; "
+                "set one of them to None"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +121,8 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
 
 
-# Fields that may differ between a run and its resumption: they change neither the weights nor the data.
+# Fields that may differ between a run and its resumption: they change neither the weights nor the data. Of the
+# text's fields none is here: another encoder's embeddings look alike and mean something else.
 RESUMABLE = (
     "config.mesh",
     "config.data.path",

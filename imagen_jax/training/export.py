@@ -28,7 +28,7 @@ def export(
     Args:
       workdirs: one a stage, in any order; they are sorted by resolution.
       out: the model folder.
-      text_encoder: folder or hub id; None: the encoder that made the first stage's records.
+      text_encoder: folder or hub id; None: the encoder of the first stage's training.
       copy_text_encoder: whether a local encoder is copied into the model folder, else it is referred to.
 
     Returns:
@@ -45,7 +45,10 @@ def export(
     stages = tuple(configs[workdir].stage for workdir in ordered)
     check_cascade(stages)
     if text_encoder is None:
-        text_encoder = read_folder_info(configs[ordered[0]].data.path).encoder.text_encoder
+        data = configs[ordered[0]].data
+        text_encoder = data.text_encoder
+        if text_encoder is None:
+            text_encoder = read_folder_info(data.embeddings or data.path).encoder.text_encoder
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
     reference = text_encoder

@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from imagen_jax.data.pipeline import PipelineConfig, embedding_width, open_batches, record_count
+from imagen_jax.data.pipeline import Batches, PipelineConfig, embedding_width, open_batches, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import check_batch_size, make_mesh, put_batch
@@ -20,6 +20,7 @@ from imagen_jax.sampling.stage_sampler import StageSampler
 from imagen_jax.training.checkpoint import Checkpoints, check_same_config, write_config
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.metrics import MetricsWriter
+from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer
 from imagen_jax.training.train_step import make_train_step
 
@@ -42,18 +43,25 @@ def pipeline_config(config: TrainConfig) -> PipelineConfig:
     )
 
 
-def check_data(config: TrainConfig) -> None:
+def check_data(config: TrainConfig, online: OnlineText | None) -> None:
     """Checks the records against the config before anything is compiled.
+
+    Args:
+      config: the run.
+      online: the encoder that runs beside it, if there is one.
 
     Raises:
       UserError: if the split is smaller than a batch or the embeddings' width is not the network's.
     """
     data = config.data
-    width = embedding_width(data.path)
+    if online is None:
+        place = data.embeddings or data.path
+        width, what = embedding_width(place), f"the embeddings in {place}"
+    else:
+        width, what = online.width, f"the embeddings of text encoder {data.text_encoder}"
     if width != config.stage.network.text_width:
         raise UserError(
-            f"config.stage.network.text_width is {config.stage.network.text_width}, "
-            f"but the embeddings in {data.path} have width {width}"
+            f"config.stage.network.text_width is {config.stage.network.text_width}, but {what} have width {width}"
         )
     count = record_count(data.path, data.split)
     if count < data.batch_size:
@@ -69,22 +77,37 @@ def split_index(index: np.ndarray) -> np.ndarray:
     return np.stack([unsigned & np.uint64(0xFFFFFFFF), unsigned >> np.uint64(32)], axis=1).astype(np.uint32)
 
 
-def device_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """The arrays that the training step reads, on the mesh; record keys stay behind."""
-    arrays = {name: array for name, array in batch.items() if name not in ("key", "index")}
-    return put_batch({**arrays, "index": split_index(batch["index"])}, mesh)
+def device_batch(
+    batch: Mapping[str, np.ndarray], mesh: Mesh, online: OnlineText | None = None
+) -> dict[str, jax.Array]:
+    """The arrays that the training step reads, on the mesh; record keys stay behind.
+
+    Args:
+      batch: from `open_batches`, or with an encoder from `TokenizedBatches`.
+      mesh: where to.
+      online: the encoder of the batch's tokens.
+    """
+    arrays = {name: array for name, array in batch.items() if name not in ("key", "index", "tokens")}
+    placed = put_batch({**arrays, "index": split_index(batch["index"])}, mesh)
+    if online is not None:
+        placed["text"] = online.embed(batch["tokens"], batch["text_mask"])
+    return placed
 
 
 class SampleGrid:
     """Pictures of the same captions and seeds, drawn now and then with the averaged weights."""
 
-    def __init__(self, config: TrainConfig, network: StageNetwork, workdir: epath.Path):
+    def __init__(
+        self, config: TrainConfig, network: StageNetwork, workdir: epath.Path, online: OnlineText | None
+    ):
         loop, pipeline = config.train, pipeline_config(config)
         split = loop.sample_split or config.data.split
         count = min(loop.sample_count, record_count(config.data.path, split))
         pipeline = dataclasses.replace(pipeline, split=split, shuffle=False, batch_size=count, crop=None)
-        with open_batches(pipeline) as batches:
-            self._batch = next(batches)
+        with _open_batches(config, pipeline) as batches:
+            self._batch = dict(next(batches))
+        if online is not None:
+            self._batch["text"], self._batch["text_mask"] = online.encode(self._batch["caption"])
         self._seeds = np.arange(count, dtype=np.uint32)
         self._sampler = StageSampler(network)
         self._folder = workdir / "samples"
@@ -103,6 +126,28 @@ class SampleGrid:
             self._folder.mkdir(parents=True, exist_ok=True)
             save_png(self._folder / f"{int(state.step):08d}.png", result)
         return result
+
+
+def _open_batches(config: TrainConfig, pipeline: PipelineConfig, **options: int) -> Batches:
+    """The batches with what their text is made of."""
+    data = config.data
+    return open_batches(
+        pipeline, embeddings=data.embeddings, captions=data.text_encoder is not None, **options
+    )
+
+
+def training_batches(
+    config: TrainConfig, online: OnlineText | None, examples: int
+) -> Batches | TokenizedBatches:
+    """Batches of this process from the given global count of examples on."""
+    batches = _open_batches(
+        config,
+        pipeline_config(config),
+        start_example=examples,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return batches if online is None else TokenizedBatches(batches, online, ahead=config.data.prefetch)
 
 
 def train(config: TrainConfig, workdir: epath.PathLike) -> TrainState:
@@ -125,7 +170,15 @@ def train(config: TrainConfig, workdir: epath.PathLike) -> TrainState:
     workdir = epath.Path(workdir)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
-    check_data(config)
+    online = None
+    if config.data.text_encoder is not None:
+        online = OnlineText.load(
+            config.data.text_encoder,
+            dtype=config.data.text_dtype.value,
+            max_length=config.stage.max_text_length,
+            mesh=mesh,
+        )
+    check_data(config, online)
     first = jax.process_index() == 0
     if (workdir / "config.json").exists():
         check_same_config(workdir, config)
@@ -157,14 +210,9 @@ def train(config: TrainConfig, workdir: epath.PathLike) -> TrainState:
         )
         with (
             contextlib.closing(metrics),
-            open_batches(
-                pipeline_config(config),
-                start_example=examples,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            ) as batches,
+            training_batches(config, online, examples) as batches,
         ):
-            run = _Run(config, workdir, network, mesh, checkpoints, metrics)
+            run = _Run(config, workdir, network, mesh, checkpoints, metrics, online)
             return run.loop(state, step, make_train_step(network, optimizer, config, mesh, abstract), batches)
 
 
@@ -179,22 +227,23 @@ class _Run:
         mesh: Mesh,
         checkpoints: Checkpoints,
         metrics: MetricsWriter,
+        online: OnlineText | None,
     ):
         self.config, self.workdir, self.network, self.mesh = config, workdir, network, mesh
-        self.checkpoints, self.metrics = checkpoints, metrics
+        self.checkpoints, self.metrics, self.online = checkpoints, metrics, online
         self._grid: SampleGrid | None = None
 
     def loop(self, state: TrainState, step: int, train_step: Any, batches: Iterator[Any]) -> TrainState:
         """Steps from `step` + 1 to the last; the last state is saved."""
         loop = self.config.train
         # The next batch is put on the devices while they work on this one.
-        batch = device_batch(next(batches), self.mesh)
+        batch = device_batch(next(batches), self.mesh, self.online)
         while step < loop.steps:
             state, values = train_step(state, batch)
             step += 1
             last = step == loop.steps
             if not last:
-                batch = device_batch(next(batches), self.mesh)
+                batch = device_batch(next(batches), self.mesh, self.online)
             self.metrics.advance()
             if step % loop.log_every == 0 or last:
                 self._log(step, values)
@@ -219,6 +268,6 @@ class _Run:
         if jax.process_count() > 1:
             return  # the averaged weights are spread over processes
         if self._grid is None:
-            self._grid = SampleGrid(self.config, self.network, self.workdir)
+            self._grid = SampleGrid(self.config, self.network, self.workdir, self.online)
         self.metrics.pictures(step, self._grid.draw(state))
         self.metrics.pause()

@@ -235,6 +235,102 @@ def test_helpers(folder):
     assert [record.caption for record in parsed] == [f"标题 {i}" for i in range(COUNT)]
 
 
+def write_embeddings(folder, numbers, *, dtype):
+    """Embeddings of some keys, in the order given, in two shards; token t of key n is n + t/8 everywhere."""
+    hashes = []
+    halves = (numbers[:3], numbers[3:])
+    for shard, half in enumerate(halves):
+        with TFRecordWriter(folder / records.shard_name("e", "train", shard, 2)) as writer:
+            for number in half:
+                plain = np.repeat(number + np.arange(3)[:, None] / 8, 70, 1).astype(np.float32)
+                if dtype == "int8":
+                    values, scale = records.quantise(plain)
+                else:
+                    values, scale = plain.astype(ml_dtypes.bfloat16), None
+                key = f"key {number}"
+                record = records.Record(
+                    key=key,
+                    image=None,
+                    caption=f"new {number}",
+                    text_embedding=values,
+                    text_embedding_scale=scale,
+                )
+                writer.write(records.serialize(record))
+                hashes.append(records.key_hash(key))
+    lengths = tuple(len(half) for half in halves)
+    split = records.SplitInfo(name="train", shard_lengths=lengths, num_bytes=1)
+    encoder = records.EncoderInfo(
+        text_encoder="other",
+        width=70,
+        max_length=8,
+        dtype=dtype,
+        source={"train": "test"},
+        block_size=64 if dtype == "int8" else None,
+        images=False,
+    )
+    info = records.FolderInfo(path=epath.Path(folder), name="e", splits={"train": split}, encoder=encoder)
+    records.write_key_index(folder, "train", np.array(hashes, np.uint64))
+    records.write_folder_info(info)
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_embeddings_of_another_folder_are_joined_by_key(folder, tmp_path, dtype):
+    order = np.random.default_rng(1).permutation(COUNT + 5).tolist()  # five more than there are pictures
+    write_embeddings(tmp_path, order, dtype=dtype)
+    own = take(config(folder), 6, captions=True)
+    joined = take(config(folder), 6, embeddings=tmp_path, captions=True)
+    for mine, other in zip(own, joined, strict=True):
+        assert [f"标题 {n}" for n in numbers(mine)] == mine["caption"]
+        assert [f"new {n}" for n in numbers(other)] == other["caption"]
+        for name in ("image", "index", "key"):
+            np.testing.assert_array_equal(mine[name], other[name])
+        assert other["text"].shape == (4, 4, 70) and other["text"].dtype == ml_dtypes.bfloat16
+        assert other["text_mask"].tolist() == [[True] * 3 + [False]] * 4
+        for row, number in enumerate(numbers(other)):
+            wanted = np.repeat(np.append(number + np.arange(3) / 8, 0)[:, None], 70, 1)
+            np.testing.assert_allclose(other["text"][row].astype(np.float32), wanted, rtol=2**-8)
+
+
+def test_captions_only_if_asked_for(folder):
+    assert "caption" not in take(config(folder), 1)[0]
+
+
+def test_missing_embedding_is_named(folder, tmp_path):
+    write_embeddings(tmp_path, [n for n in range(COUNT) if n != 11], dtype="bfloat16")
+    with pytest.raises(
+        UserError, match=rf"^{tmp_path}: no embedding of the key 'key 11' \(.*-of-00003, byte"
+    ):
+        take(config(folder), 6, embeddings=tmp_path)
+
+
+def test_folders_in_the_wrong_places_are_named(folder, tmp_path):
+    write_embeddings(tmp_path, list(range(COUNT)), dtype="bfloat16")
+    with pytest.raises(UserError, match=rf"{tmp_path}: holds text embeddings without pictures"):
+        open_batches(config(tmp_path))
+    with pytest.raises(
+        UserError, match=r"keys-train\.npy: no such file; only a folder of .*--embeddings_only"
+    ):
+        open_batches(config(folder), embeddings=folder)
+    records.write_key_index(tmp_path, "train", np.arange(5, dtype=np.uint64))
+    with pytest.raises(UserError, match="key index of split 'train' has 5 keys for 23 records"):
+        open_batches(config(folder), embeddings=tmp_path)
+    for content in (b"", b"not an index", (tmp_path / "keys-train.npy").read_bytes()[:-3]):
+        (tmp_path / "keys-train.npy").write_bytes(content)
+        with pytest.raises(UserError, match=r"keys-train\.npy: not a key index"):
+            open_batches(config(folder), embeddings=tmp_path)
+
+
+def test_scales_of_other_blocks_are_named(folder, tmp_path):
+    write_embeddings(tmp_path, list(range(COUNT)), dtype="int8")
+    metadata = (tmp_path / "metadata.json").read_text()
+    (tmp_path / "metadata.json").write_text(metadata.replace('"block_size": 64', '"block_size": 16'))
+    with pytest.raises(
+        UserError, match=r"embedding of 'key .*': 2 scales per token for 70 channels in blocks of 16"
+    ):
+        take(config(folder), 1, embeddings=tmp_path)
+
+
 def copy_with_damage(folder, tmp_path, number, damage):
     """A copy of the folder where a byte of a record of the last shard is flipped; file and offset."""
     for file in folder.iterdir():
@@ -319,5 +415,5 @@ next(batches)
 assert "tensorflow" not in sys.modules
 print("read")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr

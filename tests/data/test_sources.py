@@ -338,6 +338,34 @@ def test_exif_rotation_is_applied():
     assert pictures.decode_picture(encoded(picture, "JPEG", exif=exif)).size == (10, 20)
 
 
+def smooth(height, width, mode="RGB"):
+    """Waves of a few periods: what is left of a photograph once it is small."""
+    rows, columns = np.indices((height, width)) / max(height, width)
+    waves = [127 + 60 * np.sin(9 * rows + i) + 60 * np.cos(11 * columns - i) for i in range(3)]
+    return Image.fromarray(np.stack(waves, -1).astype(np.uint8)).convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("smallest", "size"),
+    [(128, (320, 256)), (64, (160, 128)), (65, (320, 256)), (32, (80, 64)), (8, (40, 32))],
+)
+def test_jpegs_are_decoded_at_a_fraction_of_their_size(mode, smallest, size):
+    data = encoded(smooth(256, 320, mode), "JPEG", quality=95)
+    drafted = pictures.decode_picture(data, smallest)
+    assert drafted.size == size and drafted.mode == "RGB"
+    small = pictures.resize_square(drafted, smallest).astype(int)
+    whole = pictures.resize_square(pictures.decode_picture(data), smallest).astype(int)
+    assert np.abs(small - whole).mean() < 1.0 and np.abs(small - whole).max() <= 8
+
+
+def test_fractions_leave_rotation_and_other_formats_alone():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert pictures.decode_picture(encoded(smooth(64, 128), "JPEG", exif=exif), 16).size == (32, 64)
+    assert pictures.decode_picture(encoded(smooth(64, 128)), 8).size == (128, 64)
+
+
 @pytest.mark.parametrize("resolution", [16, 32])
 def test_checkerboard_becomes_grey(resolution):
     board = np.indices((128, 128)).sum(0) % 2 * 255

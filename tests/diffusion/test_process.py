@@ -86,3 +86,19 @@ def test_time_condition_is_the_cosine_time():
     ends = np.asarray(time_condition(single([200.0, -200.0, 15.0, -15.0])))
     np.testing.assert_allclose(ends[:2], [0.0, 1000.0], atol=1e-3)
     assert 0 < ends[2] < ends[3] < 1000
+
+
+@pytest.mark.parametrize("source", Prediction)
+@pytest.mark.parametrize("target", Prediction)
+def test_no_signal_and_no_noise_at_all_stay_finite(source, target):
+    value, x_t = jnp.full((2, 3), 0.7), jnp.full((2, 3), 0.2)
+    made = convert(value, x_t=x_t, log_snr=single([-200.0, 200.0]), source=source, target=target)
+    assert np.all(np.isfinite(made))
+
+
+def test_what_is_known_without_signal_and_without_noise():
+    x_t, log_snr = jnp.full((2, 3), 0.2), single([-200.0, 200.0])
+    x0, epsilon = to_x0_and_epsilon(jnp.full((2, 3), 0.7), x_t=x_t, log_snr=log_snr, source=Prediction.V)
+    # v = αε − σx0 is −x0 without signal, where x_t is ε; without noise x_t is x0 and v is ε.
+    np.testing.assert_allclose(x0, [[-0.7] * 3, [0.2] * 3], atol=1e-6)
+    np.testing.assert_allclose(epsilon, [[0.2] * 3, [0.7] * 3], atol=1e-6)

@@ -77,3 +77,20 @@ def test_alpha_and_sigma():
 def test_bad_bounds():
     with pytest.raises(ValueError, match=r"got 3\.0 and -3\.0"):
         CosineSchedule(log_snr_min=3.0, log_snr_max=-3.0)
+
+
+@pytest.mark.parametrize("low", [-200.0, -40.0])
+def test_cosine_may_end_without_signal(low):
+    schedule = CosineSchedule(log_snr_min=low)
+    made = log_snr(schedule)
+    assert np.all(np.isfinite(made)) and np.all(np.diff(made) < 0)
+    np.testing.assert_allclose(made[-1], low, rtol=1e-5)
+    # Elsewhere it is the cosine: −2·log tan(πt/2), but for the upper bound's angle of 5.5e-4.
+    np.testing.assert_allclose(made[100:-1], -2 * np.log(np.tan(np.pi / 2 * TIMES[100:-1])), atol=8e-3)
+    alpha, sigma = alpha_sigma(schedule.log_snr(jnp.ones(1)))
+    assert float(sigma[0]) == 1.0 and float(alpha[0]) <= np.exp(low / 2) * 1.001
+
+
+def test_infinite_bounds_are_refused():
+    with pytest.raises(ValueError, match="-inf"):
+        CosineSchedule(log_snr_min=-np.inf)

@@ -1,5 +1,6 @@
 """The cascade: a picture depends on its prompt and seed only."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -105,6 +106,29 @@ def test_text_is_padded_with_zeros_and_masked(imagen):
 def test_bad_arguments(imagen, arguments, message):
     with pytest.raises(UserError, match=message):
         imagen.generate(**{"prompts": ["a"], **arguments})
+
+
+def test_negative_prompt(imagen, stages):
+    """The base is guided, the super-resolution stage is not."""
+    base = stages[0]
+    plain, strong = (
+        {base.name: dataclasses.replace(base.sampling, guidance_weight=weight)} for weight in (1.0, 8.0)
+    )
+    # Away from nothing but the prompt itself is no guidance at all, whatever the weight.
+    made = imagen.pictures(PROMPTS[:2], seed=5, negative_prompt=PROMPTS[0], sampling=strong)
+    assert [each.prompt for each in made] == list(PROMPTS[:2])
+    assert_equal(made[:1], imagen.pictures(PROMPTS[:1], seed=5, sampling=plain))
+    usual = imagen.pictures(PROMPTS[:2], seed=5, sampling=strong)
+    for one, other in zip(made, usual):
+        assert np.abs(one.pixels.astype(int) - other.pixels.astype(int)).mean() > 2
+    alone = imagen.pictures(PROMPTS[1:2], seed=5, negative_prompt=PROMPTS[0], sampling=strong)
+    assert_equal(alone, made[1:])
+
+
+def test_a_negative_prompt_without_guidance(imagen, stages):
+    off = {stages[0].name: dataclasses.replace(stages[0].sampling, guidance_weight=1.0)}
+    with pytest.raises(UserError, match="'a blue square' needs guidance"):
+        imagen.generate(["a"], negative_prompt="a blue square", sampling=off)
 
 
 def test_sampling_of_a_stage_that_is_not_there(imagen, stages, model_folder):

@@ -69,7 +69,7 @@ def test_long_texts_are_cut_and_bucketed(encoder):
     assert short.shape == (128, 96)
     (long,) = encoder.encode([text], max_length=270)
     assert long.shape == (270, 96)
-    for length, bucket in [(1, 8), (8, 8), (9, 16), (77, 96), (256, 256), (257, 512), (700, 768)]:
+    for length, bucket in [(1, 4), (8, 8), (9, 10), (77, 80), (256, 256), (257, 512), (700, 768)]:
         assert encoder_module._padded_length(length) == bucket
 
 
@@ -77,7 +77,59 @@ def test_few_shapes_are_compiled(folder):
     encoder = TextEncoder.load(folder)
     for n in (1, 2, 5, 600, 700, 1300):
         encoder.encode(CAPTIONS[:n])
-    assert encoder._run._cache_size() <= 3
+    assert encoder._run._cache_size() <= 4  # 1, 8, 32 and 128 rows of one length
+
+
+def caption_lengths(count, seed=0):
+    """Lengths of captions as people write them: most near 11 tokens, a few of up to 80."""
+    lengths = np.random.default_rng(seed).lognormal(2.2, 0.55, count)
+    return np.clip(lengths.astype(int) + 1, 2, 80).tolist()
+
+
+def test_plan_covers_all_texts_and_fits_them():
+    for lengths in (caption_lengths(1), caption_lengths(7), caption_lengths(1024), [600, 5, 300], []):
+        rest = sorted(lengths, reverse=True)
+        for count, rows, length in encoder_module._plan(lengths):
+            batch, rest = rest[:count], rest[count:]
+            assert 0 < len(batch) == count <= rows
+            assert max(batch) <= length
+            assert rows * length <= encoder_module._TOKENS_PER_BATCH or rows <= 8
+        assert not rest
+
+
+def test_plan_is_the_cheapest(monkeypatch):
+    """Against all ways to cut a few texts into batches."""
+    monkeypatch.setattr(encoder_module, "_ROWS", (1, 2, 4))
+    monkeypatch.setattr(encoder_module, "_BATCH_COST", 5)
+
+    def cheapest(rest):
+        if not rest:
+            return 0
+        length = encoder_module._padded_length(rest[0])
+        return min(rows * length + 5 + cheapest(rest[rows:]) for rows in (1, 2, 4))
+
+    for seed in range(30):
+        lengths = caption_lengths(9, seed)
+        found = sum(rows * length + 5 for _, rows, length in encoder_module._plan(lengths))
+        assert found == cheapest(sorted(lengths, reverse=True))
+
+
+def test_little_is_padding():
+    windows = [caption_lengths(1024, seed) for seed in range(4)]
+    plans = [encoder_module._plan(lengths) for lengths in windows]
+    computed = sum(rows * length for plan in plans for _, rows, length in plan)
+    assert sum(map(sum, windows)) >= 0.85 * computed
+    assert len({(rows, length) for plan in plans for _, rows, length in plan}) <= 40
+    assert all(len(plan) < 40 for plan in plans)
+
+
+def test_token_counts(encoder):
+    counts = encoder.count_tokens(["a red zebra", "", "a red zebra", "zebra quagga"], max_length=128)
+    assert counts.unknown == (1, 0, 1, 2)
+    assert counts.useful == 4 + 1 + 3
+    assert counts.computed == 8 * 4  # one batch of 8 rows: three of 1 row would cost more to start
+    assert encoder.count_tokens(["zebra quagga"], max_length=2).unknown == (1,)
+    assert encoder.count_tokens([], max_length=2).computed == 0
 
 
 def test_bfloat16_encoder_is_close(folder, encoder):

@@ -6,6 +6,7 @@ import os
 import sys
 import tarfile
 import types
+import warnings
 import zlib
 
 import ml_dtypes
@@ -21,7 +22,9 @@ from imagen_jax.data import files, records
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.text import precompute as job
-from imagen_jax.text.precompute import PrecomputeConfig, precompute
+from imagen_jax.text import shards as job_shards
+from imagen_jax.text.precompute import PrecomputeConfig, UnknownTokensWarning, precompute
+from imagen_jax.text.store import EmbeddingDtype, TokenCounts
 
 WIDTH = 5
 
@@ -44,6 +47,12 @@ class FakeEncoder:
     def encode(self, captions, *, max_length):
         self.asked += captions
         return [expected_embedding(caption, max_length) for caption in captions]
+
+    def count_tokens(self, captions, *, max_length):
+        """Of each caption, the words that are not ASCII are unknown; a batch computes 10 tokens a caption."""
+        tokens = [len(expected_embedding(caption, max_length)) for caption in captions]
+        unknown = [sum(not word.isascii() for word in caption.split()) for caption in captions]
+        return TokenCounts(unknown=tuple(unknown), useful=sum(tokens), computed=10 * len(captions))
 
 
 def png(number):
@@ -112,7 +121,7 @@ def test_records_in_source_order(tmp_path, source):
 
 
 def test_identical_captions_of_a_shard_are_encoded_once(tmp_path, source, monkeypatch):
-    monkeypatch.setattr(job, "_WINDOW", 3)  # also across windows
+    monkeypatch.setattr(job_shards, "WINDOW", 3)  # also across windows
     encoder = FakeEncoder()
     precompute(config(tmp_path, source, num_shards=1), encoder=encoder)
     assert sorted(encoder.asked) == sorted({f"caption number {i // 2}" for i in GOOD})
@@ -120,8 +129,8 @@ def test_identical_captions_of_a_shard_are_encoded_once(tmp_path, source, monkey
 
 def test_little_memory_gives_the_same_bytes(tmp_path, source, monkeypatch):
     precompute(config(tmp_path, source, num_shards=2), encoder=FakeEncoder())
-    monkeypatch.setattr(job, "_MEMORY", 50)
-    monkeypatch.setattr(job, "_WINDOW", 2)
+    monkeypatch.setattr(job_shards, "MEMORY", 50)
+    monkeypatch.setattr(job_shards, "WINDOW", 2)
     other = config(tmp_path, source, num_shards=2, out=str(tmp_path / "other"))
     precompute(other, encoder=FakeEncoder())
     assert contents(tmp_path / "other") == contents(tmp_path / "out")
@@ -280,6 +289,8 @@ def test_interrupted_anywhere_ends_with_the_same_bytes(tmp_path, source):
         ({"limit": 8}, "--limit was None, now 8"),
         ({"name": "other"}, "--name was 'captions', now 'other'"),
         ({"source": "shapes:count=3"}, "--source was 'webdataset:"),
+        ({"dtype": EmbeddingDtype.INT8}, "--dtype was 'bfloat16', now 'int8'"),
+        ({"embeddings_only": True}, "--embeddings_only was False, now True"),
     ],
 )
 def test_another_configuration_is_refused(tmp_path, source, changes, named):
@@ -343,9 +354,10 @@ def test_two_splits_in_one_folder(tmp_path, source):
 
 def test_shapes_with_two_captions_each(tmp_path):
     encoder = FakeEncoder()
-    summary = precompute(
-        config(tmp_path, "shapes:count=6,resolution=16,language=both", num_shards=2), encoder=encoder
-    )
+    with pytest.warns(UnknownTokensWarning):
+        summary = precompute(
+            config(tmp_path, "shapes:count=6,resolution=16,language=both", num_shards=2), encoder=encoder
+        )
     flat = [record for shard in parsed(tmp_path / "out") for record in shard]
     assert summary.captions == 12
     assert [record.key for record in flat[:3]] == ["train-00000000", "train-00000000#1", "train-00000001"]
@@ -409,11 +421,41 @@ def test_full_disk_then_the_same_command_again(tmp_path, source, monkeypatch, me
         ({"name": "a-b"}, "--name"),
         ({"split": "a b"}, "--split"),
         ({"limit": 0}, "--limit"),
+        ({"num_processes": 0}, "--num_processes"),
+        ({"num_processes": 2, "process_index": 2}, "--process_index"),
+        ({"process_index": -1}, "--process_index"),
     ],
 )
 def test_bad_values_name_the_flag(tmp_path, changes, flag):
     with pytest.raises(UserError, match=f"^{flag}: "):
         precompute(config(tmp_path, "shapes:count=2", **changes), encoder=FakeEncoder())
+
+
+def test_unknown_tokens_warn_once_and_again_after_a_restart(tmp_path):
+    settings = config(tmp_path, "shapes:count=8,resolution=16,language=zh", num_shards=4)
+    for _ in range(2):
+        with pytest.warns(UnknownTokensWarning, match="50.0% .* text encoder 'fake'") as caught:
+            summary = precompute(settings, encoder=FakeEncoder())
+        assert len(caught) == 1
+        assert summary.unknown_share == 0.5  # a Chinese caption has no spaces: one word and </s>
+    assert summary.written == 0
+
+
+def test_few_unknown_tokens_do_not_warn(tmp_path, source):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownTokensWarning)
+        summary = precompute(config(tmp_path, source), encoder=FakeEncoder())
+    assert (summary.unknown, summary.unknown_share) == (0, 0)
+
+
+def test_embeddings_that_are_not_finite_are_refused(tmp_path, source):
+    class Broken(FakeEncoder):
+        def encode(self, captions, *, max_length):
+            return [np.full((2, WIDTH), np.nan, np.float32) for _ in captions]
+
+    for dtype in EmbeddingDtype:
+        with pytest.raises(UserError, match=r"'fake' fails on the caption 'caption number 0': .*finite"):
+            precompute(config(tmp_path, source, dtype=dtype), encoder=Broken())
 
 
 def test_command_line(tmp_path, source, monkeypatch, capsys):
@@ -429,6 +471,9 @@ def test_command_line(tmp_path, source, monkeypatch, capsys):
     assert loaded == ["DIR"]
     printed = capsys.readouterr().out
     assert "17 captions, 68 tokens" in printed
+    size = sum(file.stat().st_size for file in out.glob("*.tfrecord-*"))
+    assert f"({size / 17:.0f} bytes per caption) in 2 shards" in printed
+    assert "useful tokens: 40.0%" in printed and "unknown tokens: 0.0%" in printed
     assert "no caption: 1, undecodable picture: 2" in printed
     assert (out / "emoji-train.tfrecord-00001-of-00002").exists()
     assert cli.run(parser.parse_args(flags)) == 0

@@ -1,0 +1,153 @@
+"""The folder of an embedding job, as several processes see it: claiming it and finishing it.
+
+Nothing here waits for another process. What every process writes is written under a name of its own and
+renamed, with the same bytes, so that any of them may be killed or come twice.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from imagen_jax.data import records
+from imagen_jax.data.tfrecord import TFRecordReader
+from imagen_jax.errors import UserError
+from imagen_jax.text.shards import ShardReport, read_key_hashes, report_files
+
+
+def _read_job(out: epath.Path) -> dict[str, Any]:
+    """The content of job.json.
+
+    Raises:
+      UserError: it is missing or not such a file.
+    """
+    path = out / "job.json"
+    try:
+        job = json.loads(path.read_text())
+        if not isinstance(job["splits"], dict):
+            raise TypeError("no splits")
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a job description ({error}); use another --out") from error
+    job.setdefault("embeddings_only", False)
+    return job
+
+
+def _compare(out: epath.Path, split: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits of the job that is there, if it is the same.
+
+    Raises:
+      UserError: it is a different one; names the first flag that differs.
+    """
+    there = _read_job(out)
+    splits = there.pop("splits")
+    old = {**there, **splits.get(split, job["split"])}
+    shared = {key: value for key, value in job.items() if key != "split"}
+    for key, value in {**shared, **job["split"]}.items():
+        if old.get(key) != value:
+            what = f"--{key} was {old.get(key)!r}, now {value!r}"
+            if key == "fingerprint":
+                what = f"the files of --source {job['split']['source']!r} have changed"
+            raise UserError(f"--out: {out} holds a different job: {what}; use another --out")
+    return splits
+
+
+def claim_folder(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
+    """Writes job.json, or checks that the one that is there says the same.
+
+    Until a first shard is complete nothing is lost by another configuration, and it may replace the old
+    one. Of two different jobs that start at the same moment at most one goes on: this one looks for shards
+    after it has written job.json, and the other looks at job.json after each shard (`still_ours`).
+
+    Args:
+      out: the record folder.
+      split: name of the split to be written.
+      job: what decides about the bytes; under "split" what concerns this split alone.
+
+    Raises:
+      UserError: the folder belongs to a different job; names the first flag that differs.
+    """
+    path = out / "job.json"
+    splits: dict[str, Any] = {}
+    if report_files(out):
+        splits = _compare(out, split, job)
+    elif (out / "dataset_info.json").exists():
+        raise UserError(f"--out: {out} holds a data set of another origin; use another --out")
+    splits[split] = job["split"]
+    content = {**{key: value for key, value in job.items() if key != "split"}, "splits": splits}
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if not path.exists() or path.read_text() != text:
+        records.write_shared_json(path, content)
+        if report_files(out):
+            _compare(out, split, job)
+
+
+def still_ours(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
+    """Checks that no other job has taken the folder since `claim_folder`.
+
+    Raises:
+      UserError: one has; names the first flag that differs.
+    """
+    if split not in _compare(out, split, job):
+        raise UserError(f"--out: {out} was taken by another job in the meantime; use another --out")
+
+
+def write_skipped(out: epath.Path) -> None:
+    """Collects what the shards of all splits skipped into `skipped.jsonl`, in order."""
+    skipped = [item for file in report_files(out) for item in json.loads(file.read_text())["skipped"]]
+    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in skipped)
+    records.write_shared(out / "skipped.jsonl", lambda: [text.encode("utf-8")])
+
+
+def write_key_index(
+    out: epath.Path, split: str, shards: Sequence[str], reports: Sequence[ShardReport]
+) -> None:
+    """Writes the index by which the embeddings of a split are found.
+
+    Raises:
+      UserError: two records have the same key.
+    """
+    records.write_key_index(out, split, read_key_hashes(out, shards))
+    ends = np.cumsum([report.records for report in reports])
+    for numbers in records.KeyIndex(out, split).shared_hashes():
+        # Different keys may share a hash: with 10^8 records it happens once in thousands of folders.
+        seen: dict[str, str] = {}
+        for number in numbers:
+            shard = int(np.searchsorted(ends, number, side="right"))
+            position = int(number - (ends[shard] - reports[shard].records))
+            data = TFRecordReader(out / shards[shard])[position]
+            key = records.parse(data, reports[shard].width, shards[shard], images=False).key
+            if key in seen:
+                raise UserError(
+                    f"--source: the key {key!r} occurs twice (in {seen[key]} and in {shards[shard]}); "
+                    "embeddings are joined by key, so that each must be unique"
+                )
+            seen[key] = shards[shard]
+
+
+def write_info(info: records.FolderInfo) -> None:
+    """Writes the metadata of new splits and of those that were complete before.
+
+    Args:
+      info: of the folder, with the new splits only.
+    """
+    splits: dict[str, records.SplitInfo] = {}
+    sources: dict[str, str] = {}
+    if (info.path / "dataset_info.json").exists():
+        before = records.read_folder_info(info.path)
+        splits.update(before.splits)
+        sources.update(before.encoder.source)
+    encoder = dataclasses.replace(info.encoder, source={**sources, **info.encoder.source})
+    records.write_folder_info(dataclasses.replace(info, splits={**splits, **info.splits}, encoder=encoder))
+
+
+def remove_leftovers(out: epath.Path) -> None:
+    """Removes the temporary files that killed processes have left in a folder whose shards are complete.
+
+    A process that is writing the same metadata at this moment does so once more (`write_shared`).
+    """
+    for folder in (out, out / "job"):
+        for file in folder.glob("incomplete.*"):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,156 @@
+"""Captions encoded beside the training, on its mesh, in place of stored embeddings."""
+
+import collections
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from imagen_jax.data.pipeline import Batch, Batches
+from imagen_jax.parallel.mesh import batch_sharding
+from imagen_jax.text.encoder import TextEncoder
+
+_SHORTEST = 8  # tokens: lengths that are compiled are this, doubled until it is max_length
+
+
+class OnlineText:
+    """A frozen text encoder on the mesh that trains.
+
+    Every process encodes its own examples on its own devices, over which the encoder's parameters are spread:
+    no process waits for another, and each may pad to its own batch's longest caption.
+
+    Args:
+      encoder: loaded on `mesh.local_mesh`.
+      max_length: tokens of the training step's text.
+      mesh: of the training.
+    """
+
+    def __init__(self, encoder: TextEncoder, *, max_length: int, mesh: Mesh):
+        self._encoder, self._max_length = encoder, max_length
+        self._local = batch_sharding(mesh.local_mesh)
+        self._global = batch_sharding(mesh)
+        self._finish = jax.jit(functools.partial(_finish, max_length), out_shardings=self._local)
+
+    @classmethod
+    def load(
+        cls, folder_or_hub_id: str | os.PathLike, *, dtype: str, max_length: int, mesh: Mesh
+    ) -> "OnlineText":
+        """Opens the encoder.
+
+        Args:
+          folder_or_hub_id: see `TextEncoder.load`.
+          dtype: float32 or bfloat16: of its parameters, matrix products and embeddings.
+          max_length: tokens of the training step's text.
+          mesh: of the training.
+
+        Raises:
+          UserError: no such encoder.
+        """
+        encoder = TextEncoder.load(folder_or_hub_id, dtype=dtype, mesh=mesh.local_mesh)
+        return cls(encoder, max_length=max_length, mesh=mesh)
+
+    @property
+    def width(self) -> int:
+        """Of one token's embedding."""
+        return self._encoder.width
+
+    def tokenize(
+        self, captions: Sequence[str]
+    ) -> tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch max_length"]]:
+        """Token ids, padded to one of few lengths, and the mask at the training step's length.
+
+        The length is a function of the captions only, so that a batch has the same embeddings whenever it is
+        made.
+        """
+        rows = self._encoder.tokenize(captions, self._max_length)
+        longest, length = max(map(len, rows)), min(_SHORTEST, self._max_length)
+        while length < longest:
+            length = min(2 * length, self._max_length)
+        tokens = np.zeros((len(rows), length), np.int32)
+        for row, ids in zip(tokens, rows, strict=True):
+            row[: len(ids)] = ids
+        mask = np.arange(self._max_length) < np.array([[len(ids)] for ids in rows])
+        return tokens, mask
+
+    def embed(
+        self, tokens: Int[np.ndarray, "local_batch length"], mask: Bool[np.ndarray, "local_batch max_length"]
+    ) -> Float[Array, "batch max_length width"]:
+        """Embeddings of this process's examples as its part of the global batch, zero at padding.
+
+        Returns without waiting for the devices.
+        """
+        placed, whole = jax.device_put((tokens, mask), self._local)
+        text = self._finish(self._encoder.encode_tokens(placed, whole[:, : tokens.shape[1]]), whole)
+        if jax.process_count() == 1:
+            return text
+        shape = (text.shape[0] * jax.process_count(), *text.shape[1:])
+        parts = [shard.data for shard in text.addressable_shards]
+        return jax.make_array_from_single_device_arrays(shape, self._global, parts)
+
+    def encode(
+        self, captions: Sequence[str]
+    ) -> tuple[Float[np.ndarray, "batch max_length width"], Bool[np.ndarray, "batch max_length"]]:
+        """Embeddings of any number of captions on the host, zero at padding, and their mask."""
+        rows = self._encoder.encode(captions, max_length=self._max_length, dtype="float32")
+        text = np.zeros((len(rows), self._max_length, self.width), np.float32)
+        for padded, embedding in zip(text, rows, strict=True):
+            padded[: len(embedding)] = embedding
+        return text, np.arange(self._max_length) < np.array([[len(row)] for row in rows])
+
+
+def _finish(
+    max_length: int,
+    text: Float[Array, "batch length width"],
+    mask: Bool[Array, "batch max_length"],
+) -> Float[Array, "batch max_length width"]:
+    """Pads to the length of the training step, with zeros as stored embeddings are."""
+    padded = jnp.pad(text, ((0, 0), (0, max_length - text.shape[1]), (0, 0)))
+    return jnp.where(mask[:, :, None], padded, 0)
+
+
+class TokenizedBatches(Iterator[Batch]):
+    """Batches whose captions a thread turns into `tokens` and `text_mask`, ahead of the training step.
+
+    Args:
+      batches: with captions; closed together with this.
+      online: whose tokenizer.
+      ahead: batches made ahead.
+    """
+
+    def __init__(self, batches: Batches, online: OnlineText, *, ahead: int):
+        self._batches, self._online, self._ahead = batches, online, ahead
+        # One thread: the order of the batches is theirs.
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
+        self._waiting: collections.deque[Future[Batch]] = collections.deque()
+
+    def __next__(self) -> Batch:
+        while len(self._waiting) < self._ahead + 1:
+            self._waiting.append(self._pool.submit(self._make))
+        return self._waiting.popleft().result()
+
+    def _make(self) -> Batch:
+        batch: dict[str, Any] = dict(next(self._batches))
+        batch.pop("text", None)  # of the encoder that made the records, if there was one
+        batch["tokens"], batch["text_mask"] = self._online.tokenize(batch.pop("caption"))
+        return batch
+
+    def close(self) -> None:
+        """Stops the thread and the batches."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._batches.close()
+
+    def __enter__(self) -> "TokenizedBatches":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
