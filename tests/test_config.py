@@ -9,6 +9,8 @@ import pytest
 
 from imagen_jax.config import build, differences, nearest, to_dict
 from imagen_jax.diffusion.augmentation import NoiseAugmentation
+from imagen_jax.diffusion.grids import Grid, GridConfig
+from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import LinearSchedule
@@ -44,10 +46,19 @@ FULL = StageConfig(
     max_text_length=256,
     schedule=LinearSchedule(log_snr_max=12.0),
     prediction=Prediction.V,
-    augmentation=NoiseAugmentation(max_level=0.5),
+    augmentation=NoiseAugmentation(max_level=0.5, blur=0.5),
     sampling=SamplingConfig(
-        sampler=SamplerConfig(kind=Sampler.DDIM, steps=50, variance_interpolation=0.5, eta=0.3),
+        sampler=SamplerConfig(
+            kind=Sampler.DDIM,
+            steps=50,
+            grid=GridConfig(kind=Grid.KARRAS, rho=5.0, log_snr_min=-10.0, log_snr_max=10.0),
+            variance_interpolation=0.5,
+            eta=0.3,
+            churn=2.0,
+            churn_noise=1.003,
+        ),
         guidance_weight=8.0,
+        guidance=GuidanceConfig(log_snr_min=-3.0, log_snr_max=3.0, oscillate_after=4, rescale=0.7),
         threshold=ThresholdConfig(kind=Threshold.STATIC, percentile=90.0),
         aug_level=0.1,
     ),
@@ -116,8 +127,11 @@ def test_dictionary_is_plain():
     assert values["sampling"]["sampler"] == {
         "kind": "ddim",
         "steps": 50,
+        "grid": {"kind": "karras", "rho": 5.0, "log_snr_min": -10.0, "log_snr_max": 10.0},
         "variance_interpolation": 0.5,
         "eta": 0.3,
+        "churn": 2.0,
+        "churn_noise": 1.003,
     }
     assert type(values["prediction"]) is str
 

@@ -44,6 +44,13 @@ class LoadedStage:
     sampler: StageSampler
 
 
+def _check_numbers(seed: int, num_images: int, batch_size: int) -> None:
+    if num_images < 1 or batch_size < 1:
+        raise UserError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
+    if seed < 0 or seed + num_images - 1 > MAX_SEED:
+        raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {seed} … {seed + num_images - 1}")
+
+
 class Imagen:
     """A cascade that makes pictures of prompts.
 
@@ -166,12 +173,7 @@ class Imagen:
                 raise UserError(
                     f"{self.folder.path}: there is no stage {name!r} to sample{nearest(name, known)}"
                 )
-        if num_images < 1 or batch_size < 1:
-            raise UserError(
-                f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}"
-            )
-        if seed < 0 or seed + num_images - 1 > MAX_SEED:
-            raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {seed} … {seed + num_images - 1}")
+        _check_numbers(seed, num_images, batch_size)
         choices = {stage.name: (sampling or {}).get(stage.name, stage.sampling) for stage in self.stages}
         if negative_prompt is not None and all(each.guidance_weight == 1.0 for each in choices.values()):
             raise UserError(

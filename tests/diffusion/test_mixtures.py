@@ -21,13 +21,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def assert_is_the_mixture(samples, mixture, bias):
     """Mean, covariance and weights within 5.5 standard errors and `bias` (of variances; of means, in std)."""
     count = len(samples)
@@ -58,7 +51,7 @@ def test_plane(plane, draw, name):
 @pytest.mark.parametrize("name", ["ddpm", "ddim", "dpmpp", "dpmpp_sde", "heun"])
 def test_pictures(pictures, draw, name):
     config, bias = CONFIGS[name]
-    samples = draw(pictures, CosineSchedule(), config, 512)
+    samples = draw(pictures, CosineSchedule(), config, 384)
     assert_is_the_mixture(samples, pictures, bias)
     # Directions of very different variance, each by itself, within each component.
     chosen = pictures.component(samples)

@@ -1,6 +1,5 @@
 """Error of the deterministic samplers against their number of steps, and against the exact flow."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -10,14 +9,6 @@ from imagen_jax.diffusion.schedules import CosineSchedule
 
 STEPS = (16, 32, 64, 128)
 COUNT = 256
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """There is a program for each number of steps, and little to compute in any."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

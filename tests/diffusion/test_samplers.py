@@ -144,7 +144,7 @@ def test_an_image_depends_on_its_own_key_only(kind):
         )
     )
     keys = keys_of(8)
-    for positions in ([5], [5, 0, 7], [1, 2, 5], [7, 6, 5, 4, 3, 2, 1, 0]):
+    for positions in ([5], [7, 6, 5, 4, 3, 2, 1, 0]):
         made = run(keys[jnp.array(positions)])
         np.testing.assert_allclose(made, eight[positions], atol=1e-5)
     assert np.abs(eight[:, None] - eight[None])[np.triu_indices(8, 1)].max(axis=-1).min() > 1e-2
