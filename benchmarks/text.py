@@ -34,6 +34,7 @@ from imagen_jax.text.small import make_small_encoder
 DATA = Path(__file__).parents[2] / "shared" / "data"
 TOKENS_PER_BATCH = 4096
 PADDED_LENGTH = 128
+EQUAL_ROWS = 128
 
 
 def read_captions(prompts: Path, emoji: Path) -> list[str]:
@@ -93,12 +94,14 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def equal_batches(rows: list[list[int]]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Full batches of the lengths 16 and 32: of few shapes, as an accelerator would get them."""
+    """Full batches of EQUAL_ROWS texts padded to 8, 16 and 32 tokens: the same few shapes for both."""
     made = []
-    for length in (16, 32):
+    for length in (8, 16, 32):
         chosen = [ids for ids in rows if length // 2 < len(ids) <= length]
-        size = TOKENS_PER_BATCH // length
-        made += list(batches(chosen[: len(chosen) // size * size], lambda _, length=length: length))
+        for start in range(0, len(chosen) - EQUAL_ROWS + 1, EQUAL_ROWS):
+            made += list(batches(chosen[start : start + EQUAL_ROWS], lambda _, length=length: length))
+    if not made:
+        raise SystemExit(f"--captions: too few for a batch of {EQUAL_ROWS} of about the same length")
     return made
 
 

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SPEC",
         help="captioned pictures: shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|any], "
-        "webdataset:PATH/*.tar (img2dataset layout) or folder:PATH (captions.jsonl, or a .txt per picture)",
+        "webdataset:PATH/*.tar (img2dataset layout), folder:PATH (captions.jsonl, or a .txt per picture), "
+        "tfds:NAME or parquet:PATH",
     )
     parser.add_argument(
         "--text_encoder", required=True, metavar="DIR_OR_HUB_ID", help="T5 encoder: a folder or a hub id"

@@ -47,7 +47,8 @@ def decode_picture(data: bytes, smallest: int | None = None) -> Image.Image:
             # Averages over blocks in the frequency domain; formats other than JPEG do not heed it.
             opened.draft(None, (_DRAFT * smallest, _DRAFT * smallest))
         opened.load()
-        picture = ImageOps.exif_transpose(opened)
+        ImageOps.exif_transpose(opened, in_place=True)  # else it copies what it need not turn
+        picture: Image.Image = opened
     if picture.mode == "RGB":
         return picture
     if picture.mode.startswith("I;16") or picture.mode == "I":
