@@ -150,6 +150,18 @@ def training_batches(
     return batches if online is None else TokenizedBatches(batches, online, ahead=config.data.prefetch)
 
 
+def _online_text(config: TrainConfig, mesh: Mesh) -> OnlineText | None:
+    """The encoder that runs beside the training, if the config asks for one."""
+    if config.data.text_encoder is None:
+        return None
+    return OnlineText.load(
+        config.data.text_encoder,
+        dtype=config.data.text_dtype.value,
+        max_length=config.stage.max_text_length,
+        mesh=mesh,
+    )
+
+
 def train(config: TrainConfig, workdir: epath.PathLike) -> TrainState:
     """Trains a stage, going on from the newest checkpoint of `workdir`.
 
@@ -170,14 +182,7 @@ def train(config: TrainConfig, workdir: epath.PathLike) -> TrainState:
     workdir = epath.Path(workdir)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
-    online = None
-    if config.data.text_encoder is not None:
-        online = OnlineText.load(
-            config.data.text_encoder,
-            dtype=config.data.text_dtype.value,
-            max_length=config.stage.max_text_length,
-            mesh=mesh,
-        )
+    online = _online_text(config, mesh)
     check_data(config, online)
     first = jax.process_index() == 0
     if (workdir / "config.json").exists():
