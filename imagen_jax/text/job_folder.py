@@ -143,11 +143,13 @@ def write_info(info: records.FolderInfo) -> None:
     records.write_folder_info(dataclasses.replace(info, splits={**splits, **info.splits}, encoder=encoder))
 
 
-def remove_leftovers(out: epath.Path) -> None:
-    """Removes the temporary files that killed processes have left in a folder whose shards are complete.
+def remove_leftovers(out: epath.Path, split: str) -> None:
+    """Removes the temporary files that killed processes have left, once the shards of a split are complete.
 
-    A process that is writing the same metadata at this moment does so once more (`write_shared`).
+    Shards of other splits may be being written; theirs stay. A process that is writing the same metadata at
+    this moment does so once more (`write_shared`).
     """
     for folder in (out, out / "job"):
         for file in folder.glob("incomplete.*"):
-            file.unlink(missing_ok=True)
+            if ".tfrecord-" not in file.name or f"-{split}.tfrecord-" in file.name:
+                file.unlink(missing_ok=True)

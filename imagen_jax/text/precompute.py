@@ -259,7 +259,7 @@ class _Job:
         job_folder.write_info(
             records.FolderInfo(path=out, name=config.name, splits={config.split: split}, encoder=encoder)
         )
-        job_folder.remove_leftovers(out)
+        job_folder.remove_leftovers(out, config.split)
 
 
 def _skipped(reports: Sequence[ShardReport]) -> Counter[str]:

@@ -236,9 +236,11 @@ def test_leftovers_of_killed_processes_are_removed(tmp_path):
     shard = records.shard_name("captions", "train", 1, 5)
     leftovers = [out / f"incomplete.{shard}", out / "job" / f"incomplete.{shard}.json"]
     leftovers += [out / "incomplete.job.json.0123", out / "incomplete.incomplete.features.json.4567"]
-    for file in leftovers:
+    being_written = out / f"incomplete.{records.shard_name('captions', 'test', 0, 5)}"
+    for file in (*leftovers, being_written):
         file.write_text("{cut off")
     precompute(config(out, num_processes=2, process_index=1), encoder=FakeEncoder())
+    being_written.unlink()  # it is another split's, and stays
     assert contents(out) == contents(tmp_path / "whole")
 
 
