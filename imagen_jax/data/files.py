@@ -42,6 +42,7 @@ def make_folder(path: epath.PathLike) -> epath.Path:
 class AtomicFile:
     """A file under a temporary name (`incomplete.NAME`) that takes its own name when it is complete.
 
+    With a `tag` the temporary name is `incomplete.NAME.TAG`, for files that several processes may write at once.
     As a context manager it commits at the end of the block and discards on any exception.
 
     Raises:
@@ -49,10 +50,10 @@ class AtomicFile:
         on renaming; names the file. Nothing is left behind.
     """
 
-    def __init__(self, path: epath.PathLike):
+    def __init__(self, path: epath.PathLike, *, tag: str = ""):
         """Opens the temporary file; an older one of the same name is overwritten."""
         self.path = epath.Path(path)
-        self._temporary = self.path.parent / f"incomplete.{self.path.name}"
+        self._temporary = self.path.parent / f"incomplete.{self.path.name}{'.' * bool(tag)}{tag}"
         with _naming_file(self.path):
             self._file: Any = self._temporary.open("wb")
 

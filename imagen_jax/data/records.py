@@ -276,21 +276,15 @@ def write_shared(path: epath.PathLike, chunks: Callable[[], Iterable[bytes]]) ->
     Raises:
       UserError: the disk is full or the system refuses otherwise; names the file.
     """
-    path = epath.Path(path)
     for attempt in range(_WRITE_ATTEMPTS):
-        temporary = path.parent / f"incomplete.{path.name}.{secrets.token_hex(8)}"
         try:
-            with AtomicFile(temporary) as file:
+            with AtomicFile(path, tag=secrets.token_hex(8)) as file:
                 for chunk in chunks():
                     file.write(chunk)
-            temporary.replace(path)
             return
-        except (FileNotFoundError, UserError) as error:
-            gone = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, FileNotFoundError)
-            if gone and attempt < _WRITE_ATTEMPTS - 1:
-                continue
-            message = str(error).replace(os.fspath(temporary), os.fspath(path))
-            raise UserError(message) from error
+        except UserError as error:
+            if not isinstance(error.__cause__, FileNotFoundError) or attempt == _WRITE_ATTEMPTS - 1:
+                raise
 
 
 def write_shared_json(path: epath.PathLike, content: Any, *, sort_keys: bool = False) -> None:
