@@ -37,6 +37,7 @@ setup(
         "jaxtyping>=0.3.11,<0.4",
         "ml_dtypes>=0.5.3,<1",
         "numpy>=2.1,<3",
+        "opencv-python-headless>=4.12,<6",
         "pillow>=12,<14",
         "protobuf>=6,<8",
         "pyarrow>=26,<27",

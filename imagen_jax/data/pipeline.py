@@ -1,11 +1,15 @@
 """Training batches from record folders: a Grain pipeline whose only state is an example count.
 
 Example g of a run (g = 0, 1, 2, … for ever) is a pure function of (seed, g): the record by a shuffle that
-is new in every epoch, the crop and the flip by a counter-based generator keyed with (seed, g). A batch
+is new in every epoch, the crop and the flip by a hash of (seed, g). A batch
 therefore does not depend on the number of processes, threads or restarts.
 """
 
 import dataclasses
+import functools
+import hashlib
+import itertools
+import struct
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -14,7 +18,7 @@ import grain
 import ml_dtypes
 import numpy as np
 from etils import epath
-from jaxtyping import BFloat16, Bool, UInt8
+from jaxtyping import BFloat16, Bool
 
 from imagen_jax.data import pictures, records
 from imagen_jax.data.tfrecord import TFRecordReader
@@ -23,6 +27,9 @@ from imagen_jax.errors import UserError
 # image uint8 (b, R, R, 3); low_res uint8 (b, r, r, 3) if asked for; text bfloat16 (b, L, d);
 # text_mask bool (b, L); index int64 (b,); key str (b,); caption list[str] of b, if asked for
 Batch = dict[str, Any]
+
+# Examples, at most, that a thread makes at a time: handing each over costs as much as half of making it.
+_CHUNK = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,22 +170,27 @@ def embedding_width(path: epath.PathLike) -> int:
     return records.read_folder_info(path).encoder.width
 
 
-def _pad_text(
-    embedding: BFloat16[np.ndarray, "tokens width"], length: int
-) -> tuple[BFloat16[np.ndarray, "length width"], Bool[np.ndarray, "length"]]:
-    """Pads with zeros (or cuts) a text embedding to `length` tokens; the mask is true on real tokens."""
-    tokens = min(len(embedding), length)
-    text = np.zeros((length, embedding.shape[1]), ml_dtypes.bfloat16)
-    text[:tokens] = embedding[:tokens]
-    return text, np.arange(length) < tokens
+def _pad_texts(
+    embeddings: Sequence[BFloat16[np.ndarray, "_ _"]], length: int
+) -> tuple[BFloat16[np.ndarray, "batch {length} width"], Bool[np.ndarray, "batch {length}"]]:
+    """Pads with zeros (or cuts) text embeddings to `length` tokens; the mask is true on real tokens."""
+    text = np.zeros((len(embeddings), length, embeddings[0].shape[1]), ml_dtypes.bfloat16)
+    for padded, embedding in zip(text, embeddings):
+        padded[: len(embedding)] = embedding[:length]
+    tokens = np.array([len(embedding) for embedding in embeddings])
+    return text, np.arange(length) < tokens[:, None]
 
 
-def _cut(
-    picture: UInt8[np.ndarray, "side side 3"], top: int, left: int, size: int, mirror: bool
-) -> UInt8[np.ndarray, "size size 3"]:
-    """A square part of a picture, mirrored or not."""
-    part = picture[top : top + size, left : left + size]
-    return part[:, ::-1] if mirror else part
+def _random_view(config: PipelineConfig, index: int) -> tuple[bool, int, int]:
+    """Whether example `index` is mirrored, and its crop's place in low-resolution pixels: top, left.
+
+    Whole low-resolution pixels, so that the two crops of a pair show exactly the same.
+    """
+    # A hash is a counter-based generator too, and ten times as quick as setting up one of NumPy's.
+    digest = hashlib.blake2b(struct.pack("<QQ", config.seed, index), digest_size=24).digest()
+    flip, top, left = struct.unpack("<QQQ", digest)
+    places = (config.resolution - (config.crop or config.resolution)) // config.scale + 1
+    return config.flip and flip % 2 == 1, top % places, left % places
 
 
 class _MakeExample:
@@ -204,41 +216,39 @@ class _MakeExample:
         if self._joined is not None:
             texts, encoder = self._joined.find(record.key, stored.where), self._joined.encoder
         try:
-            decoded = pictures.decode_picture(record.image, config.resolution)
+            exact = pictures.decode_exact(record.image, config.resolution)
+            decoded = pictures.decode_picture(record.image, config.resolution) if exact is None else exact
         except pictures.DECODE_ERRORS as error:
             raise UserError(f"{stored.where}: picture of {record.key!r} does not decode ({error})") from error
-        rng = np.random.Generator(np.random.Philox(key=[config.seed, index]))
-        mirror = bool(rng.integers(2)) and config.flip  # drawn always: a flip moves no crop
+        mirror, top, left = _random_view(config, index)
         side = config.crop or config.resolution
-        # Whole low-resolution pixels, so that the two crops show exactly the same.
-        top, left = rng.integers((config.resolution - side) // config.scale, size=2, endpoint=True).tolist()
         try:
             embedding = texts.embedding(encoder.block_size)
         except ValueError as error:
             raise UserError(f"{stored.where}: embedding of {record.key!r}: {error}") from error
-        text, mask = _pad_text(embedding, config.max_text_length)
-        example = {"text": text, "text_mask": mask, "index": np.int64(index), "key": record.key}
+        example = {"embedding": embedding, "index": np.int64(index), "key": record.key}
         if self._captions:
             example["caption"] = texts.caption
-        image = pictures.resize_square(decoded, config.resolution)
-        example["image"] = _cut(image, top * config.scale, left * config.scale, side, mirror)
+        part = (top * config.scale, left * config.scale, side)
+        columns = slice(None, None, -1 if mirror else 1)
+        example["image"] = pictures.resize_square(decoded, config.resolution, part)[:, columns]
         if config.low_resolution is not None:
             # From the original, as the stage below saw it, not from the resized picture.
-            low_res = pictures.resize_square(decoded, config.low_resolution)
-            example["low_res"] = _cut(low_res, top, left, side // config.scale, mirror)
+            part = (top, left, side // config.scale)
+            example["low_res"] = pictures.resize_square(decoded, config.low_resolution, part)[:, columns]
         return example
 
 
-def _collate(examples: Sequence[dict[str, Any]]) -> Batch:
-    """Stacks examples along a new first axis."""
+def _collate(chunks: Sequence[list[dict[str, Any]]], max_text_length: int) -> Batch:
+    """Stacks examples along a new first axis, their texts padded to `max_text_length` tokens."""
+    examples = list(itertools.chain.from_iterable(chunks))
     columns = {name: [example[name] for example in examples] for name in examples[0]}
-    batch: Batch = {
-        name: np.stack(column) for name, column in columns.items() if name not in ("key", "caption")
-    }
-    batch["key"] = np.array(columns["key"], object)
+    # Padded only here: most of a padded text is zeros, which are written once this way.
+    text, text_mask = _pad_texts(columns.pop("embedding"), max_text_length)
+    batch: Batch = {"text": text, "text_mask": text_mask, "key": np.array(columns.pop("key"), object)}
     if "caption" in columns:
-        batch["caption"] = columns["caption"]
-    return batch
+        batch["caption"] = columns.pop("caption")
+    return batch | {name: np.stack(column) for name, column in columns.items()}
 
 
 class Batches(Iterator[Batch]):
@@ -314,8 +324,12 @@ def open_batches(
     if config.shuffle:
         dataset = dataset.shuffle(config.seed)
     dataset = dataset.repeat().map_with_index(_MakeExample(config, source.encoder, joined, captions))
+    chunk = max(size for size in range(1, _CHUNK + 1) if local_batch % size == 0)
     read_options = grain.ReadOptions(
-        num_threads=config.num_threads, prefetch_buffer_size=config.prefetch * local_batch
+        num_threads=config.num_threads,
+        prefetch_buffer_size=max(config.num_threads, config.prefetch * local_batch // chunk),
     )
-    examples = dataset.slice(slice(first, None, process_count)).to_iter_dataset(read_options)
-    return Batches(iter(examples.batch(local_batch, batch_fn=_collate)))
+    examples = dataset.slice(slice(first, None, process_count))
+    chunks = examples.batch(chunk, drop_remainder=True, batch_fn=list).to_iter_dataset(read_options)
+    collate = functools.partial(_collate, max_text_length=config.max_text_length)
+    return Batches(iter(chunks.batch(local_batch // chunk, batch_fn=collate)))

@@ -366,6 +366,54 @@ def test_fractions_leave_rotation_and_other_formats_alone():
     assert pictures.decode_picture(encoded(smooth(64, 128)), 8).size == (128, 64)
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"exif": 6}])
+def test_exact_jpegs_have_pillows_pixels(options):
+    if "exif" in options:
+        exif = Image.Exif()
+        exif[0x0112] = options["exif"]
+        options = {"exif": exif}
+    data = encoded(smooth(64, 96), "JPEG", quality=90, **options)
+    exact = pictures.decode_exact(data, 64)
+    expected = pictures.decode_picture(data)
+    assert exact is not None and np.array_equal(exact, np.asarray(expected))
+    for part in (None, (3, 5, 16)):
+        ours = pictures.resize_square(exact, 64, part)
+        assert np.array_equal(ours, pictures.resize_square(expected, 64, part))
+        ours = pictures.resize_square(exact, 32, part)
+        assert np.array_equal(ours, pictures.resize_square(expected, 32, part))
+
+
+def test_parts_are_parts_of_the_square():
+    picture = smooth(40, 64)
+    for resolution in (40, 20):
+        whole = pictures.resize_square(picture, resolution)
+        assert np.array_equal(pictures.resize_square(picture, resolution, (2, 7, 8)), whole[2:10, 7:15])
+
+
+def test_a_thumbnail_inside_does_not_give_the_size():
+    """It is a JPEG of its own in the EXIF data, before the picture's frame."""
+    thumbnail = encoded(smooth(16, 16), "JPEG")
+    data = encoded(smooth(64, 64), "JPEG")
+    app = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    data = data[:2] + app + data[2:]
+    assert pictures.decode_exact(data, 16) is None
+    assert pictures.decode_exact(data, 64) is not None
+
+
+def test_what_is_not_an_exact_colour_jpeg_is_left_to_pillow():
+    data = encoded(smooth(64, 96), "JPEG")
+    for other in (
+        encoded(smooth(64, 96)),
+        encoded(smooth(64, 96, "L"), "JPEG"),
+        encoded(smooth(64, 96, "CMYK"), "JPEG"),
+        data[: len(data) // 2],
+        data[:10],
+        b"",
+    ):
+        assert pictures.decode_exact(other, 64) is None
+    assert pictures.decode_exact(data, 96) is None
+
+
 @pytest.mark.parametrize("resolution", [16, 32])
 def test_checkerboard_becomes_grey(resolution):
     board = np.indices((128, 128)).sum(0) % 2 * 255
