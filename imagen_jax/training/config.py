@@ -98,6 +98,13 @@ class Scorer(enum.StrEnum):
     ORACLE = "oracle"
 
 
+class Best(enum.StrEnum):
+    """Which values of a metric are good."""
+
+    LOWEST = "lowest"
+    HIGHEST = "highest"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long to train, and what to write on the way."""
@@ -112,6 +119,11 @@ class LoopConfig:
     log_every: int = 100  # steps between lines of metrics.jsonl
     checkpoint_every: int = 5000  # steps between checkpoints
     keep_checkpoints: int = 3  # newest checkpoints kept
+    keep_every: int | None = None  # steps: checkpoints at multiples of this are kept for ever; None: none
+    keep_best: int = 0  # checkpoints kept because their metric is the best
+    best_metric: str = "loss"  # name in metrics.jsonl: its last value before a checkpoint
+    best_is: Best = Best.LOWEST  # values of that metric that are good
+    watchdog_seconds: float = 1800.0  # without a step, after which the command ends all processes; 0: never
     sample_every: int = 5000  # steps between sample grids; 0: none
     sample_count: int = 16  # pictures of a sample grid, of the first captions of the split
     sample_split: str | None = (
@@ -129,7 +141,9 @@ class LoopConfig:
         for name in (*at_least_one, "accumulate", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("sample_every", "eval_every", "max_skipped"):
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every must be at least 1 or None, got {self.keep_every}")
+        for name in ("keep_best", "watchdog_seconds", "sample_every", "eval_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("text_dropout", "ema_decay"):
@@ -167,6 +181,11 @@ RESUMABLE = (
     "config.train.log_every",
     "config.train.checkpoint_every",
     "config.train.keep_checkpoints",
+    "config.train.keep_every",
+    "config.train.keep_best",
+    "config.train.best_metric",
+    "config.train.best_is",
+    "config.train.watchdog_seconds",
     "config.train.sample_every",
     "config.train.sample_count",
     "config.train.sample_split",

@@ -7,6 +7,7 @@ records: config.json, batch.npz and the state before the step, as a checkpoint.
 """
 
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -23,7 +24,8 @@ from imagen_jax.data.pipeline import Batch
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
-from imagen_jax.training.checkpoint import Checkpoints, read_config, write_config
+from imagen_jax.parallel.processes import on_first
+from imagen_jax.training.checkpoint import Checkpoints, Keep, read_config, write_config
 from imagen_jax.training.config import OnNonfinite, TrainConfig
 from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
 from imagen_jax.training.train_step import LOG_SNR_EDGES, StepMetrics, make_train_step, split_index
@@ -110,11 +112,10 @@ def make_report(
     )
 
 
-def save_report(folder: epath.Path, report: Report, command: str) -> None:
-    """Writes FOLDER/report.json; `command` shows it again."""
+def save_report(folder: epath.Path, report: Report) -> None:
+    """Writes FOLDER/report.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(report) | {"command": command}
-    write_text(folder / "report.json", json.dumps(values, indent=2) + "\n")
+    write_text(folder / "report.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
 
 
 def save_batch(folder: epath.Path, batch: Batch) -> None:
@@ -152,6 +153,7 @@ class Health:
       read_batch: number of a step → its whole batch, of all processes, made anew; called on the first one only.
       newest_checkpoint: → step of the newest complete checkpoint.
       say: prints a line.
+      long_work: number of a step → context in which the run may take its time.
     """
 
     def __init__(
@@ -162,9 +164,11 @@ class Health:
         read_batch: Callable[[int], Batch],
         newest_checkpoint: Callable[[], int | None],
         say: Callable[[str], None],
+        long_work: Callable[[int], contextlib.AbstractContextManager[None]],
     ):
         self._config, self._workdir = config, workdir
         self._read_batch, self._newest, self._say = read_batch, newest_checkpoint, say
+        self._long_work = long_work
         self._waiting: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._bins: list[tuple[jax.Array, jax.Array]] = []
 
@@ -192,38 +196,39 @@ class Health:
             if bool(metrics["updated"]):
                 self._bins.append((metrics["bin_loss"], metrics["bin_count"]))
             else:
-                self._nonfinite(step, metrics, state)
+                with self._long_work(step):
+                    self._nonfinite(step, metrics, state)
 
     def _nonfinite(self, step: int, metrics: StepMetrics, state: TrainState) -> None:
         loop, folder = self._config.train, self._workdir / "nonfinite" / str(step)
-        skipped, first = int(metrics["skipped"]), jax.process_index() == 0
+        skipped = int(metrics["skipped"])
         skip = loop.on_nonfinite is OnNonfinite.SKIP and skipped <= loop.max_skipped
-        report = None
-        if first:
-            batch = self._read_batch(step)
-            report = make_report(step, metrics, batch, list(state.params), self._newest())
-            command = f"imagen-jax train --reproduce={folder}"
-            save_report(
-                folder, report, f"the run's own, from step {report.newest_checkpoint}" if skip else command
-            )
-            if skip:
-                self._say(f"skipped {report}; {skipped} of at most {loop.max_skipped} skipped; {folder}")
-            else:
-                write_config(folder, self._config)
-                save_batch(folder, batch)
+        said = on_first(lambda: self._report(step, metrics, sorted(state.params), folder, skip))
         if skip:
+            self._say(f"skipped {said}; {skipped} of at most {loop.max_skipped} skipped; {folder}")
             return
         # The steps since then have left the state as it was, but for its number; all processes save it.
-        checkpoints = Checkpoints(folder)
-        examples = (step - 1) * self._config.data.batch_size
-        before = state._replace(step=state.step - 1)
-        checkpoints.save(step - 1, before, examples=examples, config=self._config)
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(folder, keep=Keep())) as checkpoints:
+            examples = (step - 1) * self._config.data.batch_size
+            before = state._replace(step=state.step - 1)
+            checkpoints.save(step - 1, before, examples=examples, config=self._config)
         limit = f" (after {loop.max_skipped} skipped steps)" if loop.on_nonfinite is OnNonfinite.SKIP else ""
         raise UserError(
-            f"{self._workdir}: not finite{limit}: {report or f'step {step}'}; newest checkpoint: step "
-            f"{self._newest()}; see it again with: imagen-jax train --reproduce={folder}"
+            f"{self._workdir}: not finite{limit}: {said}; see it again with: "
+            f"imagen-jax train --reproduce={folder}"
         )
+
+    def _report(
+        self, step: int, metrics: StepMetrics, params: Sequence[str], folder: epath.Path, skip: bool
+    ) -> str:
+        """Writes what is to be kept of a step, but for the state; says what was not finite."""
+        batch = self._read_batch(step)
+        report = make_report(step, metrics, batch, params, self._newest())
+        save_report(folder, report)
+        if not skip:
+            write_config(folder, self._config)
+            save_batch(folder, batch)
+        return f"{report}; newest checkpoint: step {report.newest_checkpoint}"
 
     def take_bins(self) -> dict[str, float]:
         """Mean loss in each bin of log-SNR over the steps looked at since the last call."""
@@ -250,14 +255,11 @@ def reproduce(folder: epath.PathLike) -> Report:
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:count])
     network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
     abstract = abstract_state(network, optimizer, mesh, config.train.ema_decays)
-    checkpoints = Checkpoints(folder)
-    try:
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
         before = checkpoints.latest_step()
         if before is None:
             raise UserError(f"--reproduce {folder}: it has no checkpoint")
         state, _ = checkpoints.restore(before, abstract)
-    finally:
-        checkpoints.close()
     arrays: Mapping[str, np.ndarray] = {name: each for name, each in batch.items() if name != "key"}
     placed = put_batch({**arrays, "index": split_index(batch["index"])}, mesh)
     names = list(state.params)

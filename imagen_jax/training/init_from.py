@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -11,6 +10,7 @@ from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import Params, StageConfig, StageNetwork
 from imagen_jax.parallel.mesh import make_mesh, state_shardings
+from imagen_jax.parallel.processes import on_first
 from imagen_jax.sampling.model_folder import INDEX, ModelFolder, read_json
 from imagen_jax.training.checkpoint import Checkpoints, read_config
 from imagen_jax.training.config import TrainConfig
@@ -127,5 +127,4 @@ def check_record(workdir: epath.Path, spec: str | None) -> None:
 
 def write_record(workdir: epath.Path, record: dict[str, object]) -> None:
     """Writes WORKDIR/init_from.json, on the first process."""
-    if jax.process_index() == 0:
-        write_text(workdir / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    on_first(lambda: write_text(workdir / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n"))

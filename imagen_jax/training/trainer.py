@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,17 +15,22 @@ from imagen_jax.config import to_dict
 from imagen_jax.data.pipeline import Batches, PipelineConfig, embedding_width, open_batches, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.parallel.mesh import check_batch_size, make_mesh, put_batch
-from imagen_jax.training.checkpoint import Checkpoints, check_same_config, write_config
+from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
+from imagen_jax.parallel.processes import on_first
+from imagen_jax.parallel.watchdog import Phase, Watchdog
+from imagen_jax.training.checkpoint import Checkpoints, Keep, check_same_config, write_config
 from imagen_jax.training.clock import Profiler, ProfileSteps
 from imagen_jax.training.config import Scorer, TrainConfig
 from imagen_jax.training.health import Health
 from imagen_jax.training.held_out import HeldOutLoss, SampleGrid, check_scorer
 from imagen_jax.training.init_from import check_record, initial_params, recorded_source, write_record
+from imagen_jax.training.lock import WorkdirLock
 from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_of_params
 from imagen_jax.training.train_step import check_accumulation, make_train_step, split_index
+
+WHOLE_BATCH = DataShare(index=0, count=1)
 
 
 def pipeline_config(config: TrainConfig) -> PipelineConfig:
@@ -105,22 +110,27 @@ def _open_batches(config: TrainConfig, pipeline: PipelineConfig, **options: int)
 
 
 def training_batches(
-    config: TrainConfig, online: OnlineText | None, examples: int, pipeline: PipelineConfig | None = None
+    config: TrainConfig,
+    online: OnlineText | None,
+    examples: int,
+    share: DataShare = WHOLE_BATCH,
+    pipeline: PipelineConfig | None = None,
 ) -> Batches | TokenizedBatches:
-    """Batches of this process from the given global count of examples on.
+    """Batches, or this process's share of them, from the given global count of examples on.
 
     Args:
       config: the run.
       online: the encoder that runs beside it, if there is one.
       examples: used before.
+      share: of each batch.
       pipeline: None: that of the training.
     """
     batches = _open_batches(
         config,
         pipeline or pipeline_config(config),
         start_example=examples,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share.index,
+        process_count=share.count,
     )
     return batches if online is None else TokenizedBatches(batches, online, ahead=config.data.prefetch)
 
@@ -175,23 +185,57 @@ def _start(
     return state_of_params(params, optimizer, config, mesh)
 
 
+def _start_workdir(config: TrainConfig, workdir: epath.Path) -> WorkdirLock:
+    """Takes the work directory for this run; process 0's part."""
+    if (workdir / "config.json").exists():
+        check_same_config(workdir, config)
+    lock = WorkdirLock(workdir)
+    if not lock.held:
+        print(
+            f"{workdir}: nothing keeps a second run out of a cloud folder; see that there is none", flush=True
+        )
+    try:
+        write_config(workdir, config)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+@contextlib.contextmanager
+def _locked(config: TrainConfig, workdir: epath.Path) -> Iterator[None]:
+    """The work directory is this run's; refused on all processes if process 0 does not get it."""
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.callback(_start_workdir(config, workdir).close)
+
+        on_first(take)
+        yield
+
+
 def train(
     config: TrainConfig,
     workdir: epath.PathLike,
     *,
+    watchdog: Watchdog | None = None,
+    stop: Callable[[int], bool] | None = None,
     init_from: str | None = None,
     profile: ProfileSteps | None = None,
     cost: StepCost | None = None,
     wandb_project: str | None = None,
 ) -> TrainState:
-    """Trains a stage, going on from the newest checkpoint of `workdir`.
+    """Trains a stage, going on from the newest checkpoint of `workdir` that is intact.
 
     Every step depends on the config, the seed and the records only: a run that was interrupted at any moment
-    gives, bit for bit on the same devices, the losses of one that was not.
+    gives, bit for bit on the same devices, the losses of one that was not. In a job of several processes all
+    call this with the same arguments; each reads its own part of the data, and `workdir` is a folder that all see.
 
     Args:
       config: what to train.
       workdir: gets config.json, metrics.jsonl, checkpoints/, samples/ and tensorboard/.
+      watchdog: is told where the loop is; None: nobody watches.
+      stop: asked after every step, on all processes with the same answer, whether to save and return early.
       init_from: where the weights of step 0 come from, see `initial_params`; None: they are fresh.
       profile: steps whose execution is traced.
       cost: of one example's step, for `mfu` in the metrics.
@@ -201,41 +245,52 @@ def train(
       The last state.
 
     Raises:
-      UserError: for records that do not fit the config, a work directory of another config, a mesh that does
-        not fit the devices, weights that do not fit the network, or a loss or gradient that is not finite.
+      UserError: for records that do not fit the config, a work directory of another config or in use, a mesh
+        that does not fit the devices, weights that do not fit the network, a checkpoint that cannot be saved, or
+        a loss or gradient that is not finite.
     """
     workdir = epath.Path(workdir)
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
     check_accumulation(config, mesh)
+    share = data_share(mesh)
+    if config.data.text_encoder is not None and share.count != jax.process_count():
+        raise UserError(
+            f"config.mesh.tensor={config.mesh.tensor} spreads over several processes, which config.data.text_encoder "
+            "does not: lower it, or encode beforehand with imagen-jax precompute"
+        )
     online = _online_text(config, mesh)
     check_data(config, online)
-    first = jax.process_index() == 0
-    if (workdir / "config.json").exists():
-        check_same_config(workdir, config)
+    first, loop = jax.process_index() == 0, config.train
     network = StageNetwork(config.stage)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    with contextlib.closing(Checkpoints(workdir, keep=config.train.keep_checkpoints)) as checkpoints:
-        abstract = abstract_state(network, optimizer, mesh, config.train.ema_decays)
-        step, examples = checkpoints.latest_step(), 0
-        if step is None:
-            state, step = _start(config, network, optimizer, workdir, mesh, init_from), 0
+    optimizer = make_optimizer(config.optimizer, loop.steps)
+    keep = Keep(
+        newest=loop.keep_checkpoints, every=loop.keep_every, best=loop.keep_best, best_is=loop.best_is
+    )
+    with (
+        _locked(config, workdir),
+        contextlib.closing(Checkpoints(workdir, keep=keep)) as checkpoints,
+    ):
+        abstract = abstract_state(network, optimizer, mesh, loop.ema_decays)
+        found = checkpoints.restore_newest(abstract)
+        if found is None:
+            state, examples, step = _start(config, network, optimizer, workdir, mesh, init_from), 0, 0
         else:
             check_record(workdir, init_from)
-            state, examples = checkpoints.restore(step, abstract)
+            state, examples, step = found
         if first:
-            write_config(workdir, config)
+            several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             print(
                 f"{config.stage.name}: {network.parameter_count() / 1e6:.2f} M parameters, "
-                f"{len(mesh.devices.flat)} device(s), step {step} of {config.train.steps}",
+                f"{len(mesh.devices.flat)} device(s){several}, step {step} of {loop.steps}",
                 flush=True,
             )
-        if step >= config.train.steps:
+        if step >= loop.steps:
             return state
         metrics = MetricsWriter(
             workdir,
             start_step=step,
-            steps=config.train.steps,
+            steps=loop.steps,
             batch_size=config.data.batch_size,
             enabled=first,
             cost=cost,
@@ -244,14 +299,15 @@ def train(
         with (
             contextlib.closing(metrics),
             contextlib.closing(Profiler(workdir, profile)) as profiler,
-            training_batches(config, online, examples) as batches,
+            training_batches(config, online, examples, share) as batches,
         ):
-            run = _Run(config, workdir, network, mesh, checkpoints, metrics, online, profiler)
+            guard = watchdog or Watchdog()
+            run = _Run(config, workdir, network, mesh, checkpoints, metrics, online, profiler, guard, stop)
             return run.loop(state, step, make_train_step(network, optimizer, config, mesh, abstract), batches)
 
 
 class _Run:
-    """The loop and what happens between its steps, in one fixed order: step, look, log, save."""
+    """The loop and what happens between its steps, in one fixed order: step, look, log, save, stop."""
 
     def __init__(
         self,
@@ -263,74 +319,98 @@ class _Run:
         metrics: MetricsWriter,
         online: OnlineText | None,
         profiler: Profiler,
+        watchdog: Watchdog,
+        stop: Callable[[int], bool] | None,
     ):
         self.config, self.workdir, self.network, self.mesh = config, workdir, network, mesh
         self.checkpoints, self.metrics, self.online, self.profiler = checkpoints, metrics, online, profiler
+        self.watchdog, self.stop = watchdog, stop
         self.health = Health(
             config,
             workdir,
             read_batch=lambda step: whole_batch(config, online, step),
             newest_checkpoint=checkpoints.latest_step,
             say=metrics.say,
+            long_work=watchdog.long_work,
         )
         self._grid: SampleGrid | None = None
         self._held_out: HeldOutLoss | None = None
+        self._best: float | None = None  # newest value of the metric by which the best checkpoints are kept
 
     def loop(self, state: TrainState, step: int, train_step: Any, batches: Iterator[Any]) -> TrainState:
-        """Steps from `step` + 1 to the last; the last state is saved."""
-        loop, clock = self.config.train, self.metrics.clock
-        batch = self._next(batches)
+        """Steps from `step` + 1 to the last, or until stopped; the last state is saved."""
+        loop, start = self.config.train, step
+        # The next batch is put on the devices while they work on this one.
+        batch = self._next(step + 1, batches)
         while step < loop.steps:
+            # The first step compiles.
+            self.watchdog.at(step + 1, Phase.STEP if step > start else Phase.LONG)
             self.profiler.before(step + 1, state)
-            with clock.step():
+            with self.metrics.clock.step():
                 state, values = train_step(state, batch)
             step += 1
-            last = step == loop.steps
+            stopping = self.stop is not None and self.stop(step)
+            last = step == loop.steps or stopping
             if not last:
-                # The next batch is put on the devices while they work on this one.
-                batch = self._next(batches)
-            with clock.step():
-                self.health.note(step, values, state)
+                batch = self._next(step + 1, batches)
+            self._check(step, state, values)
             self.profiler.after(step, state)
             self.metrics.advance()
-            seen = self._look(step, state, last)
+            seen = self._look(step, state, last) if not stopping else {}
             if step % loop.log_every == 0 or last or seen:
+                self.watchdog.at(step + 1, Phase.LOG)
                 self._log(step, values, state, seen)
             if step % loop.checkpoint_every == 0 or last:
-                self._drain(state)
-                examples = step * self.config.data.batch_size
-                self.checkpoints.save(step, state, examples=examples, config=self.config)
-        self.checkpoints.wait()
+                self._save(step, state)
+            if stopping:
+                break
+        with self.watchdog.long_work(step):
+            self.checkpoints.wait()
         return state
 
-    def _next(self, batches: Iterator[Any]) -> dict[str, jax.Array]:
+    def _next(self, step: int, batches: Iterator[Any]) -> dict[str, jax.Array]:
+        """The batch of a step, on its way to the devices."""
+        self.watchdog.at(step, Phase.DATA)
         with self.metrics.clock.data():
             batch = next(batches)
         return device_batch(batch, self.mesh, self.online)
 
-    def _drain(self, state: TrainState) -> None:
+    def _check(self, step: int, state: TrainState, values: Mapping[str, jax.Array] | None = None) -> None:
+        """Looks whether steps were finite: with `values` at one some steps before, without at all up to this one."""
+        self.watchdog.at(step + 1, Phase.STEP)
         with self.metrics.clock.step():
-            self.health.drain(state)
+            if values is None:
+                self.health.drain(state)
+            else:
+                self.health.note(step, dict(values), state)
 
     def _log(
         self, step: int, values: Mapping[str, jax.Array], state: TrainState, seen: dict[str, float]
     ) -> None:
-        self._drain(state)
+        self._check(step, state)
         scalars = ("loss", "grad_norm", "learning_rate", "skipped")
         numbers = {name: values[name].item() for name in scalars}
-        self.metrics.log(step, numbers | self.health.take_bins() | seen)
+        numbers |= self.health.take_bins() | seen
+        self._best = numbers.get(self.config.train.best_metric, self._best)
+        self.metrics.log(step, numbers)
+        self.checkpoints.check()
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Begins to save; waits for the save before this one, if it is still going on."""
+        self._check(step, state)
+        examples = step * self.config.data.batch_size
+        with self.watchdog.long_work(step):
+            self.checkpoints.save(step, state, examples=examples, config=self.config, metric=self._best)
 
     def _look(self, step: int, state: TrainState, last: bool) -> dict[str, float]:
         """Held-out loss and sample grid where they are due; their figures. The time is no part of training."""
         loop, seen = self.config.train, {}
         evaluate = bool(loop.eval_every) and (step % loop.eval_every == 0 or last)
-        # Sampling runs on one process: the averaged weights are spread over all.
         draw = bool(loop.sample_every) and (step % loop.sample_every == 0 or last)
-        draw = draw and jax.process_count() == 1
         if not evaluate and not draw:
             return {}
-        self._drain(state)
-        with self.metrics.clock.pause():
+        self._check(step, state)
+        with self.metrics.clock.pause(), self.watchdog.long_work(step):
             if evaluate:
                 self._held_out = self._held_out or self._make_held_out()
                 seen = self._held_out({name: state.ema[name] for name in state.params})
@@ -344,11 +424,12 @@ class _Run:
         return seen
 
     def _make_held_out(self) -> HeldOutLoss:
+        share = data_share(self.mesh)
         return HeldOutLoss(
             self.config,
             self.network,
             self.mesh,
             pipeline_config(self.config),
-            lambda pipeline: training_batches(self.config, self.online, 0, pipeline),
+            lambda pipeline: training_batches(self.config, self.online, 0, share, pipeline),
             lambda batch: device_batch(batch, self.mesh, self.online),
         )
