@@ -41,7 +41,11 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--gpus", action="store_true", help="give process i the GPU i alone")
     parser.add_argument(
-        "--restarts", type=int, default=100, metavar="N", help="times that all are started again (%(default)s)"
+        "--restarts",
+        type=int,
+        default=100,
+        metavar="N",
+        help="times that all are started again (%(default)s)",
     )
     parser.add_argument("--port", type=int, help="of process 0 (default: a free one at each start)")
     parser.add_argument("--dry_run", action="store_true", help="only print the commands")
