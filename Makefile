@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-.PHONY: quickstart test test-parity test-kill lint clean
+.PHONY: quickstart test test-parity test-kill test-launch lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -39,5 +39,14 @@ test-parity: $(VENV)/.installed-parity  ## networks against transformers on PyTo
 test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m kill
 
+# xpk pins versions that do not go with ours: it gets an environment of its own.
+$(VENV)-xpk/.installed:
+	$(PYTHON) -m venv $(VENV)-xpk
+	$(VENV)-xpk/bin/python -m pip install --quiet 'xpk>=1.16,<2'
+	touch $@
+
+test-launch: $(VENV)/.installed-test $(VENV)-xpk/.installed  ## the GKE launcher's command, parsed by xpk itself
+	XPK_PYTHON=$(abspath $(VENV)-xpk/bin/python) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m xpk
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-xpk build *.egg-info .pytest_cache .mypy_cache .ruff_cache

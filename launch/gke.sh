@@ -41,12 +41,13 @@ for value in "$workload" "$cluster" "$zone" "$tpu_type" "$image" "${train[*]-}";
   fi
 done
 printf -v quoted '%q ' imagen-jax train "${train[@]}" --distributed
-# A wrong flag or a full disk (codes 1, 2) ends the job: its restarts are for what may go on.
+# xpk restarts on 127 to 255 (signals) by itself; 1 and 2, a wrong flag or a full disk, end the job.
 command=(
   xpk workload create
   "--workload=$workload" "--cluster=$cluster" "--zone=$zone"
   "--tpu-type=$tpu_type" "--num-slices=$num_slices"
-  "--docker-image=$image" "--max-restarts=$restarts"
+  "--docker-image=$image" "--max-restarts=$restarts" --restart-on-exit-codes=75
+  --termination-grace-period-seconds=300
   "--command=$quoted"
 )
 if [[ -n "$project" ]]; then

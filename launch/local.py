@@ -107,7 +107,8 @@ class Job:
     def _read(index: int, process: "subprocess.Popen[str]") -> None:
         assert process.stdout is not None
         for line in process.stdout:
-            print(f"[{index}] {line}", end="", flush=True)
+            text = line.rstrip("\n")  # a killed process may leave a line without its end
+            print(f"[{index}] {text}", flush=True)
 
     def send(self, number: int) -> None:
         """A signal to all that still run."""

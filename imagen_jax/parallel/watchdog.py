@@ -249,7 +249,8 @@ class Watchdog:
     def _end(self, verdict: Verdict) -> None:
         where = f"; it is {self._main_frame()}" if verdict.process == jax.process_index() else ""
         advice = "; start the job again to go on" if verdict.code == EXIT_RESTART else ""
-        sys.stderr.write(f"\n{self._command}: error: {verdict.message}{where}{advice}\n")
+        # Past sys.stderr, which the main thread may hold or have redirected.
+        os.write(2, f"\n{self._command}: error: {verdict.message}{where}{advice}\n".encode())
         self._leave(verdict.code)
 
     def _main_frame(self) -> str:

@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
@@ -167,6 +168,9 @@ class StageSampler:
             negative,
             config=config or stage.sampling,
         )
+        if not images.is_fully_addressable and not images.is_fully_replicated:
+            # Every process gets all pictures, wherever the compiler has put them.
+            images = multihost_utils.process_allgather(images, tiled=True)
         return np.asarray(images)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import io
 import json
 import logging
 import sys
@@ -47,7 +48,9 @@ class Keep:
         if self.every:
             rules.append(policies.EveryNSteps(self.every))
         if self.best:
-            rules.append(policies.BestN(_score, n=self.best, keep_checkpoints_without_metrics=False))
+            rules.append(
+                policies.BestN(get_metric_fn=_score, n=self.best, keep_checkpoints_without_metrics=False)
+            )
         return ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(rules),
             best_fn=_score if self.best else None,
@@ -164,7 +167,8 @@ class Checkpoints:
                     found = self.restore(step, abstract)
                 except Exception as error:
                     fault = _fault(error)
-                    if fault.startswith(_NOT_DAMAGE) or isinstance(error, (PermissionError, MemoryError)):
+                    refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                    if refused or isinstance(error, MemoryError) or fault.startswith(_NOT_DAMAGE):
                         raise
             faults = [said for said in gather(fault) if said]
             if found is not None and not faults:
@@ -247,7 +251,7 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = lambda unraisable: None
     try:
-        with contextlib.redirect_stderr(None):
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
             gc.collect()  # tasks that failed report when they are collected
     finally:
