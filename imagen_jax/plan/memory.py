@@ -93,7 +93,9 @@ def account(
       available: bytes of a device.
     """
     if isinstance(state, TrainState):
-        params, ema, optimizer = (bytes_per_device(each) for each in (state.params, state.ema, state.opt_state))
+        params, ema, optimizer = (
+            bytes_per_device(each) for each in (state.params, state.ema, state.opt_state)
+        )
     else:
         params, ema, optimizer = bytes_per_device(state), 0, 0
     inputs = bytes_per_device(batch)
