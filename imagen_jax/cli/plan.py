@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 
 EXAMPLE = """example:
@@ -40,24 +39,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Plans; `overrides` are the arguments --config.some.field=value."""
-    # Before JAX is imported: a variable of the environment comes first.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    from etils import epath
-
     from imagen_jax.errors import UserError
     from imagen_jax.plan.chips import parse_topology
-    from imagen_jax.plan.compile import Program, find_compiler
+    from imagen_jax.plan.environment import find_compiler
+
+    topology = parse_topology(args.topology)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size}: must be at least 1")
+    find_compiler()
+    from etils import epath
+
+    from imagen_jax.plan.compile import Program
     from imagen_jax.plan.report import make_plan, to_json, to_text
     from imagen_jax.training.config import load_config
 
-    topology = parse_topology(args.topology)
     config = load_config(args.config, overrides)
     if args.batch_size is not None:
-        if args.batch_size < 1:
-            raise UserError(f"--batch_size={args.batch_size}: must be at least 1")
         data = dataclasses.replace(config.data, batch_size=args.batch_size)
         config = dataclasses.replace(config, data=data)
-    find_compiler()
     plan = make_plan(config, topology, Program(args.program), progress=True)
     print(to_text(plan))
     if args.json is not None:

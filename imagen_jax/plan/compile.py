@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import enum
-import importlib.util
-import os
 import sys
 import threading
 import time
@@ -45,24 +43,6 @@ class Compiled:
     program: Any | None  # None: the compiler refused it for want of memory
     needed_bytes: int | None  # of a refused program, on each chip
     seconds: float  # that lowering and compiling took
-
-
-def find_compiler() -> None:
-    """Makes JAX find the TPU compiler, and nothing else but the CPU, in this process.
-
-    To be called before JAX makes its devices.
-
-    Raises:
-      UserError: if libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "plan needs the TPU compiler, which runs without a TPU: pip install libtpu (or imagen_jax[plan])"
-        )
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of a metadata server that only Google's machines have
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile at the same time
-    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # its warnings are about the missing hardware
-    jax.config.update("jax_platforms", "cpu")
 
 
 def slice_devices(topology: Topology) -> list[Any]:
