@@ -51,6 +51,8 @@ setup(
     extras_require={
         "test": ["pytest>=9,<10", "beartype>=0.22,<0.24", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
         "parity": ["torch==2.13.0"],
+        # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
+        "plan": ["libtpu>=0.0.42,<0.0.52"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },
