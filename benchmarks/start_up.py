@@ -34,7 +34,9 @@ cli.main(sys.argv[1:])
 def seconds_to_first_step(model: str, prompt: str, pictures: int, cache: Path) -> float:
     with tempfile.TemporaryDirectory() as out:
         flags = [f"--model={model}", f"--out={out}", f"--num_images={pictures}", f"--cache={cache}"]
-        environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+        environment = {
+            name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"
+        }
         started = time.time()
         done = subprocess.run(
             [sys.executable, "-c", CODE, "sample", prompt, *flags],
