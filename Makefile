@@ -15,7 +15,7 @@ $(VENV)/.installed: setup.py
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,plan]'
 	touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test

@@ -33,6 +33,7 @@ setup(
         "ml-collections>=1.1,<2",
         "google-crc32c>=1.8,<2",
         "etils[epath]>=1.13,<2",
+        "flatbuffers>=25,<26",
         "huggingface_hub>=1.0,<3",
         "jaxtyping>=0.3.11,<0.4",
         "ml_dtypes>=0.5.3,<1",
@@ -59,6 +60,8 @@ setup(
         # Logging beside the files of the work directory; loaded where --wandb asks for it.
         "wandb": ["wandb>=0.20,<1"],
         "parity": ["torch==2.13.0"],
+        # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
+        "plan": ["libtpu>=0.0.42,<0.0.52"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },

@@ -16,7 +16,9 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
+from imagen_jax.models.attention import Attention
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.execution import Remat
 from imagen_jax.models.stage import SamplingConfig, StageConfig
 from imagen_jax.models.unet import UNetConfig
 
@@ -40,6 +42,10 @@ FULL = StageConfig(
         image_channels=1,
         patch_size=2,
         dtype="bfloat16",
+        attention=Attention.FLASH,
+        remat=Remat.PRODUCTS,
+        scan=True,
+        concat_skips=(False, True),
     ),
     low_resolution=64,
     crop=64,

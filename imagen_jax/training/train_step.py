@@ -15,7 +15,7 @@ from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import Params, StageNetwork, drop_text, unit_pictures
-from imagen_jax.parallel.mesh import batch_sharding, gather_weights, replicated, state_shardings
+from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
 from imagen_jax.training.config import LoopConfig, OnNonfinite, TrainConfig
 from imagen_jax.training.state import TrainState, ema_name, learning_rate, updates_done
 
@@ -77,7 +77,9 @@ class Losses(NamedTuple):
 StepMetrics = dict[str, Array]
 
 
-def example_losses(network: StageNetwork, config: TrainConfig, params: Params, batch: Batch) -> Losses:
+def example_losses(
+    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, *, mesh: Mesh | None = None
+) -> Losses:
     """Loss and noise level of each example of a batch.
 
     Args:
@@ -86,6 +88,7 @@ def example_losses(network: StageNetwork, config: TrainConfig, params: Params, b
       params: its parameters.
       batch: `image` uint8 (N, R, R, 3); `text` (N, L, D) and `text_mask` (N, L); `index` uint32 (N, 2); and for
         an SR stage `low_res` uint8 (N, r, r, 3).
+      mesh: where the parameters lie by the rules of `parallel.mesh`; None: they lie whole.
     """
     stage = config.stage
     x0 = unit_pictures(batch["image"])
@@ -102,16 +105,20 @@ def example_losses(network: StageNetwork, config: TrainConfig, params: Params, b
         level = draws.aug_level * stage.augmentation.max_level
         low_res = stage.augmentation.apply(low_res, draws.aug_noise, level)
         aug_log_snr = stage.augmentation.log_snr(level)
-    output = network.apply(params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr)
+    output = network.apply(
+        params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr, mesh=mesh
+    )
     losses = diffusion_loss(
         output, x0=x0, x_t=x_t, log_snr=log_snr, prediction=stage.prediction, config=config.loss
     )
     return Losses(losses, log_snr)
 
 
-def batch_loss(network: StageNetwork, config: TrainConfig, params: Params, batch: Batch) -> Float[Array, ""]:
+def batch_loss(
+    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, *, mesh: Mesh | None = None
+) -> Float[Array, ""]:
     """Mean loss of a batch; the arguments are those of `example_losses`."""
-    return example_losses(network, config, params, batch).loss.mean()
+    return example_losses(network, config, params, batch, mesh=mesh).loss.mean()
 
 
 def ema_update(ema: Params, params: Params, step: Array, decay: float) -> Params:
@@ -164,7 +171,7 @@ def batch_gradients(
 
     def gradients_of(part: Batch) -> tuple[Params, Losses]:
         def loss(params: Params) -> tuple[Array, Losses]:
-            losses = example_losses(network, config, gather_weights(params, mesh), part)
+            losses = example_losses(network, config, params, part, mesh=mesh)
             return losses.loss.mean(), losses
 
         return jax.grad(loss, has_aux=True)(params)
