@@ -50,7 +50,18 @@ setup(
         "tqdm>=4.67,<5",
     ],
     extras_require={
-        "test": ["pytest>=9,<10", "beartype>=0.22,<0.24", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
+        "test": [
+            "pytest>=9,<10",
+            "beartype>=0.22,<0.24",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
+            "nbclient>=0.11,<0.12",
+            "ipykernel>=7.4,<8",
+        ],
+        # The browser page.
+        "serve": ["nicegui>=3.18,<4"],
+        # Drives the system's Chromium in the tests of the page; brings no browser of its own.
+        "browser": ["playwright>=1.65,<2"],
         "parity": ["torch==2.13.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],

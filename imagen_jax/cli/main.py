@@ -14,6 +14,7 @@ VERBS = {
     "train": "train one stage",
     "export": "turn trained stages into a model folder",
     "sample": "make pictures of prompts",
+    "serve": "a page in the browser that makes pictures",
 }
 
 
