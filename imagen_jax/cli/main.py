@@ -15,6 +15,7 @@ VERBS = {
     "export": "turn trained stages into a model folder",
     "sample": "make pictures of prompts",
     "plan": "what a stage needs on a TPU slice that is not here: memory and predicted time",
+    "serve": "a page in the browser that makes pictures",
 }
 
 
