@@ -106,7 +106,7 @@ class Times:
                     self.loop.append((time.perf_counter() - begin) / self.run)
                 for _ in range(ALONE):
                     start = time.perf_counter()
-                    state, values = jax.block_until_ready(step(state, batch))
+                    state, _ = jax.block_until_ready(step(state, batch))
                     self.alone.append(time.perf_counter() - start)
                 begin = time.perf_counter()
             count += 1
