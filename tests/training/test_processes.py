@@ -362,7 +362,7 @@ def hook(example):
 
 
 def test_a_process_that_hangs_is_named(start_job, tmp_path):
-    job = start_job(tmp_path / "run", "train.watchdog_seconds=6", "train.sample_every=2", hook=HANG)
+    job = start_job(tmp_path / "run", "train.watchdog_seconds=20", "train.sample_every=2", hook=HANG)
     assert job.finish() == 75, job.text[-3000:]
     pid = job.starts()[0][1]
     lines = job.text.splitlines()
