@@ -21,13 +21,13 @@ class Grid(enum.StrEnum):
 class GridConfig:
     """Where a sampler's steps lie."""
 
-    kind: Grid = Grid.TIME
+    kind: Grid = Grid.TIME  # what the steps are even in
     rho: float = 7.0  # exponent of the Karras grid; the higher, the more steps at little noise
     # Ends of the log_snr and karras grids in nats; the schedule's own ends where those lie further inside. Beyond
     # them steps would be spent on less signal than a hundredth of a picture's noise, or on noise of less than
     # half a grey level of 255.
     log_snr_min: float = -12.0
-    log_snr_max: float = 12.0
+    log_snr_max: float = 12.0  # the other end, of little noise
 
     def __post_init__(self) -> None:
         if self.rho < 1.0:

@@ -51,7 +51,7 @@ OWN_GRIDS = {
 class SamplerConfig:
     """How a stage is sampled."""
 
-    kind: Sampler = Sampler.DDPM
+    kind: Sampler = Sampler.DDPM  # how a step goes from one noise level to the next
     steps: int = 256  # levels of the grid; a step is one network call (heun: two, but one in the last step)
     grid: GridConfig | None = (
         None  # None: time for ddpm and ddim, log_snr for dpmpp, dpmpp_sde, karras for heun

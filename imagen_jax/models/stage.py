@@ -47,7 +47,7 @@ class StageConfig:
     crop: int | None = None  # pixels, side of the crops it trains on; None: whole pictures
     max_text_length: int = 128  # tokens; captions are padded or cut to it
     schedule: CosineSchedule | LinearSchedule = CosineSchedule()
-    prediction: Prediction = Prediction.EPSILON
+    prediction: Prediction = Prediction.EPSILON  # what the network puts out; Imagen: epsilon
     augmentation: NoiseAugmentation = NoiseAugmentation()
     sampling: SamplingConfig = SamplingConfig()
 

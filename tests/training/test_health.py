@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 
 from imagen_jax.cli.main import main
 from imagen_jax.data import pipeline
@@ -70,7 +71,7 @@ def test_a_bad_record_is_named_and_skipped_or_reproduced(make_config, bad_key, t
     report = json.loads((folder / "report.json").read_text())
     assert report["records"] == [bad_key] and report["step"] == BAD and report["loss"] is None
     assert len(report["batch"]) == 8 and len(report["gradients"]) > 10
-    saved = load_batch(folder)
+    saved = load_batch(epath.Path(folder))
     assert [key for key, text in zip(saved["key"], saved["text"]) if not np.isfinite(text).all()] == [bad_key]
 
     skipping = make_config("base", *base, "train.on_nonfinite=skip", "train.checkpoint_every=1")

@@ -1,5 +1,7 @@
 """One training step: accumulation, averages, noise levels told apart, and steps that are not finite."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -128,7 +130,7 @@ def test_bins_of_log_snr():
     loss = np.array([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, np.nan])
     sums, counts = bin_losses(Losses(jnp.asarray(loss, jnp.float32), jnp.asarray(log_snr, jnp.float32)))
     edges = [-np.inf, *LOG_SNR_EDGES, np.inf]
-    for i, (low, high) in enumerate(zip(edges, edges[1:])):
+    for i, (low, high) in enumerate(itertools.pairwise(edges)):
         inside = (log_snr >= low) & (log_snr < high)
         assert counts[i] == inside.sum()
         np.testing.assert_array_equal(sums[i], loss[inside].sum())
