@@ -67,7 +67,7 @@ class _NoEchoes(logging.Filter):
     """Drops what asyncio says of the other tasks of a save or restore that has failed, and raised, already."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not record.getMessage().startswith("Task exception was never retrieved")
+        return "exception was never retrieved" not in record.getMessage()
 
 
 logging.getLogger("asyncio").addFilter(_NoEchoes())
