@@ -3,12 +3,11 @@
 python benchmarks/overhead.py
 
 Trains a small stage on generated records with the real loop, 200 steps after warming up, with a line of metrics every
-10 steps. A step of the loop is timed from the return of one compiled step to that of the next, on devices that have
-finished; beside it the same compiled step is timed alone, on a batch that stays where it is. Then every
-`--save_every` steps a checkpoint is saved. The last line is one JSON object:
+10 steps. Runs of 20 steps are timed as a whole; between them the same compiled step is timed alone, on a batch that
+stays where it is. Then every `--save_every` steps a checkpoint is saved. The last line is one JSON object:
 
   step_s             seconds of the compiled step alone, median
-  loop_s             seconds a step of the loop takes, mean over the steps
+  loop_s             seconds a step of the loop takes, median over the runs
   outside_share      (loop_s − step_s) / loop_s
   save_s             seconds from the beginning of a save to its end on the disk, median
   save_blocks_s      seconds of it during which the loop stands still, median
@@ -36,6 +35,8 @@ from imagen_jax.training import trainer
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.state import TrainState, state_bytes
+
+ALONE = 4  # steps timed alone between two runs
 
 
 def make_config(folder: Path, args: argparse.Namespace, steps: int, checkpoint_every: int) -> TrainConfig:
@@ -84,32 +85,31 @@ def make_records(folder: Path) -> None:
 
 
 class Times:
-    """Stands between the loop and its step: notes when steps end, and times the step alone now and then."""
+    """Stands between the loop and its step: times runs of free steps, and between them the step alone."""
 
-    def __init__(self, warm_up: int, alone_every: int):
-        self.warm_up, self.alone_every = warm_up, alone_every
+    def __init__(self, warm_up: int, run: int):
+        self.warm_up, self.run = warm_up, run
         self.alone: list[float] = []
         self.loop: list[float] = []
         self._make = trainer.make_train_step
 
     def make(self, *arguments: Any) -> Callable[[TrainState, Any], Any]:
         """In place of `make_train_step`."""
-        step, count, last = self._make(*arguments), 0, None
+        step, count, begin = self._make(*arguments), -self.warm_up, 0.0
 
         def timed(state: TrainState, batch: Any) -> Any:
-            nonlocal count, last
-            now = time.perf_counter()
-            if last is not None and count > self.warm_up:
-                self.loop.append(now - last)
-            count += 1
-            last = now
-            if count > self.warm_up and count % self.alone_every == 0:
+            nonlocal count, begin
+            if count >= 0 and count % self.run == 0:
+                # Steps are dispatched ahead: a run begins and ends with devices that have nothing to do.
                 jax.block_until_ready((state, batch))
+                if count:
+                    self.loop.append((time.perf_counter() - begin) / self.run)
+                for _ in range(ALONE):
+                    start = time.perf_counter()
+                    state, _ = jax.block_until_ready(step(state, batch))
+                    self.alone.append(time.perf_counter() - start)
                 begin = time.perf_counter()
-                result = jax.block_until_ready(step(state, batch))
-                self.alone.append(time.perf_counter() - begin)
-                last = None  # the loop did not run freely
-                return result
+            count += 1
             return step(state, batch)
 
         return timed
@@ -117,17 +117,17 @@ class Times:
 
 def time_loop(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """The loop without saves."""
-    steps = args.steps + args.warm_up
-    times = Times(args.warm_up, args.alone_every)
+    steps = args.warm_up + args.steps + 1  # the one after the last run ends it
+    times = Times(args.warm_up, args.run)
     trainer.make_train_step = times.make  # type: ignore[assignment]
     trainer.train(make_config(folder, args, steps, checkpoint_every=10 * steps), folder / "loop")
-    step, loop = statistics.median(times.alone), statistics.fmean(times.loop)
+    step, loop = statistics.median(times.alone), statistics.median(times.loop)
     trainer.make_train_step = times._make
     return {
         "step_s": round(step, 4),
         "loop_s": round(loop, 4),
         "outside_share": round(1 - step / loop, 4),
-        "steps": len(times.loop),
+        "steps": len(times.loop) * args.run,
     }
 
 
@@ -176,9 +176,7 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--warm_up", type=int, default=10, help="steps that are not counted (%(default)s)")
-    parser.add_argument(
-        "--alone_every", type=int, default=8, help="steps between those timed alone (%(default)s)"
-    )
+    parser.add_argument("--run", type=int, default=20, help="steps timed together (%(default)s)")
     parser.add_argument("--channels", type=int, default=32)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--save_every", type=int, default=12)

@@ -1,6 +1,7 @@
 """`imagen-jax train`: train one stage, or go on training it."""
 
 import argparse
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -9,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 from imagen_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from imagen_jax.parallel.processes import ProcessConfig, StopRequest
     from imagen_jax.parallel.watchdog import Watchdog
+    from imagen_jax.training.clock import ProfileSteps
+    from imagen_jax.training.config import TrainConfig
     from imagen_jax.training.state import TrainState
 
 EXAMPLE = """example:
@@ -104,23 +108,42 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
 
         print(reproduce(args.reproduce))
         return 0
-    from imagen_jax.parallel.processes import ProcessConfig, StopRequest, start_processes, stop_processes
-    from imagen_jax.parallel.watchdog import Watchdog
+    from imagen_jax.parallel.processes import ProcessConfig, StopRequest
     from imagen_jax.training.clock import ProfileSteps
     from imagen_jax.training.config import load_config
+
+    # First of all: a SIGTERM during the imports and the start is not lost.
+    with contextlib.closing(StopRequest()) as stop:
+        processes = ProcessConfig(
+            distributed=args.distributed,
+            coordinator=args.coordinator,
+            num_processes=args.num_processes,
+            process_id=args.process_id,
+            peer_timeout=args.peer_timeout,
+        )
+        profile = None if args.profile_steps is None else ProfileSteps.parse(args.profile_steps)
+        config = load_config(args.config, overrides)
+        use_cpu_devices(args.cpu_devices)
+        state = _train(args, config, processes, stop, profile)
+    if int(state.step) < config.train.steps:
+        print(f"stopped and saved at step {int(state.step)}: {args.workdir}; the same command goes on")
+    else:
+        print(f"trained: {args.workdir}")
+    return 0
+
+
+def _train(
+    args: argparse.Namespace,
+    config: "TrainConfig",
+    processes: "ProcessConfig",
+    stop: "StopRequest",
+    profile: "ProfileSteps | None",
+) -> "TrainState":
+    """Trains, as one of the job's processes, watched."""
+    from imagen_jax.parallel.processes import start_processes, stop_processes
+    from imagen_jax.parallel.watchdog import Watchdog
     from imagen_jax.training.trainer import train
 
-    stop = StopRequest()
-    processes = ProcessConfig(
-        distributed=args.distributed,
-        coordinator=args.coordinator,
-        num_processes=args.num_processes,
-        process_id=args.process_id,
-        peer_timeout=args.peer_timeout,
-    )
-    profile = None if args.profile_steps is None else ProfileSteps.parse(args.profile_steps)
-    config = load_config(args.config, overrides)
-    use_cpu_devices(args.cpu_devices)
     start_processes(processes)
     stop.share()
     watchdog = Watchdog(step_timeout=config.train.watchdog_seconds, peer_timeout=processes.peer_timeout)
@@ -140,11 +163,7 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
     state = _together(watchdog, work, args.debug)
     watchdog.close()
     stop_processes()
-    if int(state.step) < config.train.steps:
-        print(f"stopped and saved at step {int(state.step)}: {args.workdir}; the same command goes on")
-    else:
-        print(f"trained: {args.workdir}")
-    return 0
+    return state
 
 
 def _together(watchdog: "Watchdog", work: "Callable[[], TrainState]", debug: bool) -> "TrainState":

@@ -171,7 +171,12 @@ class StopRequest:
         """Takes over SIGTERM; to be called in the main thread, early."""
         self._asked = False
         self._shared = False
-        signal.signal(signal.SIGTERM, self._ask)
+        self._before = signal.signal(signal.SIGTERM, self._ask)
+
+    def close(self) -> None:
+        """Gives SIGTERM back its meaning; where it is shared JAX keeps it until the process ends."""
+        if not self._shared:
+            signal.signal(signal.SIGTERM, self._before)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self._asked = True

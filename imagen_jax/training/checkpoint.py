@@ -63,6 +63,16 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
 
 
+class _NoEchoes(logging.Filter):
+    """Drops what asyncio says of the other tasks of a save or restore that has failed, and raised, already."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.getMessage()
+
+
+logging.getLogger("asyncio").addFilter(_NoEchoes())
+
+
 class Checkpoints:
     """Saves in the background and restores the newest checkpoint that is intact, onto any mesh.
 
@@ -246,16 +256,13 @@ def _fault(error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps what reading a damaged checkpoint prints from its background tasks off the terminal."""
-    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
     sys.unraisablehook = lambda unraisable: None
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
             gc.collect()  # tasks that failed report when they are collected
     finally:
-        logger.setLevel(level)
         sys.unraisablehook = hook
 
 

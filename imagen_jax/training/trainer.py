@@ -16,7 +16,7 @@ from imagen_jax.data.pipeline import Batches, PipelineConfig, embedding_width, o
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
-from imagen_jax.parallel.processes import on_first
+from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.parallel.watchdog import Phase, Watchdog
 from imagen_jax.training.checkpoint import Checkpoints, Keep, check_same_config, write_config
 from imagen_jax.training.clock import Profiler, ProfileSteps
@@ -342,6 +342,12 @@ class _Run:
         loop, start = self.config.train, step
         # The next batch is put on the devices while they work on this one.
         batch = self._next(step + 1, batches)
+        if jax.process_count() > 1:
+            # Processes of CPUs wait 30 s for each other in their first collective: less than their compilations
+            # may differ on a busy machine.
+            with self.watchdog.long_work(step):
+                train_step = train_step.lower(state, batch).compile()
+                gather("compiled")
         while step < loop.steps:
             # The first step compiles.
             self.watchdog.at(step + 1, Phase.STEP if step > start else Phase.LONG)

@@ -203,7 +203,7 @@ def test_a_read_only_checkpoint_folder_is_refused_at_the_start(
 
 def test_a_disk_that_fills_up_during_a_save_stops_the_run(config_file, tmp_path, subprocess_env):
     """Stands for it: the largest file that the process may write, set when a checkpoint is complete."""
-    workdir, steps = tmp_path / "run", "--config.train.steps=400"
+    workdir, steps = tmp_path / "run", "--config.train.steps=60"
     process = subprocess.Popen(
         command(
             config_file, workdir, steps, "--config.train.checkpoint_every=5", "--config.train.log_every=5"
@@ -220,14 +220,13 @@ def test_a_disk_that_fills_up_during_a_save_stops_the_run(config_file, tmp_path,
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (60_000, 60_000))
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
-    last = errors.splitlines()[-1]
-    assert last.startswith(
-        f"imagen-jax train: error: {workdir / 'checkpoints'}: a checkpoint could not be saved"
-    )
+    # Beside it stands what the writing library's own threads say.
+    [last] = [line for line in errors.splitlines() if line.startswith("imagen-jax train: error: ")]
+    start = f"imagen-jax train: error: {workdir / 'checkpoints'}: a checkpoint could not be saved"
+    assert last.startswith(start), errors
     assert "File too large" in last and "the newest complete one is from step" in last
-    assert "Traceback" not in errors
     done = subprocess.run(
-        command(config_file, workdir, steps, "--config.train.checkpoint_every=400"),
+        command(config_file, workdir, steps, "--config.train.checkpoint_every=60"),
         env={**subprocess_env(1)},
         capture_output=True,
         text=True,
@@ -235,7 +234,7 @@ def test_a_disk_that_fills_up_during_a_save_stops_the_run(config_file, tmp_path,
     )
     assert done.returncode == 0, done.stderr
     newest = int(last.partition("is from step ")[2].partition(";")[0])
-    assert f"step {newest} of 400" in done.stdout
+    assert f"step {newest} of 60" in done.stdout
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 400
-    assert epath.Path(workdir / "checkpoints" / "400").exists()
+    assert lines[-1]["step"] == 60
+    assert epath.Path(workdir / "checkpoints" / "60").exists()
