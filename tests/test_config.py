@@ -44,7 +44,7 @@ FULL = StageConfig(
         dtype="bfloat16",
         attention=Attention.FLASH,
         remat=Remat.PRODUCTS,
-        scan=True,
+        scan=3,
         concat_skips=(False, True),
     ),
     low_resolution=64,

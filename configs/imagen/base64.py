@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_width": 4096,  # [P] T5-XXL
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
-                    "scan": True,
+                    "scan": 2,
                 },
                 "schedule": {"kind": "cosine"},  # [P]
                 "prediction": "epsilon",  # [P]

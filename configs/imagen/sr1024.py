@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_width": 4096,  # [P] T5-XXL
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
-                    "scan": True,
+                    "scan": 8,
                 },
                 "schedule": {"kind": "linear"},  # [P] 1000 steps, β from 1e-4 to 0.02
                 "prediction": "epsilon",  # [P]
@@ -88,6 +88,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.network.update(
             channels=[32, 64],
             num_res_blocks=[1, 2],
+            scan=2,
             self_attention=[False, False],
             text_attention=[False, True],
             head_channels=32,

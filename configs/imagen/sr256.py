@@ -43,7 +43,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_width": 4096,  # [P] T5-XXL
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
-                    "scan": True,
+                    "scan": 8,
                 },
                 "schedule": {"kind": "cosine"},  # [P]
                 "prediction": "epsilon",  # [P]
@@ -90,6 +90,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.network.update(
             channels=[32, 64],
             num_res_blocks=[1, 2],
+            scan=2,
             self_attention=[False, True],
             text_attention=[False, True],
             head_channels=32,

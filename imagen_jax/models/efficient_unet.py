@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.execution import Execution
+from imagen_jax.models.execution import Execution, Twins
 from imagen_jax.models.layers import (
     Conditioning,
     ResNetBlock,
@@ -97,11 +97,12 @@ class Stack(nnx.Module):
         mask: Array,
         *,
         execution: Execution,
-        skips: list[Array] | None = None,
-    ) -> tuple[Array, list[Array]]:
-        """The stack's output and its residual blocks', all (N, H, W, channels of the level)."""
+        twins: Twins | None = None,
+        keep: bool = False,
+    ) -> tuple[Array, Twins]:
+        """The stack's output and, if they are to be kept, its residual blocks': (N, H, W, channels)."""
         x = execution.run(self.combine, x, embedding)
-        x, outputs = execution.chain(list(self.blocks), x, embedding, each=skips)
+        x, outputs = execution.chain(list(self.blocks), x, embedding, twins=twins, keep=keep)
         if self.attention is not None:
             x = execution.run(self.attention, x, text, mask, mesh=execution.mesh)
         return x, outputs
@@ -114,14 +115,15 @@ class DBlock(nnx.Module):
         self.conv = conv3x3(
             inputs, config.channels[level], stride=2, dtype=jnp.dtype(config.dtype), rngs=rngs
         )
+        self.concatenate = config.concatenates(level)
         self.stack = Stack(config, level, rngs=rngs)
 
     def __call__(
         self, x: Array, embedding: Array, text: Array, mask: Array, *, execution: Execution
-    ) -> tuple[Array, list[Array]]:
+    ) -> tuple[Array, Twins]:
         """Maps x (N, H, W, inputs) → the output and the residual blocks', (N, H/2, W/2, channels)."""
         x = execution.run(self.conv, x)
-        return self.stack(x, embedding, text, mask, execution=execution)
+        return self.stack(x, embedding, text, mask, execution=execution, keep=self.concatenate)
 
 
 class UBlock(nnx.Module):
@@ -139,16 +141,16 @@ class UBlock(nnx.Module):
         self,
         x: Array,
         skip: Array,
-        skips: list[Array],
+        twins: Twins,
         embedding: Array,
         text: Array,
         mask: Array,
         *,
         execution: Execution,
     ) -> Array:
-        """Maps x and skips (N, H, W, channels of the level) → (N, 2H, 2W, outputs)."""
+        """Maps x and what its DBlock made, (N, H, W, channels of the level), → (N, 2H, 2W, outputs)."""
         if self.concatenate:
-            h, _ = self.stack(x, embedding, text, mask, execution=execution, skips=skips[::-1])
+            h, _ = self.stack(x, embedding, text, mask, execution=execution, twins=twins)
         else:
             h, _ = self.stack((x + skip) * 2**-0.5, embedding, text, mask, execution=execution)
         return execution.run(self.conv, upsample_nearest(h))

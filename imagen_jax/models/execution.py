@@ -16,6 +16,9 @@ from jax.sharding import Mesh
 
 from imagen_jax.parallel.mesh import gather_weights
 
+# Arrays that blocks give to their equals on the other side of a U: one each, or stacked along a first axis.
+Twins = list[jax.Array] | jax.Array
+
 
 class Remat(enum.StrEnum):
     """What is kept of a block's forward pass for its backward pass."""
@@ -27,8 +30,9 @@ class Remat(enum.StrEnum):
     BLOCK = "block"  # the block's input only; all of it is computed again
 
 
-# Their results are dear to compute and small to keep; all else is memory traffic that is fused away.
-_PRODUCTS = frozenset({"conv_general_dilated", "pallas_call"})
+# Their results are dear to compute or small to keep ("name": `statistics` of a normalisation); all else is memory
+# traffic, which is fused away.
+_PRODUCTS = frozenset({"conv_general_dilated", "pallas_call", "name"})
 
 
 def keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -44,7 +48,7 @@ class Execution:
 
     mesh: Mesh | None = None  # on which the parameters lie by `parallel.mesh`; None: they lie whole
     remat: Remat = Remat.NONE
-    scan: bool = False  # whether equal blocks in a row are one `lax.scan`: compiles once, not once a block
+    scan: int = 0  # equal blocks in a row from which on they are one `lax.scan`, compiled once; 0: never
     dtype: jnp.dtype = jnp.dtype("float32")  # of the computation: matrices are gathered in it
 
     def _call(
@@ -74,30 +78,38 @@ class Execution:
         modules: Sequence[nnx.Module],
         x: jax.Array,
         *args: Any,
-        each: Sequence[jax.Array] | None = None,
+        twins: Twins | None = None,
+        keep: bool = False,
         **fixed: Any,
-    ) -> tuple[jax.Array, list[jax.Array]]:
+    ) -> tuple[jax.Array, Twins]:
         """Runs modules one after the other, x through all of them.
 
         Args:
           modules: each maps x and `args` to the next x.
           x: what the first one gets.
           *args: what every one gets.
-          each: an array more for each module, its last argument; None: there is none.
+          twins: an array more for each module, its last argument, as the other side of a U has them: the first
+            module gets the last one; None: there are none.
+          keep: whether the modules' outputs are wanted.
           **fixed: keyword arguments that every one gets and that are no arrays.
 
         Returns:
-          The last output, and the outputs of all modules.
+          The last output, and all modules' outputs (nothing unless they are wanted).
         """
         outputs: list[jax.Array] = []
-        start = 0
-        while start < len(modules):
+        start, count = 0, len(modules)
+        while start < count:
             stop = start + 1
-            while self.scan and stop < len(modules) and _alike(modules, each, start, stop):
+            while stop < count and _alike(modules, twins, start, stop):
                 stop += 1
-            extra = None if each is None else each[start:stop]
-            outputs += self._row(modules[start:stop], x, args, extra, fixed)
-            x, start = outputs[-1], stop
+            if not self.scan or stop - start < self.scan:
+                stop = start + 1
+            own = None if twins is None else twins[count - stop : count - start]
+            x, made = self._row(modules[start:stop], x, args, own, keep, fixed)
+            if stop - start == count and not isinstance(made, list):
+                return x, made
+            outputs += list(made)
+            start = stop
         return x, outputs
 
     def _row(
@@ -105,24 +117,31 @@ class Execution:
         modules: Sequence[nnx.Module],
         x: jax.Array,
         args: tuple,
-        each: Sequence[jax.Array] | None,
+        twins: Twins | None,
+        keep: bool,
         fixed: Mapping[str, Any],
-    ) -> list[jax.Array]:
-        """Outputs of equal modules."""
+    ) -> tuple[jax.Array, Twins]:
+        """The last output of equal modules, and all where they are wanted."""
         if len(modules) == 1:
-            return [self.run(modules[0], x, *args, *(() if each is None else each), **fixed)]
+            x = self.run(modules[0], x, *args, *(() if twins is None else (twins[0],)), **fixed)
+            return x, [x] if keep else []
         _, call = self._call(modules[0], True, fixed)
-        states = [nnx.split(module)[1] for module in modules]
+        # Both in the order of the twins: the loop runs backwards over arrays that are not copied for it.
+        backwards = twins is not None
+        states = [nnx.split(module)[1] for module in (modules[::-1] if backwards else modules)]
         stacked = jax.tree.map(lambda *leaves: self._stack(leaves), *states)
-        extra = None if each is None else jnp.stack(each)
+        if isinstance(twins, list):
+            twins = jnp.stack(twins)
 
-        def body(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, jax.Array]:
+        def body(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, jax.Array | None]:
             state, own = inputs
             x = call(state, x, *args, *(() if own is None else (own,)))
-            return x, x
+            return x, x if keep else None
 
-        _, outputs = jax.lax.scan(body, x, (stacked, extra))
-        return list(outputs)
+        x, outputs = jax.lax.scan(body, x, (stacked, twins), reverse=backwards)
+        if not keep:
+            return x, []
+        return x, outputs[::-1] if backwards else outputs
 
     def _stack(self, leaves: Sequence[jax.Array]) -> jax.Array:
         """Matrices in the dtype of the computation: half the memory, and the loop has nothing to convert."""
@@ -130,12 +149,12 @@ class Execution:
         return stacked.astype(self.dtype) if leaves[0].ndim > 1 else stacked
 
 
-def _alike(modules: Sequence[nnx.Module], each: Sequence[jax.Array] | None, first: int, other: int) -> bool:
+def _alike(modules: Sequence[nnx.Module], twins: Twins | None, first: int, other: int) -> bool:
     """Whether two modules differ in the values of their parameters only."""
-    if each is not None and each[first].shape != each[other].shape:
+    if twins is not None and twins[-1 - first].shape != twins[-1 - other].shape:
         return False
-    shapes = [
-        jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(nnx.state(modules[index])))
-        for index in (first, other)
-    ]
-    return type(modules[first]) is type(modules[other]) and shapes[0] == shapes[1]
+    states = [nnx.split(modules[index])[1] for index in (first, other)]
+    if jax.tree.structure(states[0]) != jax.tree.structure(states[1]):
+        return False
+    pairs = zip(*(jax.tree.leaves(state) for state in states))
+    return type(modules[first]) is type(modules[other]) and all(a.shape == b.shape for a, b in pairs)

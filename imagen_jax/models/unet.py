@@ -42,7 +42,9 @@ class UNetConfig:
     dtype: str = "float32"  # of the computation: "float32" or "bfloat16"; parameters are float32
     attention: Attention = Attention.AUTO  # kernels on TPU, plain XLA elsewhere, unless told otherwise
     remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
-    scan: bool = False  # one compiled body for equal blocks in a row; compile time and memory against copies
+    scan: int = (
+        0  # equal blocks in a row from which on they are one loop; 0: never. Compile time against copies
+    )
 
     def __post_init__(self) -> None:
         for name in ("channels", "num_res_blocks", "self_attention", "text_attention"):
@@ -50,6 +52,8 @@ class UNetConfig:
         levels = len(self.channels)
         if not levels or min(self.channels) < 1 or self.channels[0] % 2:
             raise ValueError(f"channels must be positive, the first even, got {self.channels}")
+        if self.scan < 0 or self.scan == 1:
+            raise ValueError(f"scan must be 0 or at least 2 blocks, got {self.scan}")
         for name in ("text_width", "head_channels", "image_channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -205,15 +209,16 @@ class UNet(nnx.Module):
         h = execution.run(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
         skips = [h]
         for level, blocks in enumerate(self.down):
-            h, outputs = execution.chain(list(blocks), h, *rest, mesh=mesh)
-            skips += outputs
+            h, outputs = execution.chain(list(blocks), h, *rest, keep=True, mesh=mesh)
+            skips += list(outputs)
             if level < len(self.downsamples):
                 h = execution.run(self.downsamples[level], h, embedding)
                 skips.append(h)
         h = execution.run(self.mid2, execution.run(self.mid1, h, *rest, mesh=mesh), *rest)
         for level, blocks in enumerate(self.up):
-            each = [skips.pop() for _ in blocks]
-            h, _ = execution.chain(list(blocks), h, *rest, each=each, mesh=mesh)
+            twins = skips[len(skips) - len(blocks) :]
+            h, _ = execution.chain(list(blocks), h, *rest, twins=twins, mesh=mesh)
+            del skips[len(skips) - len(blocks) :]
             if level < len(self.upsamples):
                 h = execution.run(self.upsamples[level], h, embedding)
         h = execution.run(self.norm_out, h)
