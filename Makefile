@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-.PHONY: quickstart test test-parity test-kill test-launch lint clean
+.PHONY: quickstart test test-parity test-browser test-kill test-launch lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ $(VENV)/.installed-parity: $(VENV)/.installed-test
 	$(PIP) --editable '.[parity]'
 	touch $@
 
+$(VENV)/.installed-browser: $(VENV)/.installed-test
+	$(PIP) --editable '.[serve,browser]'
+	touch $@
+
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures
 	JAX_PLATFORMS=cpu $(BIN)/imagen-jax quickstart --out=$(OUT)
 
@@ -35,6 +39,11 @@ test: lint  ## style, types and all tests but those below
 
 test-parity: $(VENV)/.installed-parity  ## networks against transformers on PyTorch
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
+
+test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium, which is installed where it may be
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	    { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m browser
 
 test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m kill
