@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -140,11 +141,17 @@ def _train(
     profile: "ProfileSteps | None",
 ) -> "TrainState":
     """Trains, as one of the job's processes, watched."""
-    from imagen_jax.parallel.processes import start_processes, stop_processes
+    from imagen_jax.parallel.processes import EXIT_RESTART, start_processes, stop_processes
     from imagen_jax.parallel.watchdog import Watchdog
     from imagen_jax.training.trainer import train
 
-    start_processes(processes)
+    try:
+        start_processes(processes)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        print(f"imagen-jax train: error: no connection to the other processes: {reason}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(EXIT_RESTART)  # a tidy end would wait for them
     stop.share()
     watchdog = Watchdog(step_timeout=config.train.watchdog_seconds, peer_timeout=processes.peer_timeout)
     watchdog.start()
