@@ -51,6 +51,7 @@ setup(
     extras_require={
         "test": ["pytest>=9,<10", "beartype>=0.22,<0.24", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
         "parity": ["torch==2.13.0"],
+        "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },
