@@ -145,6 +145,7 @@ class Theirs:
         self.noise = torch.randn(BATCH, 3, SIDE, SIDE)
 
     def step(self) -> torch.Tensor:
+        """One guided step in the middle of the way."""
         schedule = self.imagen.noise_schedulers[0]
         time_from, time_to = (torch.full((BATCH,), each) for each in (0.5, 0.5 - 1.0 / THEIR_STEPS))
         with torch.inference_mode():
@@ -161,6 +162,7 @@ class Theirs:
         return made
 
     def batch(self) -> torch.Tensor:
+        """All steps of a batch."""
         with torch.inference_mode():
             return self.imagen.sample(
                 text_embeds=self.text, text_masks=self.mask, cond_scale=GUIDANCE, use_tqdm=False
@@ -187,7 +189,9 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--whole", action="store_true", help="draw their 256 steps instead of multiplying one")
+    parser.add_argument(
+        "--whole", action="store_true", help="draw their 256 steps instead of multiplying one"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     ours, theirs = Ours(), Theirs()
