@@ -68,6 +68,7 @@ setup(
         "parity": ["torch==2.13.0"],
         # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
         "plan": ["libtpu>=0.0.42,<0.0.52"],
+        "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },

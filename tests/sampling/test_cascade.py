@@ -150,8 +150,8 @@ def test_the_last_seed_and_sampling_by_stage(imagen, stages, one_step):
 
 def test_prompts_are_encoded_once_and_alone(imagen):
     before = imagen.prompt_encoder.encoded
-    imagen.encode(["two red squares", "a", "two red squares"], 8)
-    imagen.encode(["a", "two red squares"], 8)
+    imagen.encode(["two red squares", "three", "two red squares"], 8)
+    imagen.encode(["three", "two red squares"], 8)
     assert imagen.prompt_encoder.encoded == before + 2
     together, _ = imagen.encode(["a blue circle", "two green triangles"], 7)
     alone, _ = Imagen.load(imagen.folder.path).encode(["two green triangles"], 7)

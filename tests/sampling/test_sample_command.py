@@ -4,8 +4,10 @@ import io
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from imagen_jax.cli.main import main
@@ -20,11 +22,22 @@ CIRCLE, SQUARE = "a red circle", "a blue square"
 @pytest.fixture(scope="module", autouse=True)
 def programs_once(tmp_path_factory):
     """These runs share compiled programs, as a user's do."""
+    folder = tmp_path_factory.mktemp("cache")
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: jax.config.values[name] for name in names}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("IMAGEN_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        # JAX keeps the folder it was first told for the rest of the process: only our own programs are shared.
-        patch.setattr("imagen_jax.sampling.cascade.enable_compilation_cache", lambda _: None)
+        patch.setenv("IMAGEN_JAX_CACHE", str(folder))
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()  # JAX would keep the folder that it was first told
         yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    assert (folder / "xla").is_dir() and len(list((folder / "programs").iterdir())) > 2
 
 
 @pytest.fixture
