@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from imagen_jax.errors import UserError
@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
                 f"--host {args.host}: everybody who reaches this machine can draw and see pictures",
                 file=sys.stderr,
             )
-        print(f"{args.model} is at {address(listener)} · Ctrl-C ends it", flush=True)
-        serve(studio, listener)
+        with suppress(KeyboardInterrupt):  # which is how a server is ended
+            print(f"{args.model} is at {address(listener)} · Ctrl-C ends it", flush=True)
+            serve(studio, listener)
     return 0

@@ -3,7 +3,7 @@
 import errno
 import ipaddress
 import socket
-from contextlib import closing, suppress
+from contextlib import closing
 
 import uvicorn
 
@@ -52,10 +52,13 @@ def is_local(listener: socket.socket) -> bool:
 
 
 def serve(studio: Studio, listener: socket.socket) -> None:
-    """Serves the page until the process is interrupted; what is being drawn then ends."""
+    """Serves the page until the process is interrupted; what is being drawn then ends.
+
+    Raises:
+      KeyboardInterrupt: at Ctrl-C.
+    """
     config = uvicorn.Config(
         make_app(studio), log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, lifespan="on"
     )
-    # Ctrl-C is how a server is ended.
-    with closing(studio), suppress(KeyboardInterrupt):
+    with closing(studio):
         uvicorn.Server(config).run(sockets=[listener])

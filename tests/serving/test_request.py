@@ -45,7 +45,7 @@ def test_a_link_is_spelt_as_the_flags_are():
         ({"prompt": "x", "num_images": "0"}, "must be 1 to 64, got 0"),
         ({"prompt": "x", "steps": "1,2,3"}, "--steps 1,2,3"),
         ({"prompt": "x", "sampler": "euler"}, "'euler'"),
-        ({"prompt": "x", "step": "3"}, "unknown parameter 'step'; did you mean 'steps'"),
+        ({"prompt": "x", "step": "3"}, "unknown parameter 'step' (did you mean 'steps'?)"),
     ],
 )
 def test_a_wrong_link_is_named(values, message):
