@@ -31,12 +31,9 @@ class Plan:
     params: int  # number of them
     memory: Memory  # of each chip
     forward_flops: int  # of one network call on one picture
-    calls_per_image: (
-        float  # forward passes' worth of FLOPs for a picture: 3 in training; sampling's network calls
-    )
-    network_steps: (
-        int  # of a run: 1 in training; a sampler's network calls, which guidance makes on twice the batch
-    )
+    # Forward passes' worth of FLOPs for a picture: 3 in training, else the network calls, twice where guided.
+    calls_per_image: int
+    network_steps: int  # of a run: 1 in training, a sampler's network calls
     estimate: Estimate | None  # of one run; None: the program was refused for want of memory
     compile_s: float
     suggestions: tuple[str, ...]  # where it does not fit

@@ -14,7 +14,7 @@ from imagen_jax.plan.flops import forward_flops, jaxpr_flops
 # Wide channels and large pictures: what XLA counts besides (element-wise work) and leaves out (padding) is small.
 SHAPE = {
     "channels": (128, 256),
-    "num_res_blocks": (3, 3),
+    "num_res_blocks": (2, 2),
     "self_attention": (False, True),
     "text_attention": (False, True),
     "text_width": 64,
@@ -57,9 +57,8 @@ def test_a_crop_has_the_flops_of_its_size():
 
 
 @pytest.mark.parametrize("stage", [BASE, SR], ids=["unet", "efficient_unet"])
-@pytest.mark.parametrize("remat", Remat)
-def test_scanned_and_rematerialised_blocks_count_the_same(stage, remat):
-    network = dataclasses.replace(stage.network, scan=True, remat=remat)
+def test_scanned_and_rematerialised_blocks_count_the_same(stage):
+    network = dataclasses.replace(stage.network, scan=True, remat=Remat.PRODUCTS)
     other = dataclasses.replace(stage, network=network)
     assert forward_flops(StageNetwork(other)) == forward_flops(StageNetwork(stage))
 
