@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from imagen_jax.parallel.watchdog import Watchdog
     from imagen_jax.training.clock import ProfileSteps
     from imagen_jax.training.config import TrainConfig
+    from imagen_jax.training.metrics import StepCost
     from imagen_jax.training.state import TrainState
 
 EXAMPLE = """example:
@@ -165,12 +166,31 @@ def _train(
             init_from=args.init_from,
             profile=profile,
             wandb_project=args.wandb,
+            cost=_step_cost(config),
         )
 
     state = _together(watchdog, work, args.debug)
     watchdog.close()
     stop_processes()
     return state
+
+
+def _step_cost(config: "TrainConfig") -> "StepCost | None":
+    """What the model's share of the devices' peak is reckoned from; None on devices whose peak is not known."""
+    import jax
+
+    from imagen_jax.models.stage import StageNetwork
+    from imagen_jax.plan.chips import device_peak_flops
+    from imagen_jax.plan.flops import forward_flops
+    from imagen_jax.training.metrics import StepCost
+
+    peak = device_peak_flops(jax.devices()[0].device_kind)
+    if peak is None:
+        return None
+    stage = config.stage
+    # The backward pass has two products for each of the forward's; what is computed again does not count.
+    flops = 3 * forward_flops(StageNetwork(stage), side=stage.crop or stage.resolution)
+    return StepCost(flops=float(flops), peak_flops=peak)
 
 
 def _together(watchdog: "Watchdog", work: "Callable[[], TrainState]", debug: bool) -> "TrainState":

@@ -103,6 +103,27 @@ CHIPS = {
 }
 
 
+# Peak FLOP/s in bfloat16 by what JAX calls a device (`device_kind`). GPUs: NVIDIA's data sheets, dense, SXM boards.
+_DEVICE_PEAKS = {
+    "TPU v4": CHIPS["v4"].peak_flops,
+    "TPU v5 lite": CHIPS["v5e"].peak_flops,
+    "TPU v5e": CHIPS["v5e"].peak_flops,
+    "TPU v5": CHIPS["v5p"].peak_flops,
+    "TPU v5p": CHIPS["v5p"].peak_flops,
+    "TPU v6 lite": CHIPS["v6e"].peak_flops,
+    "TPU v6e": CHIPS["v6e"].peak_flops,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s in bfloat16 of a device that JAX runs on; None if it is not known here."""
+    return _DEVICE_PEAKS.get(device_kind)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
     """A slice: a grid of equal chips."""
