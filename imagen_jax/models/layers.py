@@ -31,15 +31,18 @@ class Conv3x3(nnx.Conv):
 
     def __call__(self, inputs: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """The convolution with padding one, in the module's dtype."""
+        return add_bias(self.without_bias(inputs), self.bias[...])
+
+    def without_bias(self, inputs: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        """What a normalisation sees that adds the bias itself."""
         dtype = jnp.dtype(self.dtype)
-        made = jax.lax.conv_general_dilated(
+        return jax.lax.conv_general_dilated(
             inputs.astype(dtype),
             self.kernel[...].astype(dtype),
             window_strides=(self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides),
             padding=((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return add_bias(made, self.bias[...])
 
 
 def conv3x3(
@@ -174,10 +177,11 @@ class ResNetBlock(nnx.Module):
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.resample == "down":
             h, x = downsample_average(h), downsample_average(x)
+        h = self.conv1.without_bias(h)
         scale = shift = None
         if self.embed is not None and embedding is not None:
             scale, shift = jnp.split(self.embed(nnx.silu(embedding)).astype(jnp.float32), 2, axis=-1)
-        h = self.conv2(nnx.silu(self.norm2(self.conv1(h), scale, shift)))
+        h = self.conv2(nnx.silu(self.norm2(h, scale, shift, bias=self.conv1.bias[...])))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
