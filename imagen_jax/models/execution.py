@@ -37,9 +37,9 @@ class Gather(enum.StrEnum):
     ONCE = "once"  # once a step: half the traffic, none of it inside loops, two bytes a parameter of memory
 
 
-# Their results are dear to compute or small to keep ("name": `statistics` of a normalisation); all else is memory
-# traffic, which is fused away.
-_PRODUCTS = frozenset({"conv_general_dilated", "pallas_call", "name"})
+# Their results are dear to compute or small to keep ("name": what attention gives, and statistics); all else is
+# memory traffic, which is fused away.
+_PRODUCTS = frozenset({"conv_general_dilated", "name"})
 
 
 def keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
