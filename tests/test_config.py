@@ -18,7 +18,7 @@ from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models.attention import Attention
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
-from imagen_jax.models.execution import Remat
+from imagen_jax.models.execution import Gather, Remat
 from imagen_jax.models.stage import SamplingConfig, StageConfig
 from imagen_jax.models.unet import UNetConfig
 
@@ -44,6 +44,7 @@ FULL = StageConfig(
         dtype="bfloat16",
         attention=Attention.FLASH,
         remat=Remat.PRODUCTS,
+        gather=Gather.ONCE,
         scan=3,
         concat_skips=(False, True),
     ),

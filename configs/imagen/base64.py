@@ -38,6 +38,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_width": 4096,  # [P] T5-XXL
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
+                    "gather": "once",
                     "scan": 2,
                 },
                 "schedule": {"kind": "cosine"},  # [P]
@@ -62,7 +63,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "text_dropout": 0.1,  # [P]
                 "ema_decay": 0.9999,  # as in NeMo
             },
-            "mesh": {"data": -1, "fsdp": 16},
+            "mesh": {"data": 1, "fsdp": -1},
         }
     )
     if variant == "v_prediction":
@@ -70,7 +71,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant == "small":
         config.stage.network.update(channels=[160, 320, 448, 640], embedding_width=640)
         config.data.batch_size = 256
-        config.mesh.fsdp = 1
     if variant == "debug":
         config.stage.update(resolution=16, max_text_length=8)
         config.stage.network.update(
@@ -85,5 +85,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.sampling.sampler.steps = 4
         config.data.update(batch_size=16, num_threads=2)
         config.train.update(steps=20, log_every=10, checkpoint_every=10, sample_every=0)
-        config.mesh.update(data=1, fsdp=-1)
     return config

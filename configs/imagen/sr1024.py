@@ -41,6 +41,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_width": 4096,  # [P] T5-XXL
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
+                    "gather": "once",
                     "scan": 8,
                 },
                 "schedule": {"kind": "linear"},  # [P] 1000 steps, β from 1e-4 to 0.02
@@ -73,7 +74,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "text_dropout": 0.1,  # [P]
                 "ema_decay": 0.9999,  # as in NeMo
             },
-            "mesh": {"data": -1, "fsdp": 16},
+            "mesh": {"data": 1, "fsdp": -1},
         }
     )
     if variant == "v_prediction":
@@ -82,7 +83,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     if variant == "small":
         config.stage.network.update(channels=[64, 96, 160, 320], head_channels=64, embedding_width=320)
         config.data.batch_size = 256
-        config.mesh.fsdp = 1
     if variant == "debug":
         config.stage.update(resolution=128, low_resolution=32, crop=32, max_text_length=8)
         config.stage.network.update(
@@ -98,5 +98,4 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.sampling.sampler.steps = 4
         config.data.update(batch_size=16, num_threads=2)
         config.train.update(steps=20, log_every=10, checkpoint_every=10, sample_every=0)
-        config.mesh.update(data=1, fsdp=-1)
     return config

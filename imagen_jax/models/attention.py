@@ -4,6 +4,7 @@ import enum
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
@@ -63,20 +64,21 @@ def attend(
     if kind is Attention.FLASH or (kind is Attention.AUTO and possible and platform == "tpu"):
         run = functools.partial(flash_attention, head_channels=channels // heads, interpret=platform != "tpu")
         if mesh is None:
-            return run(query, key, value, mask)
+            return checkpoint_name(run(query, key, value, mask), "attended")
         # The compiler does not know how to split a kernel: each device runs it on its own examples and heads.
         split = P(("data", "fsdp"), None, "tensor")
-        return jax.shard_map(
+        split_run = jax.shard_map(
             run,
             mesh=mesh,
             in_specs=(split, split, split, P(("data", "fsdp"))),
             out_specs=split,
             check_vma=False,
-        )(query, key, value, mask)
+        )
+        return checkpoint_name(split_run(query, key, value, mask), "attended")
     attended = jax.nn.dot_product_attention(
         split_heads(query, heads),
         split_heads(key, heads),
         split_heads(value, heads),
         mask=mask[:, None, None, :],
     )
-    return attended.reshape(query.shape)
+    return checkpoint_name(attended.reshape(query.shape), "attended")

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from imagen_jax.models.execution import Execution, Twins
 from imagen_jax.models.layers import (
     Conditioning,
+    Linear,
     ResNetBlock,
     conv3x3,
     from_patches,
@@ -54,7 +55,7 @@ class CombineEmbeddings(nnx.Module):
     """Adds the projected time and pooled-text embedding to every position."""
 
     def __init__(self, width: int, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.project = nnx.Linear(width, channels, dtype=dtype, rngs=rngs)
+        self.project = Linear(width, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, embedding: Array) -> Array:
         """Adds the embedding's projection to x."""

@@ -30,9 +30,16 @@ class Remat(enum.StrEnum):
     BLOCK = "block"  # the block's input only; all of it is computed again
 
 
-# Their results are dear to compute or small to keep ("name": `statistics` of a normalisation); all else is memory
-# traffic, which is fused away.
-_PRODUCTS = frozenset({"conv_general_dilated", "pallas_call", "name"})
+class Gather(enum.StrEnum):
+    """When the weights that fsdp splits are made whole, in the dtype of the computation."""
+
+    BLOCK = "block"  # when their block runs, and again for its backward pass: one block's are whole at a time
+    ONCE = "once"  # once a step: half the traffic, none of it inside loops, two bytes a parameter of memory
+
+
+# Their results are dear to compute or small to keep ("name": what attention gives, and statistics); all else is
+# memory traffic, which is fused away.
+_PRODUCTS = frozenset({"conv_general_dilated", "name"})
 
 
 def keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
@@ -47,6 +54,7 @@ class Execution:
     """Runs modules, alone or in a row."""
 
     mesh: Mesh | None = None  # on which the parameters lie by `parallel.mesh`; None: they lie whole
+    gather: Gather = Gather.BLOCK  # ONCE: what is run has been gathered (`StageNetwork.apply` does it)
     remat: Remat = Remat.NONE
     scan: int = 0  # equal blocks in a row from which on they are one `lax.scan`, compiled once; 0: never
     dtype: jnp.dtype = jnp.dtype("float32")  # of the computation: matrices are gathered in it
@@ -58,7 +66,7 @@ class Execution:
         graph, state = nnx.split(module)
 
         def call(state: Any, *args: Any) -> Any:
-            if self.mesh is not None:
+            if self.mesh is not None and self.gather is Gather.BLOCK:
                 state = gather_weights(state, self.mesh, dtype=self.dtype)
             return nnx.merge(graph, state)(*args, **fixed)
 

@@ -31,15 +31,28 @@ class Conv3x3(nnx.Conv):
 
     def __call__(self, inputs: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """The convolution with padding one, in the module's dtype."""
+        return add_bias(self.without_bias(inputs), self.bias[...])
+
+    def without_bias(self, inputs: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        """What a normalisation sees that adds the bias itself."""
         dtype = jnp.dtype(self.dtype)
-        made = jax.lax.conv_general_dilated(
+        return jax.lax.conv_general_dilated(
             inputs.astype(dtype),
             self.kernel[...].astype(dtype),
             window_strides=(self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides),
             padding=((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return add_bias(made, self.bias[...])
+
+
+class Linear(nnx.Linear):
+    """`nnx.Linear`, but for how the bias's gradient is summed."""
+
+    def __call__(self, inputs: Float[Array, "*shape c"]) -> Float[Array, "*shape c2"]:
+        """The product over the last axis, in the module's dtype."""
+        dtype = jnp.dtype(self.dtype)
+        made = jnp.matmul(inputs.astype(dtype), self.kernel[...].astype(dtype))
+        return made if self.bias is None else add_bias(made, self.bias[...])
 
 
 def conv3x3(
@@ -81,8 +94,8 @@ class TimeEmbedding(nnx.Module):
 
     def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.channels = channels
-        self.dense1 = nnx.Linear(channels, width, dtype=dtype, rngs=rngs)
-        self.dense2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.dense1 = Linear(channels, width, dtype=dtype, rngs=rngs)
+        self.dense2 = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, value: Float[Array, " batch"]) -> Float[Array, "batch width"]:
         """`value` in [0, 1000] (`diffusion.process.time_condition`)."""
@@ -100,14 +113,14 @@ class TextConditioning(nnx.Module):
             raise ValueError(f"{heads} pooling heads do not divide the width {width}")
         self.heads = heads
         self.norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs)
-        self.project = nnx.Linear(text_width, width, dtype=dtype, rngs=rngs)
+        self.project = Linear(text_width, width, dtype=dtype, rngs=rngs)
         self.pool_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.query = Linear(width, width, dtype=dtype, rngs=rngs)
         # A key's bias would shift all logits of a query alike, which softmax takes away again.
-        self.key = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.key = Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.value = Linear(width, width, dtype=dtype, rngs=rngs)
         self.out_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, text: Float[Array, "batch length text_width"], mask: Bool[Array, "batch length"]
@@ -153,14 +166,12 @@ class ResNetBlock(nnx.Module):
         self.norm1 = GroupNorm(inputs, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         self.embed = (
-            None
-            if embedding_width is None
-            else nnx.Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
+            None if embedding_width is None else Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
         )
         self.norm2 = GroupNorm(outputs, dtype=dtype)
         self.conv2 = conv3x3(outputs, outputs, dtype=dtype, rngs=rngs, zero=True)
         self.shortcut = (
-            None if inputs == outputs else nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
+            None if inputs == outputs else Linear(inputs, outputs, dtype=dtype, rngs=rngs)
         )  # a 1×1 convolution
 
     def __call__(
@@ -174,10 +185,11 @@ class ResNetBlock(nnx.Module):
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.resample == "down":
             h, x = downsample_average(h), downsample_average(x)
+        h = self.conv1.without_bias(h)
         scale = shift = None
         if self.embed is not None and embedding is not None:
             scale, shift = jnp.split(self.embed(nnx.silu(embedding)).astype(jnp.float32), 2, axis=-1)
-        h = self.conv2(nnx.silu(self.norm2(self.conv1(h), scale, shift)))
+        h = self.conv2(nnx.silu(self.norm2(h, scale, shift, bias=self.conv1.bias[...])))
         return h + (x if self.shortcut is None else self.shortcut(x))
 
 
@@ -205,16 +217,14 @@ class TextAttention(nnx.Module):
             raise ValueError("attention needs keys: text, positions or both")
         self.heads, self.kind = channels // head_channels, kind
         self.norm = GroupNorm(channels, dtype=dtype)
-        self.query = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.key_value = (
-            nnx.Linear(channels, 2 * channels, dtype=dtype, rngs=rngs) if self_attention else None
-        )
+        self.query = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.key_value = Linear(channels, 2 * channels, dtype=dtype, rngs=rngs) if self_attention else None
         if text_width is None:
             self.text_norm = self.text_key_value = None
         else:
             self.text_norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs)
-            self.text_key_value = nnx.Linear(text_width, 2 * channels, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
+            self.text_key_value = Linear(text_width, 2 * channels, dtype=dtype, rngs=rngs)
+        self.out = Linear(channels, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,

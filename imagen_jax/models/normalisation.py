@@ -96,8 +96,9 @@ def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
 
 
 def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
-    rows = gradient.reshape(1, -1, 1, gradient.shape[-1])
-    return gradient, position_sums(rows, gradient.dtype)[0]
+    # Examples apart: as one long sum the matrix unit would be predicted to take three times as long.
+    rows = gradient.reshape(gradient.shape[0], -1, 1, gradient.shape[-1])
+    return gradient, position_sums(rows, gradient.dtype).sum(axis=0)
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
@@ -127,7 +128,12 @@ class GroupNorm(nnx.Module):
         return jnp.repeat(means, c // self.groups, axis=-1)
 
     def __call__(
-        self, x: Picture, scale: PerChannel | None = None, shift: PerChannel | None = None
+        self,
+        x: Picture,
+        scale: PerChannel | None = None,
+        shift: PerChannel | None = None,
+        *,
+        bias: Float[Array, " channels"] | float = 0.0,
     ) -> Picture:
         """Normalises over height, width and the channels of a group.
 
@@ -135,18 +141,20 @@ class GroupNorm(nnx.Module):
           x: a picture.
           scale: multiplies the result by 1 + scale.
           shift: and is added to that.
+          bias: of x, of the convolution before: it goes into the statistics and is never added to the picture,
+            nor is its gradient a sum over one.
         """
         x = x.astype(self.dtype)
         # Of one position, so that it costs nothing; the result does not depend on it.
         pixel = jax.lax.stop_gradient(x[:, 0, 0].astype(jnp.float32))
         first, second = checkpoint_name(moments(x, pixel), "statistics")
-        channel_mean = first + pixel
+        channel_mean = first + pixel + bias
         mean = self._share(channel_mean)
         within = jnp.maximum(second - jnp.square(first), 0.0)
         variance = self._share(within + jnp.square(channel_mean - mean))
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
-        # (x − mean)·factor + bias, written with x − pixel.
-        offset = self.bias[...] + (pixel - mean) * factor
+        # (x + bias − mean)·factor + own bias, written with x − pixel.
+        offset = self.bias[...] + (pixel + bias - mean) * factor
         if scale is not None and shift is not None:
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
         return scale_shift(x, pixel, factor, offset)

@@ -16,8 +16,10 @@ from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
 from imagen_jax.diffusion.thresholding import ThresholdConfig
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
+from imagen_jax.models.execution import Gather
 from imagen_jax.models.unet import UNet, UNetConfig
 from imagen_jax.models.weights import flatten_names
+from imagen_jax.parallel.mesh import gather_weights
 
 Params = dict[str, Any]  # arrays (or their shapes) under dotted names
 
@@ -95,6 +97,14 @@ class StageNetwork:
         """Number of parameters."""
         return sum(shape.size for shape in self.abstract_params.values())
 
+    def _gather(self, params: Params, mesh: Mesh) -> Params:
+        """All parameters whole along "fsdp", in the dtype of the computation but for the output's."""
+        dtype = jnp.dtype(self.config.network.dtype)
+        return {
+            name: gather_weights(value, mesh, dtype=None if name.startswith("conv_out.") else dtype)
+            for name, value in params.items()
+        }
+
     def apply(
         self,
         params: Params,
@@ -117,9 +127,11 @@ class StageNetwork:
           mask: True for real tokens.
           low_res: for an SR stage: the (augmented) low-resolution pictures.
           aug_log_snr: for an SR stage: their log signal-to-noise ratios.
-          mesh: where `params` lie by the rules of `parallel.mesh`: each block's are gathered when it runs;
-            None: they lie whole.
+          mesh: where `params` lie by the rules of `parallel.mesh`, to be gathered as `network.gather` says; None:
+            they lie whole.
         """
+        if mesh is not None and self.config.network.gather is Gather.ONCE:
+            params = self._gather(params, mesh)
         state = jax.tree.unflatten(self._tree, [params[name] for name in self.abstract_params])
         network = nnx.merge(self._graph, state)
         aug_time = None if aug_log_snr is None else time_condition(aug_log_snr)

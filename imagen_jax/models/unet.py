@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attention
-from imagen_jax.models.execution import Execution, Remat
+from imagen_jax.models.execution import Execution, Gather, Remat
 from imagen_jax.models.layers import (
     Conditioning,
     GroupNorm,
@@ -42,9 +42,8 @@ class UNetConfig:
     dtype: str = "float32"  # of the computation: "float32" or "bfloat16"; parameters are float32
     attention: Attention = Attention.AUTO  # kernels on TPU, plain XLA elsewhere, unless told otherwise
     remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
-    scan: int = (
-        0  # equal blocks in a row from which on they are one loop; 0: never. Compile time against copies
-    )
+    gather: Gather = Gather.BLOCK  # when weights that chips share are made whole; memory against traffic
+    scan: int = 0  # equal blocks in a row from which on they are one loop; 0: never
 
     def __post_init__(self) -> None:
         for name in ("channels", "num_res_blocks", "self_attention", "text_attention"):
@@ -82,7 +81,9 @@ class UNetConfig:
 
     def execution(self, mesh: Mesh | None) -> Execution:
         """How the blocks are run, on parameters that lie on `mesh`."""
-        return Execution(mesh=mesh, remat=self.remat, scan=self.scan, dtype=jnp.dtype(self.dtype))
+        return Execution(
+            mesh=mesh, gather=self.gather, remat=self.remat, scan=self.scan, dtype=jnp.dtype(self.dtype)
+        )
 
     @property
     def width(self) -> int:

@@ -190,6 +190,7 @@ RESUMABLE = (
     "config.train.sample_count",
     "config.train.sample_split",
     "config.stage.network.attention",
+    "config.stage.network.gather",
     "config.stage.network.remat",
     "config.stage.network.scan",
     "config.train.sample_score",
