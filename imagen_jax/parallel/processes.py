@@ -25,8 +25,9 @@ from imagen_jax.errors import UserError
 _PATIENCE_MS = 3_600_000
 # Exit code of a process that ends because of another one: the same command may simply be started again.
 EXIT_RESTART = 75
-# How much later than the watchdog, which can say more, the coordination service gives up a silent process.
-_BACKSTOP_SECONDS = 3
+# The coordination service's own verdict kills without naming anybody. Its last sign of life may be half its time-out
+# old when a process dies; even then the watchdog's verdict, and a farewell of some seconds, come first.
+_BACKSTOP_SECONDS = 5
 
 _numbers = itertools.count()
 T = TypeVar("T")
@@ -74,7 +75,7 @@ def start_processes(config: ProcessConfig) -> None:
             config.coordinator,
             config.num_processes,
             config.process_id,
-            heartbeat_timeout_seconds=round(config.peer_timeout) + _BACKSTOP_SECONDS,
+            heartbeat_timeout_seconds=2 * (round(config.peer_timeout) + _BACKSTOP_SECONDS),
         )
     except ValueError as error:
         raise UserError(
