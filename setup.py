@@ -63,6 +63,7 @@ setup(
         # Drives the system's Chromium in the tests of the page; brings no browser of its own.
         "browser": ["playwright>=1.65,<2"],
         "parity": ["torch==2.13.0"],
+        "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },

@@ -248,13 +248,13 @@ def _draw(
 ) -> None:
     """Draws what is missing in --out and writes the overviews."""
     from imagen_jax.data.files import make_folder
-    from imagen_jax.sampling.output import find_place, save_picture, write_contact_sheet, write_grid
+    from imagen_jax.sampling import output
 
     # Checked before the folder is made.
     records = [model.record(prompt, seed, **options) for prompt, seed in wanted]
     model.check(batch_size=args.batch_size, **options)
     out = make_folder(args.out)
-    places = [find_place(out, i // args.num_images, record) for i, record in enumerate(records)]
+    places = [output.find_place(out, i // args.num_images, record) for i, record in enumerate(records)]
     _say_what_is_there(places, like)
     missing = [place for place in places if not place.there]
     preview = _previewer(Path(args.out) / "preview.png") if args.preview else None
@@ -266,9 +266,9 @@ def _draw(
         **options,
     )
     for place, picture in zip(missing, made, strict=True):
-        save_picture(place, picture.pixels)
-    shown = write_grid(out / "grid.png", places, args.num_images if args.num_images > 1 else None)
-    write_contact_sheet(out / "index.html", places)
+        output.save_picture(place, picture.pixels)
+    shown = output.write_grid(out / "grid.png", places, args.num_images if args.num_images > 1 else None)
+    output.write_contact_sheet(out / "index.html", places)
     all_of_them = "all" if shown == len(places) else f"the first {shown}"
     print(
         f"{len(places)} pictures in {out}; {all_of_them} side by side in {out / 'grid.png'}, with prompts and seeds in "

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+import enum
 import html
 import io
 import os
@@ -39,17 +40,24 @@ def slug(prompt: str) -> str:
     return words[:_SLUG_LENGTH].rstrip("-_") or "empty"
 
 
-def _state(path: epath.Path, record: PictureRecord) -> str:
-    """ "free", "same" or "other"; a damaged file is free."""
+class _Holds(enum.Enum):
+    """What is under a picture's name."""
+
+    NOTHING = "nothing"  # no file, or a damaged one
+    THIS = "this"
+    ANOTHER = "another"
+
+
+def _holds(path: epath.Path, record: PictureRecord) -> _Holds:
     if not path.exists():
-        return "free"
+        return _Holds.NOTHING
     try:
         with path.open("rb") as file, Image.open(file) as image:
             image.verify()
         metadata = read_metadata(path)
     except (OSError, ValueError, SyntaxError):  # what Pillow says of a broken file
-        return "free"
-    return "same" if record.same_picture(metadata) else "other"
+        return _Holds.NOTHING
+    return _Holds.THIS if record.same_picture(metadata) else _Holds.ANOTHER
 
 
 def find_place(folder: epath.Path, index: int, record: PictureRecord) -> Place:
@@ -65,9 +73,9 @@ def find_place(folder: epath.Path, index: int, record: PictureRecord) -> Place:
     name, number = f"{index:05d}-{slug(record.prompt)}-{record.seed}", 1
     while True:
         path = folder / f"{name}{'' if number == 1 else f'-{number}'}.png"
-        state = _state(path, record)
-        if state != "other":
-            return Place(path=path, record=record, there=state == "same")
+        held = _holds(path, record)
+        if held is not _Holds.ANOTHER:
+            return Place(path=path, record=record, there=held is _Holds.THIS)
         number += 1
 
 
