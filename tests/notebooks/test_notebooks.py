@@ -42,7 +42,7 @@ def run(tmp_path_factory, subprocess_env):
 
 
 def grids(notebook):
-    """The pictures of each output: uint8 (rows, columns, side, side, 3)."""
+    """The pictures that are shown, int (height, width, 3) each."""
     found = []
     for cell in notebook.cells:
         for output in cell.get("outputs", ()):
@@ -79,9 +79,10 @@ def test_the_file_is_clean_and_opens_in_colab(name):
             assert not cell.outputs and cell.execution_count is None
     first = notebook.cells[0].source
     assert "colab-badge.svg" in first
-    assert re.search(rf"colab\.research\.google\.com/github/[^/]+/imagen_jax/blob/main/notebooks/{name}\.ipynb\)", first)
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert "%pip install" in code[0].source and "REPOSITORY = " in code[0].source
+    link = rf"colab\.research\.google\.com/github/[^/]+/imagen_jax/blob/main/notebooks/{name}\.ipynb\)"
+    assert re.search(link, first)
+    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    assert "%pip install" in code.source and "REPOSITORY = " in code.source
 
 
 def test_no_notebook_is_left_out():
