@@ -17,6 +17,7 @@ from imagen_jax.diffusion.schedules import LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.execution import Remat
 from imagen_jax.models.stage import SamplingConfig, StageConfig
 from imagen_jax.models.unet import UNetConfig
 
@@ -40,6 +41,9 @@ FULL = StageConfig(
         image_channels=1,
         patch_size=2,
         dtype="bfloat16",
+        remat=Remat.PRODUCTS,
+        scan=True,
+        concat_skips=(False, True),
     ),
     low_resolution=64,
     crop=64,

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.diffusion.augmentation import NoiseAugmentation
@@ -104,6 +105,7 @@ class StageNetwork:
         *,
         low_res: Float[Array, "batch low_height low_width channels"] | None = None,
         aug_log_snr: Float[Array, " batch"] | None = None,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width channels"]:
         """The network's output, of the stage's prediction type.
 
@@ -115,11 +117,15 @@ class StageNetwork:
           mask: True for real tokens.
           low_res: for an SR stage: the (augmented) low-resolution pictures.
           aug_log_snr: for an SR stage: their log signal-to-noise ratios.
+          mesh: where `params` lie by the rules of `parallel.mesh`: each block's are gathered when it runs;
+            None: they lie whole.
         """
         state = jax.tree.unflatten(self._tree, [params[name] for name in self.abstract_params])
         network = nnx.merge(self._graph, state)
         aug_time = None if aug_log_snr is None else time_condition(aug_log_snr)
-        return network(x_t, time_condition(log_snr), text, mask, low_res=low_res, aug_time=aug_time)
+        return network(
+            x_t, time_condition(log_snr), text, mask, low_res=low_res, aug_time=aug_time, mesh=mesh
+        )
 
 
 def drop_text(

@@ -5,8 +5,10 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from imagen_jax.models.execution import Execution, Remat
 from imagen_jax.models.layers import (
     Conditioning,
     GroupNorm,
@@ -37,6 +39,8 @@ class UNetConfig:
         1  # pixels; side of the squares that become channels before the first level (2301.11093, 3.2)
     )
     dtype: str = "float32"  # of the computation: "float32" or "bfloat16"; parameters are float32
+    remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
+    scan: bool = False  # one compiled body for equal blocks in a row; compile time and memory against copies
 
     def __post_init__(self) -> None:
         for name in ("channels", "num_res_blocks", "self_attention", "text_attention"):
@@ -70,6 +74,10 @@ class UNetConfig:
         """Channels that the last convolution gives."""
         return self.image_channels * self.patch_size**2
 
+    def execution(self, mesh: Mesh | None) -> Execution:
+        """How the blocks are run, on parameters that lie on `mesh`."""
+        return Execution(mesh=mesh, remat=self.remat, scan=self.scan, dtype=jnp.dtype(self.dtype))
+
     @property
     def width(self) -> int:
         """Width of the embedding."""
@@ -100,9 +108,11 @@ class Block(nnx.Module):
         self.res = ResNetBlock(inputs, channels, embedding_width=config.width, dtype=dtype, rngs=rngs)
         self.attention = level_attention(config, level, rngs=rngs) if attend else None
 
-    def __call__(self, x: Array, embedding: Array, text: Array, mask: Array) -> Array:
-        """Maps x (N, H, W, C) → (N, H, W, channels of the level)."""
-        x = self.res(x, embedding)
+    def __call__(
+        self, x: Array, embedding: Array, text: Array, mask: Array, skip: Array | None = None
+    ) -> Array:
+        """Maps x, and beside it the skip, (N, H, W, C) → (N, H, W, channels of the level)."""
+        x = self.res(x if skip is None else jnp.concatenate([x, skip], axis=-1), embedding)
         return x if self.attention is None else self.attention(x, text, mask)
 
 
@@ -166,6 +176,7 @@ class UNet(nnx.Module):
         *,
         low_res: Float[Array, "batch low_height low_width low_channels"] | None = None,
         aug_time: Float[Array, " batch"] | None = None,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width channels"]:
         """The network's output, float32; what it means is the stage's prediction type.
 
@@ -176,22 +187,25 @@ class UNet(nnx.Module):
           mask: True for real tokens.
           low_res: the low-resolution pictures of a super-resolution network.
           aug_time: their noise level in [0, 1000].
+          mesh: where the parameters lie by the rules of `parallel.mesh`; None: they lie whole.
         """
-        embedding, tokens = self.conditioning(time, text, mask, aug_time)
-        h = self.conv_in(to_patches(with_low_res(x_t, low_res), self.config.patch_size))
+        execution = self.config.execution(mesh)
+        embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
+        rest = (embedding, tokens, mask)
+        h = execution.run(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
         skips = [h]
         for level, blocks in enumerate(self.down):
-            for block in blocks:
-                h = block(h, embedding, tokens, mask)
-                skips.append(h)
+            h, outputs = execution.chain(list(blocks), h, *rest)
+            skips += outputs
             if level < len(self.downsamples):
-                h = self.downsamples[level](h, embedding)
+                h = execution.run(self.downsamples[level], h, embedding)
                 skips.append(h)
-        h = self.mid2(self.mid1(h, embedding, tokens, mask), embedding, tokens, mask)
+        h = execution.run(self.mid2, execution.run(self.mid1, h, *rest), *rest)
         for level, blocks in enumerate(self.up):
-            for block in blocks:
-                h = block(jnp.concatenate([h, skips.pop()], axis=-1), embedding, tokens, mask)
+            each = [skips.pop() for _ in blocks]
+            h, _ = execution.chain(list(blocks), h, *rest, each=each)
             if level < len(self.upsamples):
-                h = self.upsamples[level](h, embedding)
-        output = self.conv_out(nnx.silu(self.norm_out(h))).astype(jnp.float32)
-        return from_patches(output, self.config.patch_size)
+                h = execution.run(self.upsamples[level], h, embedding)
+        h = execution.run(self.norm_out, h)
+        output = dataclasses.replace(execution, dtype=jnp.dtype("float32")).run(self.conv_out, nnx.silu(h))
+        return from_patches(output.astype(jnp.float32), self.config.patch_size)

@@ -4,14 +4,17 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.errors import UserError
+
+T = TypeVar("T")  # a tree of arrays
 
 AXES = ("data", "fsdp", "tensor")
 # Below this a shard costs more in collectives than it saves in memory.
@@ -92,16 +95,25 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, mesh)), abstract_state)
 
 
-def gather_weights(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+def gather_weights(params: T, mesh: Mesh, *, dtype: jnp.dtype | None = None) -> T:
     """Parameters as a network uses them: whole along "fsdp", still split along "tensor".
 
-    To be called under `jax.jit`, on parameters that lie by `parameter_spec`; their gradients lie so again. XLA
-    would find a layout itself, but a wrong one: on a mesh with all three axes the gradient with respect to the
-    input of a convolution, whose kernel's input features and whose batch are split by the same axis, came out
-    wrong (jaxlib 0.10.2, largest error of the order of the gradient).
+    To be called under `jax.jit`, on parameters that lie by `parameter_spec`; their gradients lie so again. A
+    network calls it block by block, so that one block's weights at a time are whole. XLA would find a layout
+    itself, but a wrong one: on a mesh with all three axes the gradient with respect to the input of a
+    convolution, whose kernel's input features and whose batch are split by the same axis, came out wrong
+    (jaxlib 0.10.2, largest error of the order of the gradient).
+
+    Args:
+      params: any tree of arrays.
+      mesh: where they lie.
+      dtype: arrays of two and more axes are converted to it before they are gathered, and their gradients
+        summed over the devices in it: half the traffic in bfloat16; None: as they are.
     """
 
     def gather(param: jax.Array) -> jax.Array:
+        if dtype is not None and param.ndim > 1:
+            param = param.astype(dtype)
         spec = parameter_spec(param.shape, mesh)
         if "fsdp" not in spec:
             return param
@@ -118,7 +130,7 @@ def gather_weights(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax
         )
         return constrain(param)
 
-    return {name: gather(param) for name, param in params.items()}
+    return jax.tree.map(gather, params)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -134,6 +134,8 @@ RESUMABLE = (
     "config.train.sample_every",
     "config.train.sample_count",
     "config.train.sample_split",
+    "config.stage.network.remat",
+    "config.stage.network.scan",
     "config.stage.sampling",
 )
 

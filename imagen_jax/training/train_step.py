@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, UInt32
 from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.models.stage import Params, StageNetwork, drop_text, unit_pictures
-from imagen_jax.parallel.mesh import batch_sharding, gather_weights, replicated, state_shardings
+from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.state import TrainState
 
@@ -48,7 +48,9 @@ def draw(
     return jax.vmap(one)(index)
 
 
-def batch_loss(network: StageNetwork, config: TrainConfig, params: Params, batch: Batch) -> Float[Array, ""]:
+def batch_loss(
+    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, *, mesh: Mesh | None = None
+) -> Float[Array, ""]:
     """Mean loss of a batch.
 
     Args:
@@ -57,6 +59,7 @@ def batch_loss(network: StageNetwork, config: TrainConfig, params: Params, batch
       params: its parameters.
       batch: `image` uint8 (N, R, R, 3); `text` (N, L, D) and `text_mask` (N, L); `index` uint32 (N, 2); and for
         an SR stage `low_res` uint8 (N, r, r, 3).
+      mesh: where the parameters lie by the rules of `parallel.mesh`; None: they lie whole.
     """
     stage = config.stage
     x0 = unit_pictures(batch["image"])
@@ -73,7 +76,9 @@ def batch_loss(network: StageNetwork, config: TrainConfig, params: Params, batch
         level = draws.aug_level * stage.augmentation.max_level
         low_res = stage.augmentation.apply(low_res, draws.aug_noise, level)
         aug_log_snr = stage.augmentation.log_snr(level)
-    output = network.apply(params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr)
+    output = network.apply(
+        params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr, mesh=mesh
+    )
     losses = diffusion_loss(
         output, x0=x0, x_t=x_t, log_snr=log_snr, prediction=stage.prediction, config=config.loss
     )
@@ -105,7 +110,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, gradients = jax.value_and_grad(
-            lambda params: batch_loss(network, config, gather_weights(params, mesh), batch)
+            lambda params: batch_loss(network, config, params, batch, mesh=mesh)
         )(state.params)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -16,7 +16,6 @@ from imagen_jax.parallel.mesh import (
     MeshConfig,
     batch_sharding,
     check_batch_size,
-    gather_weights,
     make_mesh,
     parameter_spec,
     put_batch,
@@ -109,9 +108,7 @@ def loss_and_gradients(kind, mesh, params):
     network = StageNetwork(config.stage)
     shardings = state_shardings(network.abstract_params, mesh)
     gradient = jax.jit(
-        jax.value_and_grad(
-            lambda params, batch: batch_loss(network, config, gather_weights(params, mesh), batch)
-        ),
+        jax.value_and_grad(lambda params, batch: batch_loss(network, config, params, batch, mesh=mesh)),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(None, shardings),
     )
