@@ -179,6 +179,63 @@ def _next_x(x: Array, x0: Array, x0_before: Array, noise: Array, call: Calls, co
             return _heun_half_step(x, x0, x0_before, config.churn_noise * noise, call)
 
 
+class SamplerState(NamedTuple):
+    """Where a batch is on its way from noise to data, between two network calls."""
+
+    x: Float[Array, "batch *shape"]  # what the network sees at the next call
+    x0: Float[Array, "batch *shape"]  # x̂0 of the last call; zeros before the first
+
+
+def start(keys: Key[Array, " batch"], shape: tuple[int, ...]) -> SamplerState:
+    """Noise of each image's own key, before the first network call."""
+    x_1 = image_noise(keys, 0, shape)
+    return SamplerState(x_1, jnp.zeros_like(x_1))
+
+
+def advance(
+    denoiser: Denoiser,
+    state: SamplerState,
+    *,
+    keys: Key[Array, " batch"],
+    schedule: Schedule,
+    config: SamplerConfig,
+    first: Int[Array, ""] | int = 0,
+    last: Int[Array, ""] | int | None = None,
+) -> SamplerState:
+    """Network calls `first` to `last` − 1 in one loop with one network call an iteration.
+
+    DDPM and DDIM as in arXiv 2205.11487, appendix F; DPM-Solver++(2M) and its SDE variant as in arXiv
+    2211.01095, algorithm 2 and appendix; Heun and churn as in arXiv 2206.00364, algorithm 2 without bounds of
+    the churned levels, for a variance-preserving process.
+
+    Args:
+      denoiser: gives x̂0 from x_t, its log-SNR and the step's number.
+      state: after `first` calls.
+      keys: one key an image; the image depends on its own key only.
+      schedule: noise level as a function of time; it may end without any signal (a log-SNR of −100, say).
+      config: sampler, grid and steps.
+      first: number of the first call, from 0.
+      last: number of the call before which to stop; None: all `config.network_calls` are made.
+
+    Returns:
+      The state after `last` calls. After all of them its x0 is the sample: no noise is added after the last
+      network call, and the last step is of first order whatever the sampler.
+    """
+    calls = plan_calls(config.log_snrs(schedule), config)
+
+    def iterate(number: Array, state: SamplerState) -> SamplerState:
+        call = jax.tree.map(lambda each: each[number], calls)
+        x0 = denoiser(state.x, call.log_snr, call.step)
+        noise = (
+            image_noise(keys, call.step + 1, state.x.shape[1:])
+            if config.stochastic
+            else jnp.zeros_like(state.x)
+        )
+        return SamplerState(_next_x(state.x, x0, state.x0, noise, call, config), x0)
+
+    return jax.lax.fori_loop(first, config.network_calls if last is None else last, iterate, state)
+
+
 def sample(
     denoiser: Denoiser,
     *,
@@ -187,34 +244,10 @@ def sample(
     schedule: Schedule,
     config: SamplerConfig,
 ) -> Float[Array, "batch *shape"]:
-    """Draws a batch from noise to data in one `lax.scan` with one network call an iteration.
-
-    DDPM and DDIM as in arXiv 2205.11487, appendix F; DPM-Solver++(2M) and its SDE variant as in arXiv
-    2211.01095, algorithm 2 and appendix; Heun and churn as in arXiv 2206.00364, algorithm 2 without bounds of
-    the churned levels, for a variance-preserving process.
-
-    Args:
-      denoiser: gives x̂0 from x_t, its log-SNR and the step's number; called `config.network_calls` times.
-      keys: one key an image; the image depends on its own key only.
-      shape: of one image.
-      schedule: noise level as a function of time; it may end without any signal (a log-SNR of −100, say).
-      config: sampler, grid and steps.
+    """Draws a batch from noise to data: `start`, then all calls of `advance`, whose arguments these are.
 
     Returns:
-      The last x̂0, float32, (batch, *shape): no noise is added after the last network call, and the last step
-      is of first order whatever the sampler.
+      The last x̂0, float32, (batch, *shape).
     """
-    calls = plan_calls(config.log_snrs(schedule), config)
-
-    def iterate(carry: tuple[Array, Array], inputs: tuple[Array, Calls]) -> tuple[tuple[Array, Array], None]:
-        (x, x0_before), (last, call) = carry, inputs
-        x0 = denoiser(x, call.log_snr, call.step)
-        noise = image_noise(keys, call.step + 1, shape) if config.stochastic else jnp.zeros_like(x)
-        x_next = _next_x(x, x0, x0_before, noise, call, config)
-        # What remains of noise at t = 0 would only be added to be seen.
-        return (jnp.where(last, x0, x_next), x0), None
-
-    x_1 = image_noise(keys, 0, shape)
-    last = jnp.arange(config.network_calls) == config.network_calls - 1
-    (result, _), _ = jax.lax.scan(iterate, (x_1, jnp.zeros_like(x_1)), (last, calls))
-    return result
+    state = start(keys, shape)
+    return advance(denoiser, state, keys=keys, schedule=schedule, config=config).x0
