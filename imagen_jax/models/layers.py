@@ -5,6 +5,7 @@ normalisation statistics and softmax in float32.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +32,11 @@ class GroupNorm(nnx.Module):
     a short last axis, which is slow on CPU and TPU alike.
     """
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5):
-        self.groups = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
+    def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5, groups: int | None = None):
+        if groups is not None and channels % groups:
+            raise ValueError(f"{groups} groups do not divide {channels} channels")
+        own = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
+        self.groups = groups or own
         self.epsilon, self.dtype = epsilon, dtype
         self.scale = nnx.Param(jnp.ones((channels,)))
         self.bias = nnx.Param(jnp.zeros((channels,)))
@@ -87,14 +91,22 @@ def split_heads(
 class TimeEmbedding(nnx.Module):
     """Sinusoidal embedding followed by a two-layer network; for the time and for the augmentation level."""
 
-    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.channels = channels
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        activation: Callable[[Array], Array] = nnx.silu,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.channels, self.activation = channels, activation
         self.dense1 = nnx.Linear(channels, width, dtype=dtype, rngs=rngs)
         self.dense2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, value: Float[Array, " batch"]) -> Float[Array, "batch width"]:
         """`value` in [0, 1000] (`diffusion.process.time_condition`)."""
-        return self.dense2(nnx.silu(self.dense1(sinusoidal_embedding(value, self.channels))))
+        return self.dense2(self.activation(self.dense1(sinusoidal_embedding(value, self.channels))))
 
 
 class TextConditioning(nnx.Module):
@@ -142,7 +154,8 @@ class ResNetBlock(nnx.Module):
 
     With `resample` "up" or "down" both paths change resolution after the first activation, as BigGAN's blocks
     do (arXiv 2105.05233, section 3). With `embedding_width` None no embedding enters (Efficient U-Net,
-    arXiv 2205.11487, figure A.27).
+    arXiv 2205.11487, figure A.27). DeepFloyd's blocks have an activation of their own, take the embedding as it
+    is where `activate_embedding` is off, and divide the residual sum by `scale`.
     """
 
     def __init__(
@@ -152,20 +165,25 @@ class ResNetBlock(nnx.Module):
         *,
         embedding_width: int | None,
         resample: str | None = None,
+        activation: Callable[[Array], Array] = nnx.silu,
+        activate_embedding: bool = True,
+        norm_groups: int | None = None,
+        scale: float = 1.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         if resample not in (None, "up", "down"):
             raise ValueError(f"resample must be None, 'up' or 'down', got {resample!r}")
-        self.resample = resample
-        self.norm1 = GroupNorm(inputs, dtype=dtype)
+        self.resample, self.activation = resample, activation
+        self.activate_embedding, self.scale = activate_embedding, scale
+        self.norm1 = GroupNorm(inputs, groups=norm_groups, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         self.embed = (
             None
             if embedding_width is None
             else nnx.Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
         )
-        self.norm2 = GroupNorm(outputs, dtype=dtype)
+        self.norm2 = GroupNorm(outputs, groups=norm_groups, dtype=dtype)
         self.conv2 = conv3x3(outputs, outputs, dtype=dtype, rngs=rngs, zero=True)
         self.shortcut = (
             None if inputs == outputs else nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
@@ -177,17 +195,19 @@ class ResNetBlock(nnx.Module):
         embedding: Float[Array, "batch width_e"] | None = None,
     ) -> Float[Array, "batch height2 width2 outputs"]:
         """`embedding` is the time and pooled-text embedding, before its activation."""
-        h = nnx.silu(self.norm1(x))
+        h = self.activation(self.norm1(x))
         if self.resample == "up":
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.resample == "down":
             h, x = downsample_average(h), downsample_average(x)
         h = self.norm2(self.conv1(h))
         if self.embed is not None and embedding is not None:
-            scale, shift = jnp.split(self.embed(nnx.silu(embedding))[:, None, None, :], 2, axis=-1)
+            if self.activate_embedding:
+                embedding = self.activation(embedding)
+            scale, shift = jnp.split(self.embed(embedding)[:, None, None, :], 2, axis=-1)
             h = h * (1 + scale) + shift
-        h = self.conv2(nnx.silu(h))
-        return h + (x if self.shortcut is None else self.shortcut(x))
+        h = self.conv2(self.activation(h)) + (x if self.shortcut is None else self.shortcut(x))
+        return h if self.scale == 1.0 else h / self.scale
 
 
 class TextAttention(nnx.Module):

@@ -64,6 +64,8 @@ def batch_loss(
     stage = config.stage
     x0 = unit_pictures(batch["image"])
     low_res = unit_pictures(batch["low_res"]) if stage.low_resolution else None
+    if low_res is not None:
+        low_res = stage.augmentation.prepare(low_res, x0.shape[1])
     low_shape = (0, 0, 3) if low_res is None else low_res.shape[1:]
     draws = draw(jax.random.key(config.seed), batch["index"], x0.shape[1:], low_shape)
     log_snr = stage.schedule.log_snr(draws.time)
