@@ -10,6 +10,7 @@ import pytest
 COMPILE_FLAGS = "--xla_backend_optimization_level=0"
 # Read when JAX first makes its devices, which no import of the package does.
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["IMAGEN_JAX_CACHE"] = "off"  # tests leave nothing in the user's cache folder
 os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILE_FLAGS}"
 
 ROOT = Path(__file__).parents[1]

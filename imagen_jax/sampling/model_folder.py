@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from imagen_jax.config import build, to_dict
@@ -126,6 +127,9 @@ class ModelFolder:
         path = self.path / stage / WEIGHTS
         if not path.exists():
             raise UserError(f"{path} is missing")
+        if shardings is None:
+            # A placement of its own spares JAX a small program for each shape.
+            shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         return load_state(abstract_params, path, shardings=shardings)
 
     def weight_bytes(self, stage: str) -> int:

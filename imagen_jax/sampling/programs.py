@@ -53,7 +53,7 @@ class ProgramSpec:
         """Where parameters, inputs, state and the two call numbers lie; None without a mesh."""
         if self.mesh is None:
             return None
-        inputs, state = self.arguments()
+        inputs, _ = self.arguments()
         batch, whole = batch_sharding(self.mesh), replicated(self.mesh)
         pictures = picture_sharding(self.mesh)
         return (
@@ -71,9 +71,7 @@ class ProgramSpec:
             params: Params, inputs: dict[str, Any], state: tuple[Any, Any], first: Any, last: Any
         ) -> tuple[jax.Array, jax.Array]:
             given, before = StageInputs(**inputs), SamplerState(*state)
-            after = draw(
-                network, params, given, before, first, last, config=self.sampling, mesh=self.mesh
-            )
+            after = draw(network, params, given, before, first, last, config=self.sampling, mesh=self.mesh)
             return after.x, after.x0
 
         return advance
@@ -102,7 +100,12 @@ class StageProgram:
         return jax.device_put(zeros, None if self._shardings is None else self._shardings[2])
 
     def __call__(
-        self, params: Params, inputs: dict[str, jax.Array], state: tuple[jax.Array, jax.Array], first: int, last: int
+        self,
+        params: Params,
+        inputs: dict[str, jax.Array],
+        state: tuple[jax.Array, jax.Array],
+        first: int,
+        last: int,
     ) -> tuple[jax.Array, jax.Array]:
         """(x, x̂0) after the network calls `first` to `last` − 1; the state given is used up."""
         numbers = (np.int32(first), np.int32(last))

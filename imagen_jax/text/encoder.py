@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
@@ -23,6 +21,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode, load_t5
 from imagen_jax.models.weights import SafetensorsReader
 from imagen_jax.text.store import TokenCounts
+from imagen_jax.text.tokenizer import PlainTokenizer
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -112,7 +111,10 @@ class TextEncoder:
         config, graph, state = load_t5(
             model,
             dtype=_check_dtype(dtype),
-            shardings=None if mesh is None else functools.partial(_spread, mesh),
+            # A placement even for one device: it spares JAX a small program for each shape.
+            shardings=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            if mesh is None
+            else functools.partial(_spread, mesh),
         )
         return cls(
             folder=model,
@@ -320,6 +322,10 @@ def _download(hub_id: str) -> epath.Path:
     """The hub's copy of an encoder, weights in safetensors only, from the cache or the network."""
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
         raise UserError(f"text encoder {hub_id}: no such folder")
+    # Only here: importing it takes longer than opening a small local encoder.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
     try:
         return epath.Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
     except HFValidationError as error:
@@ -342,6 +348,9 @@ def _parts(folder: epath.Path) -> tuple[epath.Path, epath.Path]:
 
 
 def _load_tokenizer(folder: epath.Path) -> Any:
+    plain = PlainTokenizer.load(folder)
+    if plain is not None:
+        return plain
     # transformers takes seconds to import (it imports PyTorch where it finds it), and says that models
     # need PyTorch where it does not: the tokenizer needs none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -14,7 +14,7 @@ from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.models.stage import SamplingConfig, StageNetwork
-from imagen_jax.sampling.stage_sampler import StageSampler, guided_denoiser, override_sampling
+from imagen_jax.sampling.stage_sampler import StageSampler, guided_denoiser
 
 GENERATOR = np.random.default_rng(0)
 TEXT = GENERATOR.standard_normal((2, 8, 16)).astype(np.float32)
@@ -148,15 +148,3 @@ def test_settings_of_older_model_folders():
     assert build(SamplingConfig, to_dict(config), "sampling") == config
     grid = {"sampler": {"kind": "dpmpp", "grid": {"kind": "karras", "rho": 5}}}
     assert build(SamplingConfig, grid, "sampling").sampler.grid == GridConfig(kind=Grid.KARRAS, rho=5.0)
-
-
-def test_override_sampling(stages):
-    config = stages[0].sampling
-    assert override_sampling(config) == config
-    made = override_sampling(config, steps=7, guidance_weight=3.0, sampler="ddim")
-    assert (made.sampler.steps, made.guidance_weight, made.sampler.kind) == (7, 3.0, Sampler.DDIM)
-    assert dataclasses.replace(made, sampler=config.sampler, guidance_weight=2.0) == config
-    with pytest.raises(ValueError, match="got 0"):
-        override_sampling(config, steps=0)
-    with pytest.raises(ValueError, match="euler"):
-        override_sampling(config, sampler="euler")
