@@ -51,6 +51,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest>=9,<10", "beartype>=0.22,<0.24", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
+        # Logging beside the files of the work directory; loaded where --wandb asks for it.
+        "wandb": ["wandb>=0.20,<1"],
         "parity": ["torch==2.13.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],

@@ -21,6 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="refer to the text encoder instead of copying its weights into the model folder",
     )
+    parser.add_argument(
+        "--ema_decay",
+        type=float,
+        help="which average of the weights: a decay of config.train.ema_decays, or 0 for the weights as they are; "
+        "default: config.train.ema_decay",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
         args.out,
         text_encoder=args.text_encoder,
         copy_text_encoder=not args.reference_text_encoder,
+        ema_decay=args.ema_decay,
     )
     print(
         f"{args.out}: "

@@ -35,7 +35,7 @@ class UNetConfig:
     head_channels: int = 64  # channels of an attention head
     embedding_width: int | None = None  # width of the time and pooled text embedding; None: 4 × channels[0]
     low_res_channels: int = 0  # channels of the low-resolution input; 0: none, a base stage
-    image_channels: int = 3
+    image_channels: int = 3  # of the pictures: red, green, blue
     patch_size: int = (
         1  # pixels; side of the squares that become channels before the first level (2301.11093, 3.2)
     )

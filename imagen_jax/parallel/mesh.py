@@ -150,7 +150,42 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
         raise UserError(f"{name}={batch_size} is not a multiple of the {parts} devices that share a batch")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataShare:
+    """Which examples of a batch this process has to bring: those of number `index` modulo `count`."""
+
+    index: int
+    count: int
+
+
+def data_share(mesh: Mesh) -> DataShare:
+    """The part of each batch that this process's devices compute on.
+
+    Processes that are apart along "tensor" only compute on the same examples, so that they bring the same.
+
+    Raises:
+      UserError: two processes share some of their examples but not all.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    slices = batch_sharding(mesh).devices_indices_map((parts,))
+    rows: dict[int, set[int]] = {}
+    device: Any
+    for device, (part,) in slices.items():
+        rows.setdefault(device.process_index, set()).update(range(*part.indices(parts)))
+    distinct = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(map(len, distinct)) != parts or len({len(each) for each in distinct}) != 1:
+        raise UserError(
+            f"config.mesh: data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × tensor {mesh.shape['tensor']} "
+            "gives some processes half of another one's examples; let tensor divide the devices of a process, or "
+            "be a multiple of them"
+        )
+    return DataShare(index=distinct.index(tuple(sorted(rows[jax.process_index()]))), count=len(distinct))
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Gives this process's examples as global arrays split over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    """Gives this process's examples (see `data_share`) as global arrays split over the mesh."""
+    sharding, count = batch_sharding(mesh), data_share(mesh).count
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array, (len(array) * count, *array.shape[1:]))
+        for name, array in batch.items()
+    }
