@@ -16,6 +16,7 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
+from imagen_jax.models.attention import Attention
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.execution import Remat
 from imagen_jax.models.stage import SamplingConfig, StageConfig
@@ -41,6 +42,7 @@ FULL = StageConfig(
         image_channels=1,
         patch_size=2,
         dtype="bfloat16",
+        attention=Attention.FLASH,
         remat=Remat.PRODUCTS,
         scan=True,
         concat_skips=(False, True),

@@ -75,7 +75,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.update(resolution=16, max_text_length=8)
         config.stage.network.update(
             channels=[32, 64],
-            num_res_blocks=[3, 3],
+            num_res_blocks=[1, 2],
             self_attention=[False, True],
             text_attention=[False, True],
             head_channels=32,

@@ -87,7 +87,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.update(resolution=128, low_resolution=32, crop=32, max_text_length=8)
         config.stage.network.update(
             channels=[32, 64],
-            num_res_blocks=[2, 3],
+            num_res_blocks=[1, 2],
             self_attention=[False, False],
             text_attention=[False, True],
             head_channels=32,

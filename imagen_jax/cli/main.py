@@ -14,6 +14,7 @@ VERBS = {
     "train": "train one stage",
     "export": "turn trained stages into a model folder",
     "sample": "make pictures of prompts",
+    "plan": "what a stage needs on a TPU slice that is not here: memory and predicted time",
 }
 
 

@@ -12,9 +12,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.layers import GroupNorm, TimeEmbedding, split_heads
+from imagen_jax.models.attention import Attention, attend, split_heads
+from imagen_jax.models.layers import GroupNorm, TimeEmbedding
 
 
 class Activation(enum.StrEnum):
@@ -77,6 +79,7 @@ class DeepFloydAttention(nnx.Module):
         *,
         head_channels: int,
         self_attention: bool,
+        kind: Attention = Attention.XLA,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -87,7 +90,7 @@ class DeepFloydAttention(nnx.Module):
             init = nnx.initializers.zeros_init() if zero else nnx.initializers.lecun_normal()
             return nnx.Linear(inputs, channels, kernel_init=init, dtype=dtype, rngs=rngs)
 
-        self.heads = channels // head_channels
+        self.heads, self.kind = channels // head_channels, kind
         self.norm = GroupNorm(channels, groups=options.norm_groups, dtype=dtype)
         self.text_norm = GroupNorm(options.text_channels, groups=options.text_norm_groups, dtype=dtype)
         self.query = linear(channels)
@@ -102,6 +105,8 @@ class DeepFloydAttention(nnx.Module):
         x: Float[Array, "batch height width channels"],
         text: Float[Array, "batch length text_channels"],
         mask: Bool[Array, "batch length"],
+        *,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width channels"]:
         """Residual attention; `mask` has no say, as in the published networks."""
         n, height, width, channels = x.shape
@@ -111,12 +116,11 @@ class DeepFloydAttention(nnx.Module):
         if self.key is not None and self.value is not None:
             keys = jnp.concatenate([keys, self.key(h)], axis=1)
             values = jnp.concatenate([values, self.value(h)], axis=1)
-        attended = jax.nn.dot_product_attention(
-            split_heads(self.query(h), self.heads),
-            split_heads(keys, self.heads),
-            split_heads(values, self.heads),
+        seen = jnp.ones(keys.shape[:2], bool)
+        attended = attend(
+            self.query(h), keys, values, seen, heads=self.heads, kind=self.kind, mesh=mesh
         )
-        return x + self.out(attended.reshape(n, height * width, channels)).reshape(x.shape)
+        return x + self.out(attended).reshape(x.shape)
 
 
 class TextPooling(nnx.Module):

@@ -105,7 +105,7 @@ class Stack(nnx.Module):
         x = execution.run(self.combine, x, embedding)
         x, outputs = execution.chain(list(self.blocks), x, embedding, each=skips)
         if self.attention is not None:
-            x = execution.run(self.attention, x, text, mask)
+            x = execution.run(self.attention, x, text, mask, mesh=execution.mesh)
         return x, outputs
 
 

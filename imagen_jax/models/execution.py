@@ -6,7 +6,7 @@ scanned over are stacked inside the step, so that checkpoints and safetensors do
 
 import dataclasses
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,11 +28,13 @@ class Remat(enum.StrEnum):
 
 
 # Their results are dear to compute and small to keep; all else is memory traffic that is fused away.
-_PRODUCTS = frozenset({"conv_general_dilated", "dot_general", "pallas_call"})
+_PRODUCTS = frozenset({"conv_general_dilated", "pallas_call"})
 
 
-def keep_products(primitive: Any, *_: Any, **__: Any) -> bool:
-    """The `jax.checkpoint` policy of `Remat.PRODUCTS`."""
+def keep_products(primitive: Any, *_: Any, **params: Any) -> bool:
+    """The `jax.checkpoint` policy of `Remat.PRODUCTS`; products with batch axes are plain attention's logits."""
+    if primitive.name == "dot_general":
+        return not params["dimension_numbers"][1][0]
     return primitive.name in _PRODUCTS
 
 
@@ -45,14 +47,16 @@ class Execution:
     scan: bool = False  # whether equal blocks in a row are one `lax.scan`: compiles once, not once a block
     dtype: jnp.dtype = jnp.dtype("float32")  # of the computation: matrices are gathered in it
 
-    def _call(self, module: nnx.Module, scanned: bool) -> tuple[Any, Callable[..., Any]]:
+    def _call(
+        self, module: nnx.Module, scanned: bool, fixed: Mapping[str, Any]
+    ) -> tuple[Any, Callable[..., Any]]:
         """The module's parameters and what it does as a function of them."""
         graph, state = nnx.split(module)
 
         def call(state: Any, *args: Any) -> Any:
             if self.mesh is not None:
                 state = gather_weights(state, self.mesh, dtype=self.dtype)
-            return nnx.merge(graph, state)(*args)
+            return nnx.merge(graph, state)(*args, **fixed)
 
         if self.remat is Remat.NONE:
             return state, call
@@ -60,9 +64,9 @@ class Execution:
         # A scan's loop already keeps the compiler from merging both computations.
         return state, jax.checkpoint(call, policy=policy, prevent_cse=not scanned)
 
-    def run(self, module: nnx.Module, *args: Any) -> Any:
-        """`module(*args)`."""
-        state, call = self._call(module, scanned=False)
+    def run(self, module: nnx.Module, *args: Any, **fixed: Any) -> Any:
+        """`module(*args, **fixed)`; what is fixed is no array."""
+        state, call = self._call(module, False, fixed)
         return call(state, *args)
 
     def chain(
@@ -71,6 +75,7 @@ class Execution:
         x: jax.Array,
         *args: Any,
         each: Sequence[jax.Array] | None = None,
+        **fixed: Any,
     ) -> tuple[jax.Array, list[jax.Array]]:
         """Runs modules one after the other, x through all of them.
 
@@ -79,6 +84,7 @@ class Execution:
           x: what the first one gets.
           *args: what every one gets.
           each: an array more for each module, its last argument; None: there is none.
+          **fixed: keyword arguments that every one gets and that are no arrays.
 
         Returns:
           The last output, and the outputs of all modules.
@@ -90,17 +96,22 @@ class Execution:
             while self.scan and stop < len(modules) and _alike(modules, each, start, stop):
                 stop += 1
             extra = None if each is None else each[start:stop]
-            outputs += self._row(modules[start:stop], x, args, extra)
+            outputs += self._row(modules[start:stop], x, args, extra, fixed)
             x, start = outputs[-1], stop
         return x, outputs
 
     def _row(
-        self, modules: Sequence[nnx.Module], x: jax.Array, args: tuple, each: Sequence[jax.Array] | None
+        self,
+        modules: Sequence[nnx.Module],
+        x: jax.Array,
+        args: tuple,
+        each: Sequence[jax.Array] | None,
+        fixed: Mapping[str, Any],
     ) -> list[jax.Array]:
         """Outputs of equal modules."""
         if len(modules) == 1:
-            return [self.run(modules[0], x, *args, *(() if each is None else each))]
-        _, call = self._call(modules[0], scanned=True)
+            return [self.run(modules[0], x, *args, *(() if each is None else each), **fixed)]
+        _, call = self._call(modules[0], True, fixed)
         states = [nnx.split(module)[1] for module in modules]
         stacked = jax.tree.map(lambda *leaves: self._stack(leaves), *states)
         extra = None if each is None else jnp.stack(each)

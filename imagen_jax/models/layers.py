@@ -10,7 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
+
+from imagen_jax.models.attention import Attention, attend, split_heads
 
 zeros_init = nnx.initializers.zeros_init()
 
@@ -29,7 +32,9 @@ class GroupNorm(nnx.Module):
     With a channel or two a group it would be an instance norm, which wipes out how bright or large things are.
 
     Statistics are taken per channel in float32 and then shared within groups: the picture is never reshaped to
-    a short last axis, which is slow on CPU and TPU alike.
+    a short last axis, which is slow on CPU and TPU alike. They take one pass over the picture: sums of the
+    values less one of them, and of its square, so that a large mean cancels before anything is squared; the
+    channels' means and variances are then combined exactly (Chan, Golub and LeVeque 1983, equation 2.1).
     """
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5, groups: int | None = None):
@@ -52,8 +57,14 @@ class GroupNorm(nnx.Module):
     ) -> Float[Array, "batch height width channels"]:
         """Normalises over height, width and the channels of a group."""
         full = x.astype(jnp.float32)
-        mean = self._share(full.mean(axis=(1, 2)))
-        variance = self._share(jnp.square(full - mean[:, None, None]).mean(axis=(1, 2)))
+        # The result does not depend on the shift: no gradient flows through it.
+        shift = jax.lax.stop_gradient(full[:, :1, :1])
+        less = full - shift
+        first, second = less.mean(axis=(1, 2)), jnp.square(less).mean(axis=(1, 2))
+        channel_mean = first + shift[:, 0, 0]
+        mean = self._share(channel_mean)
+        between = jnp.square(channel_mean - mean)
+        variance = self._share(jnp.maximum(second - jnp.square(first), 0.0) + between)
         factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
         offset = self.bias[...] - mean * factor
         return (full * factor[:, None, None] + offset[:, None, None]).astype(self.dtype)
@@ -79,13 +90,6 @@ def downsample_average(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 
     """Halves both sides by 2×2 averages."""
     n, h, w, c = x.shape
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
-
-
-def split_heads(
-    x: Float[Array, "batch length channels"], heads: int
-) -> Float[Array, "batch length heads head"]:
-    """(batch, length, heads × head) → (batch, length, heads, head)."""
-    return x.reshape(*x.shape[:2], heads, -1)
 
 
 class TimeEmbedding(nnx.Module):
@@ -224,6 +228,7 @@ class TextAttention(nnx.Module):
         head_channels: int,
         text_width: int | None,
         self_attention: bool,
+        kind: Attention = Attention.XLA,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -231,7 +236,7 @@ class TextAttention(nnx.Module):
             raise ValueError(f"head_channels {head_channels} does not divide {channels} channels")
         if text_width is None and not self_attention:
             raise ValueError("attention needs keys: text, positions or both")
-        self.heads = channels // head_channels
+        self.heads, self.kind = channels // head_channels, kind
         self.norm = GroupNorm(channels, dtype=dtype)
         self.query = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
         self.key_value = (
@@ -249,6 +254,8 @@ class TextAttention(nnx.Module):
         x: Float[Array, "batch height width channels"],
         text: Float[Array, "batch length text_width"],
         mask: Bool[Array, "batch length"],
+        *,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width channels"]:
         """Residual attention; `text` is TextConditioning's sequence and `mask` its real tokens."""
         n, height, width, channels = x.shape
@@ -261,13 +268,16 @@ class TextAttention(nnx.Module):
             pairs.append(self.key_value(h))
             masks.append(jnp.ones(h.shape[:2], dtype=bool))
         keys, values = jnp.split(jnp.concatenate(pairs, axis=1), 2, axis=-1)
-        attended = jax.nn.dot_product_attention(
-            split_heads(self.query(h), self.heads),
-            split_heads(keys, self.heads),
-            split_heads(values, self.heads),
-            mask=jnp.concatenate(masks, axis=1)[:, None, None, :],
+        attended = attend(
+            self.query(h),
+            keys,
+            values,
+            jnp.concatenate(masks, axis=1),
+            heads=self.heads,
+            kind=self.kind,
+            mesh=mesh,
         )
-        return x + self.out(attended.reshape(n, height * width, channels)).reshape(x.shape)
+        return x + self.out(attended).reshape(x.shape)
 
 
 class Conditioning(nnx.Module):

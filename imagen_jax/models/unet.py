@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from imagen_jax.models.attention import Attention
 from imagen_jax.models.deepfloyd import DeepFloydAttention, DeepFloydConditioning, DeepFloydOptions
 from imagen_jax.models.execution import Execution, Remat
 from imagen_jax.models.layers import (
@@ -41,6 +42,7 @@ class UNetConfig:
     )
     dtype: str = "float32"  # of the computation: "float32" or "bfloat16"
     param_dtype: str = "float32"  # of parameters in memory; "bfloat16" halves them, for drawing pictures only
+    attention: Attention = Attention.AUTO  # kernels on TPU, plain XLA elsewhere, unless told otherwise
     remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
     scan: bool = False  # one compiled body for equal blocks in a row; compile time and memory against copies
     learned_variance: bool = False  # beside each channel's output another, which says how much noise to add
@@ -101,6 +103,7 @@ def level_attention(
             options,
             head_channels=config.head_channels,
             self_attention=options.mid_self_attention if middle else config.self_attention[level],
+            kind=config.attention,
             dtype=jnp.dtype(config.dtype),
             rngs=rngs,
         )
@@ -112,6 +115,7 @@ def level_attention(
         head_channels=config.head_channels,
         text_width=config.width if use_text else None,
         self_attention=use_self,
+        kind=config.attention,
         dtype=jnp.dtype(config.dtype),
         rngs=rngs,
     )
@@ -178,11 +182,18 @@ class Block(nnx.Module):
         self.attention = level_attention(config, level, middle=middle, rngs=rngs) if attend else None
 
     def __call__(
-        self, x: Array, embedding: Array, text: Array, mask: Array, skip: Array | None = None
+        self,
+        x: Array,
+        embedding: Array,
+        text: Array,
+        mask: Array,
+        skip: Array | None = None,
+        *,
+        mesh: Mesh | None = None,
     ) -> Array:
         """Maps x, and beside it the skip, (N, H, W, C) → (N, H, W, channels of the level)."""
         x = self.res(x if skip is None else jnp.concatenate([x, skip], axis=-1), embedding)
-        return x if self.attention is None else self.attention(x, text, mask)
+        return x if self.attention is None else self.attention(x, text, mask, mesh=mesh)
 
 
 class UNet(nnx.Module):
@@ -257,15 +268,15 @@ class UNet(nnx.Module):
         h = execution.run(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
         skips = [h]
         for level, blocks in enumerate(self.down):
-            h, outputs = execution.chain(list(blocks), h, *rest)
+            h, outputs = execution.chain(list(blocks), h, *rest, mesh=mesh)
             skips += outputs
             if level < len(self.downsamples):
                 h = execution.run(self.downsamples[level], h, embedding)
                 skips.append(h)
-        h = execution.run(self.mid2, execution.run(self.mid1, h, *rest), *rest)
+        h = execution.run(self.mid2, execution.run(self.mid1, h, *rest, mesh=mesh), *rest)
         for level, blocks in enumerate(self.up):
             each = [skips.pop() for _ in blocks]
-            h, _ = execution.chain(list(blocks), h, *rest, each=each)
+            h, _ = execution.chain(list(blocks), h, *rest, each=each, mesh=mesh)
             if level < len(self.upsamples):
                 h = execution.run(self.upsamples[level], h, embedding)
         h = execution.run(self.norm_out, h)

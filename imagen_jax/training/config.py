@@ -189,6 +189,7 @@ RESUMABLE = (
     "config.train.sample_every",
     "config.train.sample_count",
     "config.train.sample_split",
+    "config.stage.network.attention",
     "config.stage.network.remat",
     "config.stage.network.scan",
     "config.train.sample_score",

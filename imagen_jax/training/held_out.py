@@ -14,7 +14,7 @@ from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_coun
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
 from imagen_jax.models.stage import Params, StageNetwork
-from imagen_jax.parallel.mesh import gather_weights, replicated
+from imagen_jax.parallel.mesh import replicated
 from imagen_jax.sampling.pictures import grid, save_png
 from imagen_jax.sampling.stage_sampler import StageSampler
 from imagen_jax.training.config import Scorer, TrainConfig
@@ -82,7 +82,7 @@ class HeldOutLoss:
         self._open, self._place = open_batches, place
         with_text = dataclasses.replace(config, train=dataclasses.replace(config.train, text_dropout=0.0))
         self._loss = jax.jit(
-            lambda params, batch: batch_loss(network, with_text, gather_weights(params, mesh), batch),
+            lambda params, batch: batch_loss(network, with_text, params, batch, mesh=mesh),
             out_shardings=replicated(mesh),
         )
 
