@@ -117,9 +117,7 @@ class DeepFloydAttention(nnx.Module):
             keys = jnp.concatenate([keys, self.key(h)], axis=1)
             values = jnp.concatenate([values, self.value(h)], axis=1)
         seen = jnp.ones(keys.shape[:2], bool)
-        attended = attend(
-            self.query(h), keys, values, seen, heads=self.heads, kind=self.kind, mesh=mesh
-        )
+        attended = attend(self.query(h), keys, values, seen, heads=self.heads, kind=self.kind, mesh=mesh)
         return x + self.out(attended).reshape(x.shape)
 
 

@@ -386,7 +386,8 @@ def _write_file(path: epath.Path, header: bytes, leaves: list[Any]) -> None:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for leaf in leaves:
-            file.write(_to_host(leaf).tobytes())
+            # As bytes of the array itself: `tobytes` would hold a second copy of the largest tensor.
+            file.write(np.ascontiguousarray(_to_host(leaf)).reshape(-1).view(np.uint8).data)
     partial.replace(path)
 
 

@@ -47,6 +47,10 @@ def guided_denoiser(
     if low_res is not None:
         aug_log_snr = network.config.augmentation.log_snr(jnp.full((batch,), config.aug_level))
     if negative is None:
+        if network.config.padded_text and config.guidance_weight != 1.0:
+            raise ValueError(
+                "the null text of a stage with padded_text is the empty caption: give it as negative"
+            )
         negative = drop_text(text, mask, jnp.ones((batch,), bool))
 
     def call(

@@ -70,7 +70,7 @@ STAGE2 = {
 }
 NETWORKS = {
     "dummy-1": {**COMMON, **DUMMY, "in_channels": 3},
-    "dummy-2": {**COMMON, **DUMMY, **SUPER},
+    "dummy-2": {**COMMON, **DUMMY, **SUPER, "sample_size": 64},
     "stage-1": {**COMMON, **STAGE1},
     "stage-2": {**COMMON, **STAGE2},
     # Only cross-attention in the middle too, a width of the embedding of its own, another activation.
