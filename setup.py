@@ -15,6 +15,7 @@ setup(
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"])
     + [
         "imagen_jax.configs",
+        "imagen_jax.configs.deepfloyd",
         "imagen_jax.configs.imagen",
         "imagen_jax.configs.shapes",
         "imagen_jax.configs.pictures",
@@ -53,7 +54,7 @@ setup(
         "test": ["pytest>=9,<10", "beartype>=0.22,<0.24", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
         # Logging beside the files of the work directory; loaded where --wandb asks for it.
         "wandb": ["wandb>=0.20,<1"],
-        "parity": ["torch==2.13.0"],
+        "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },

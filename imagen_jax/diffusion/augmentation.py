@@ -15,9 +15,9 @@ from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedul
 class NoiseAugmentation:
     """Variance-preserving Gaussian noise of a level that the network is told, on a picture blurred or not.
 
-    The level's amplitude follows the cosine schedule: aug_level 0 leaves the picture as it is (or takes the first
-    step of a discrete schedule), aug_level 1 leaves only noise. A blur hides what the stage below gets wrong at its smallest scale, so that this stage
-    draws it anew from the text; it is the same in training and in sampling.
+    The level's amplitude follows the cosine schedule: aug_level 0 leaves the picture as it is (a discrete schedule:
+    takes its first step), aug_level 1 leaves only noise. A blur hides what the stage below gets wrong at its smallest
+    scale, so that this stage draws it anew from the text; it is the same in training and in sampling.
     """
 
     max_level: float = 1.0  # training draws aug_level ~ U(0, max_level); Imagen: 1
