@@ -15,6 +15,7 @@ setup(
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"])
     + [
         "imagen_jax.configs",
+        "imagen_jax.configs.deepfloyd",
         "imagen_jax.configs.imagen",
         "imagen_jax.configs.shapes",
         "imagen_jax.configs.pictures",
@@ -65,7 +66,7 @@ setup(
         "serve": ["nicegui>=3.18,<4"],
         # Drives the system's Chromium in the tests of the page; brings no browser of its own.
         "browser": ["playwright>=1.65,<2"],
-        "parity": ["torch==2.13.0"],
+        "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43"],
         # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
         "plan": ["libtpu>=0.0.42,<0.0.52"],
         "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],

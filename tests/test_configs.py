@@ -48,6 +48,8 @@ def test_config_builds_and_its_loss_has_a_shape(spec):
         "text_mask": ((count, stage.max_text_length), jnp.bool_),
         "index": ((count, 2), jnp.uint32),
     }
+    if stage.padded_text:
+        shapes["null_text"] = shapes["text"]
     if stage.low_resolution:
         low = side * stage.low_resolution // stage.resolution
         shapes["low_res"] = ((count, low, low, 3), jnp.uint8)

@@ -79,6 +79,9 @@ def _add_sampling_flags(group: Any) -> None:
     group.add_argument(
         "--grid", help="where the steps lie: time, log_snr or karras; default: the sampler's own"
     )
+    group.add_argument(
+        "--timesteps", help="DeepFloyd's name for a grid: leading, fast27, smart27, smart50 or smart100"
+    )
     group.add_argument("--eta", help="noise of ddim, 0 (none) to 1")
     group.add_argument("--churn", help="noise of heun, 0 (none) or more")
     group.add_argument("--guidance", help="guidance weight, 1 is off")

@@ -17,9 +17,18 @@ from imagen_jax.diffusion.grids import Grid, GridConfig
 from imagen_jax.diffusion.schedules import Schedule
 from imagen_jax.diffusion.steps import add_noise, ddim_step, ddpm_step, heun_correction
 
+
+class Denoised(NamedTuple):
+    """What a network with a learned variance sees in x_t."""
+
+    x0: Float[Array, "batch *shape"]
+    # Takes the place of `SamplerConfig.variance_interpolation`, for each pixel and channel; None: it does not.
+    variance_interpolation: Float[Array, "batch *shape"] | None
+
+
 # (x_t, log-SNR, number of the step from 0) → x̂0: guidance and thresholding included.
 Denoiser = Callable[
-    [Float[Array, "batch *shape"], Float[Array, ""], Int[Array, ""]], Float[Array, "batch *shape"]
+    [Float[Array, "batch *shape"], Float[Array, ""], Int[Array, ""]], Float[Array, "batch *shape"] | Denoised
 ]
 
 # Nats of log-SNR. Heun's rule takes the slope for linear in σ/α; over a longer step (the first one of a grid
@@ -58,6 +67,7 @@ class SamplerConfig:
     )
     # DDPM variance σ̃²^(1−γ)·σ_{t|s}²^γ: between the posterior's (γ = 0) and the forward step's (γ = 1).
     variance_interpolation: float = 0.2
+    learned_variance: bool = True  # ddpm: that of a network which learned one takes the place of the above
     eta: float = 0.0  # DDIM: 0 deterministic, 1 the posterior's variance (arXiv 2010.02502, equation 16)
     churn: float = (
         0.0  # heun: S_churn of arXiv 2206.00364, algorithm 2: noise put back, shared among all steps
@@ -67,6 +77,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.grid is not None:
+            self.grid.timesteps(self.steps)  # refuses a number of steps that the grid does not have
         for name in ("variance_interpolation", "eta"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -159,13 +171,16 @@ def _heun_half_step(x: Array, x0: Array, x0_before: Array, noise: Array, call: C
     return jnp.where(call.corrects, add_noise(corrected, noise, reached, churned), predicted)
 
 
-def _next_x(x: Array, x0: Array, x0_before: Array, noise: Array, call: Calls, config: SamplerConfig) -> Array:
+def _next_x(
+    x: Array, found: Denoised, x0_before: Array, noise: Array, call: Calls, config: SamplerConfig
+) -> Array:
     """What the network sees at the next call."""
+    x0, learned = found
     log_snr_t = jnp.broadcast_to(call.log_snr, x.shape[:1])
     log_snr_s = jnp.broadcast_to(call.log_snr_next, x.shape[:1])
     match config.kind:
         case Sampler.DDPM:
-            gamma = config.variance_interpolation
+            gamma = config.variance_interpolation if learned is None else learned
             return ddpm_step(x, x0, noise, log_snr_t, log_snr_s, variance_interpolation=gamma)
         case Sampler.DDIM:
             return ddim_step(x, x0, noise, log_snr_t, log_snr_s, eta=config.eta)
@@ -225,13 +240,15 @@ def advance(
 
     def iterate(number: Array, state: SamplerState) -> SamplerState:
         call = jax.tree.map(lambda each: each[number], calls)
-        x0 = denoiser(state.x, call.log_snr, call.step)
+        found = denoiser(state.x, call.log_snr, call.step)
+        if not isinstance(found, Denoised):
+            found = Denoised(found, None)
         noise = (
             image_noise(keys, call.step + 1, state.x.shape[1:])
             if config.stochastic
             else jnp.zeros_like(state.x)
         )
-        return SamplerState(_next_x(state.x, x0, state.x0, noise, call, config), x0)
+        return SamplerState(_next_x(state.x, found, state.x0, noise, call, config), found.x0)
 
     return jax.lax.fori_loop(first, config.network_calls if last is None else last, iterate, state)
 

@@ -24,7 +24,13 @@ class ThresholdConfig:
     kind: Threshold = Threshold.DYNAMIC  # Imagen uses dynamic thresholding in every stage
     percentile: float = 99.5  # percent, in [0, 100]; of |x̂0| over each picture, for dynamic thresholding
 
+    max_scale: float | None = (
+        None  # largest s by which dynamic thresholding divides; None: any. DeepFloyd I: 1.5
+    )
+
     def __post_init__(self) -> None:
+        if self.max_scale is not None and self.max_scale < 1.0:
+            raise ValueError(f"max_scale must be at least 1, got {self.max_scale}")
         if not 0.0 <= self.percentile <= 100.0:
             raise ValueError(f"percentile must be in [0, 100] percent, got {self.percentile}")
         if self.kind is Threshold.DYNAMIC and self.percentile <= 1.0:
@@ -67,7 +73,8 @@ def magnitude_percentile(values: Float[Array, "batch *shape"], percentile: float
 def threshold(x0: Float[Array, "batch *shape"], config: ThresholdConfig) -> Float[Array, "batch *shape"]:
     """Keeps x̂0 within [−1, 1].
 
-    Static: clip. Dynamic: s = max(1, the percentile of |x̂0| over the picture), clip to [−s, s], divide by s.
+    Static: clip. Dynamic: s = max(1, the percentile of |x̂0| over the picture), at most max_scale; clip to [−s, s],
+    divide by s.
     """
     match config.kind:
         case Threshold.NONE:
@@ -75,6 +82,6 @@ def threshold(x0: Float[Array, "batch *shape"], config: ThresholdConfig) -> Floa
         case Threshold.STATIC:
             return jnp.clip(x0, -1.0, 1.0)
         case Threshold.DYNAMIC:
-            scale = jnp.maximum(magnitude_percentile(x0, config.percentile), 1.0)
+            scale = jnp.clip(magnitude_percentile(x0, config.percentile), 1.0, config.max_scale)
             scale = scale.reshape(-1, *(1,) * (x0.ndim - 1)).astype(x0.dtype)
             return jnp.clip(x0, -scale, scale) / scale

@@ -35,6 +35,8 @@ class EfficientUNetConfig(UNetConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "concat_skips", tuple(self.concat_skips))
+        if self.deepfloyd is not None:
+            raise ValueError("deepfloyd is an option of the kind 'unet' only")
         if self.concat_skips and len(self.concat_skips) != len(self.channels):
             raise ValueError(
                 f"concat_skips needs one entry for each of {len(self.channels)} levels or none, "
@@ -190,7 +192,7 @@ class EfficientUNet(nnx.Module):
         low_res: Float[Array, "batch low_height low_width low_channels"] | None = None,
         aug_time: Float[Array, " batch"] | None = None,
         mesh: Mesh | None = None,
-    ) -> Float[Array, "batch height width channels"]:
+    ) -> Float[Array, "batch height width outputs"]:
         """The network's output, float32; arguments as in `UNet`.
 
         Both sides are divisible by patch_size × 2 to the number of levels.

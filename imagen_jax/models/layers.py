@@ -5,6 +5,7 @@ normalisation statistics and softmax in float32.
 """
 
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -92,14 +93,22 @@ def downsample_average(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 
 class TimeEmbedding(nnx.Module):
     """Sinusoidal embedding followed by a two-layer network; for the time and for the augmentation level."""
 
-    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.channels = channels
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        activation: Callable[[Array], Array] = nnx.silu,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.channels, self.activation = channels, activation
         self.dense1 = Linear(channels, width, dtype=dtype, rngs=rngs)
         self.dense2 = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, value: Float[Array, " batch"]) -> Float[Array, "batch width"]:
         """`value` in [0, 1000] (`diffusion.process.time_condition`)."""
-        return self.dense2(nnx.silu(self.dense1(sinusoidal_embedding(value, self.channels))))
+        return self.dense2(self.activation(self.dense1(sinusoidal_embedding(value, self.channels))))
 
 
 class TextConditioning(nnx.Module):
@@ -147,7 +156,8 @@ class ResNetBlock(nnx.Module):
 
     With `resample` "up" or "down" both paths change resolution after the first activation, as BigGAN's blocks
     do (arXiv 2105.05233, section 3). With `embedding_width` None no embedding enters (Efficient U-Net,
-    arXiv 2205.11487, figure A.27).
+    arXiv 2205.11487, figure A.27). DeepFloyd's blocks have an activation of their own, take the embedding as it
+    is where `activate_embedding` is off, and divide the residual sum by `scale`.
     """
 
     def __init__(
@@ -157,18 +167,23 @@ class ResNetBlock(nnx.Module):
         *,
         embedding_width: int | None,
         resample: str | None = None,
+        activation: Callable[[Array], Array] = nnx.silu,
+        activate_embedding: bool = True,
+        norm_groups: int | None = None,
+        scale: float = 1.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         if resample not in (None, "up", "down"):
             raise ValueError(f"resample must be None, 'up' or 'down', got {resample!r}")
-        self.resample = resample
-        self.norm1 = GroupNorm(inputs, dtype=dtype)
+        self.resample, self.activation = resample, activation
+        self.activate_embedding, self.scale = activate_embedding, scale
+        self.norm1 = GroupNorm(inputs, groups=norm_groups, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         self.embed = (
             None if embedding_width is None else Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
         )
-        self.norm2 = GroupNorm(outputs, dtype=dtype)
+        self.norm2 = GroupNorm(outputs, groups=norm_groups, dtype=dtype)
         self.conv2 = conv3x3(outputs, outputs, dtype=dtype, rngs=rngs, zero=True)
         self.shortcut = (
             None if inputs == outputs else Linear(inputs, outputs, dtype=dtype, rngs=rngs)
@@ -180,7 +195,7 @@ class ResNetBlock(nnx.Module):
         embedding: Float[Array, "batch width_e"] | None = None,
     ) -> Float[Array, "batch height2 width2 outputs"]:
         """`embedding` is the time and pooled-text embedding, before its activation."""
-        h = nnx.silu(self.norm1(x))
+        h = self.activation(self.norm1(x))
         if self.resample == "up":
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.resample == "down":
@@ -188,9 +203,12 @@ class ResNetBlock(nnx.Module):
         h = self.conv1.without_bias(h)
         scale = shift = None
         if self.embed is not None and embedding is not None:
-            scale, shift = jnp.split(self.embed(nnx.silu(embedding)).astype(jnp.float32), 2, axis=-1)
-        h = self.conv2(nnx.silu(self.norm2(h, scale, shift, bias=self.conv1.bias[...])))
-        return h + (x if self.shortcut is None else self.shortcut(x))
+            if self.activate_embedding:
+                embedding = self.activation(embedding)
+            scale, shift = jnp.split(self.embed(embedding).astype(jnp.float32), 2, axis=-1)
+        h = self.conv2(self.activation(self.norm2(h, scale, shift, bias=self.conv1.bias[...])))
+        h = h + (x if self.shortcut is None else self.shortcut(x))
+        return h if self.scale == 1.0 else h / self.scale
 
 
 class TextAttention(nnx.Module):

@@ -115,8 +115,11 @@ class GroupNorm(nnx.Module):
     (Chan, Golub and LeVeque 1983, equation 2.1).
     """
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5):
-        self.groups = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
+    def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5, groups: int | None = None):
+        if groups is not None and channels % groups:
+            raise ValueError(f"{groups} groups do not divide {channels} channels")
+        own = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
+        self.groups = groups or own
         self.epsilon, self.dtype = epsilon, dtype
         self.scale = nnx.Param(jnp.ones((channels,)))
         self.bias = nnx.Param(jnp.zeros((channels,)))

@@ -13,7 +13,7 @@ from imagen_jax.diffusion.augmentation import NoiseAugmentation
 from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.process import Prediction, time_condition
 from imagen_jax.diffusion.samplers import SamplerConfig
-from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
+from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedule, LinearSchedule, Schedule
 from imagen_jax.diffusion.thresholding import ThresholdConfig
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 from imagen_jax.models.execution import Gather
@@ -49,7 +49,10 @@ class StageConfig:
     low_resolution: int | None = None  # pixels, side of the pictures it enlarges; None: a base stage
     crop: int | None = None  # pixels, side of the crops it trains on; None: whole pictures
     max_text_length: int = 128  # tokens; captions are padded or cut to it
-    schedule: CosineSchedule | LinearSchedule = CosineSchedule()
+    # Whether text is as DeepFloyd IF has it: captions in lower case, embeddings of padding count as text, and the
+    # null text is the empty caption.
+    padded_text: bool = False
+    schedule: CosineSchedule | LinearSchedule | DiscreteCosineSchedule = CosineSchedule()
     prediction: Prediction = Prediction.EPSILON  # what the network puts out; Imagen: epsilon
     augmentation: NoiseAugmentation = NoiseAugmentation()
     sampling: SamplingConfig = SamplingConfig()
@@ -63,6 +66,8 @@ class StageConfig:
                     f"{field} {side} is not a multiple of the {self.network.side_multiple} pixels that the "
                     f"network's {len(self.network.channels)} levels need"
                 )
+        if self.network.deepfloyd is not None and not self.padded_text:
+            raise ValueError("a deepfloyd network sees no mask: it needs padded_text")
         if self.max_text_length < 1:
             raise ValueError(f"max_text_length must be at least 1, got {self.max_text_length}")
         low = self.low_resolution
@@ -75,13 +80,22 @@ class StageConfig:
             )
 
 
+def level_condition(schedule: Schedule, log_snr: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    """The number in [0, 1000] by which a network is told a noise level: of a discrete schedule, its step's."""
+    if isinstance(schedule, DiscreteCosineSchedule):
+        return schedule.timestep(log_snr)
+    return time_condition(log_snr)
+
+
 class StageNetwork:
     """A stage's network as pure functions of its parameters, a flat dictionary of arrays."""
 
     def __init__(self, config: StageConfig):
         self.config = config
         self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
-        self.abstract_params, self._tree = flatten_names(state)
+        named, self._tree = flatten_names(state)
+        dtype = jnp.dtype(config.network.param_dtype)
+        self.abstract_params = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in named.items()}
 
     def _make(self, key: Array) -> nnx.Module:
         network = self.config.network
@@ -91,7 +105,8 @@ class StageNetwork:
 
     def init(self, key: Array) -> Params:
         """Fresh parameters; to be called under `jax.jit` with output shardings."""
-        return flatten_names(nnx.split(self._make(key))[1])[0]
+        fresh = flatten_names(nnx.split(self._make(key))[1])[0]
+        return {name: leaf.astype(self.config.network.param_dtype) for name, leaf in fresh.items()}
 
     def parameter_count(self) -> int:
         """Number of parameters."""
@@ -130,14 +145,41 @@ class StageNetwork:
           mesh: where `params` lie by the rules of `parallel.mesh`, to be gathered as `network.gather` says; None:
             they lie whole.
         """
+        output, _ = self.apply_with_variance(
+            params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr, mesh=mesh
+        )
+        return output
+
+    def apply_with_variance(
+        self,
+        params: Params,
+        x_t: Float[Array, "batch height width channels"],
+        log_snr: Float[Array, " batch"],
+        text: Float[Array, "batch length text_width"],
+        mask: Bool[Array, "batch length"],
+        *,
+        low_res: Float[Array, "batch low_height low_width channels"] | None = None,
+        aug_log_snr: Float[Array, " batch"] | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[
+        Float[Array, "batch height width channels"], Float[Array, "batch height width channels"] | None
+    ]:
+        """As `apply`, and the learned variance's interpolation (0: the posterior's, 1: the forward step's).
+
+        None where the network learned no variance.
+        """
         if mesh is not None and self.config.network.gather is Gather.ONCE:
             params = self._gather(params, mesh)
         state = jax.tree.unflatten(self._tree, [params[name] for name in self.abstract_params])
         network = nnx.merge(self._graph, state)
-        aug_time = None if aug_log_snr is None else time_condition(aug_log_snr)
-        return network(
-            x_t, time_condition(log_snr), text, mask, low_res=low_res, aug_time=aug_time, mesh=mesh
-        )
+        time, aug_time = level_condition(self.config.schedule, log_snr), None
+        if aug_log_snr is not None:
+            aug_time = level_condition(self.config.augmentation.schedule, aug_log_snr)
+        output = network(x_t, time, text, mask, low_res=low_res, aug_time=aug_time, mesh=mesh)
+        if not self.config.network.learned_variance:
+            return output, None
+        output, variance = jnp.split(output, 2, axis=-1)
+        return output, 0.5 * (variance + 1.0)
 
 
 def drop_text(

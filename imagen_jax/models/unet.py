@@ -1,7 +1,7 @@
 """The text-conditional ADM-style U-Net: Imagen's base network (arXiv 2205.11487, appendix F.1)."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.attention import Attention
+from imagen_jax.models.deepfloyd import DeepFloydAttention, DeepFloydConditioning, DeepFloydOptions
 from imagen_jax.models.execution import Execution, Gather, Remat
 from imagen_jax.models.layers import (
     Conditioning,
@@ -39,11 +40,14 @@ class UNetConfig:
     patch_size: int = (
         1  # pixels; side of the squares that become channels before the first level (2301.11093, 3.2)
     )
-    dtype: str = "float32"  # of the computation: "float32" or "bfloat16"; parameters are float32
+    dtype: str = "float32"  # of the computation: "float32" or "bfloat16"
+    param_dtype: str = "float32"  # of parameters in memory; "bfloat16" halves them, for drawing pictures only
     attention: Attention = Attention.AUTO  # kernels on TPU, plain XLA elsewhere, unless told otherwise
     remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
     gather: Gather = Gather.BLOCK  # when weights that chips share are made whole; memory against traffic
     scan: int = 0  # equal blocks in a row from which on they are one loop; 0: never
+    learned_variance: bool = False  # beside each channel's output another, which says how much noise to add
+    deepfloyd: DeepFloydOptions | None = None  # parts as DeepFloyd IF has them; None: as the paper has them
 
     def __post_init__(self) -> None:
         for name in ("channels", "num_res_blocks", "self_attention", "text_attention"):
@@ -61,8 +65,9 @@ class UNetConfig:
                 raise ValueError(
                     f"{name} needs one entry for each of {levels} levels, got {getattr(self, name)}"
                 )
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        for name in ("dtype", "param_dtype"):
+            if getattr(self, name) not in ("float32", "bfloat16"):
+                raise ValueError(f"{name} must be float32 or bfloat16, got {getattr(self, name)!r}")
 
     @property
     def side_multiple(self) -> int:
@@ -77,7 +82,7 @@ class UNetConfig:
     @property
     def channels_out(self) -> int:
         """Channels that the last convolution gives."""
-        return self.image_channels * self.patch_size**2
+        return self.image_channels * (2 if self.learned_variance else 1) * self.patch_size**2
 
     def execution(self, mesh: Mesh | None) -> Execution:
         """How the blocks are run, on parameters that lie on `mesh`."""
@@ -91,8 +96,22 @@ class UNetConfig:
         return self.embedding_width or 4 * self.channels[0]
 
 
-def level_attention(config: UNetConfig, level: int, *, rngs: nnx.Rngs) -> TextAttention | None:
-    """The attention that a level's blocks have, None where it has neither kind."""
+def level_attention(
+    config: UNetConfig, level: int, *, middle: bool = False, rngs: nnx.Rngs
+) -> TextAttention | DeepFloydAttention | None:
+    """The attention that a level's blocks have, None where it has neither kind; `middle`: that of the middle."""
+    if (options := config.deepfloyd) is not None:
+        if not (middle or config.text_attention[level]):
+            return None
+        return DeepFloydAttention(
+            config.channels[level],
+            options,
+            head_channels=config.head_channels,
+            self_attention=options.mid_self_attention if middle else config.self_attention[level],
+            kind=config.attention,
+            dtype=jnp.dtype(config.dtype),
+            rngs=rngs,
+        )
     use_self, use_text = config.self_attention[level], config.text_attention[level]
     if not (use_self or use_text):
         return None
@@ -107,14 +126,65 @@ def level_attention(config: UNetConfig, level: int, *, rngs: nnx.Rngs) -> TextAt
     )
 
 
+def residual_block(
+    config: UNetConfig,
+    inputs: int,
+    outputs: int,
+    *,
+    resample: str | None = None,
+    middle: bool = False,
+    rngs: nnx.Rngs,
+) -> ResNetBlock:
+    """A residual block as the config has it; `middle`: one of the middle block."""
+    parts: dict[str, Any] = {}
+    if (options := config.deepfloyd) is not None:
+        parts = {
+            "activation": options.activation.function,
+            "activate_embedding": not options.skip_time_act,
+            "norm_groups": options.norm_groups,
+            "scale": options.mid_scale if middle else options.block_scale,
+        }
+    return ResNetBlock(
+        inputs,
+        outputs,
+        embedding_width=config.width,
+        resample=resample,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+        **parts,
+    )
+
+
+def make_conditioning(config: UNetConfig, *, rngs: nnx.Rngs) -> Conditioning | DeepFloydConditioning:
+    """What makes the embedding and the text of the config's network."""
+    common: dict[str, Any] = {
+        "channels": config.channels[0],
+        "width": config.width,
+        "text_width": config.text_width,
+        "aug_level": config.low_res_channels > 0,
+        "dtype": jnp.dtype(config.dtype),
+        "rngs": rngs,
+    }
+    if config.deepfloyd is not None:
+        return DeepFloydConditioning(config.deepfloyd, **common)
+    return Conditioning(pool_heads=max(1, config.width // config.head_channels), **common)
+
+
 class Block(nnx.Module):
     """A residual block and, where the level has it, attention."""
 
-    def __init__(self, config: UNetConfig, inputs: int, level: int, *, attend: bool = True, rngs: nnx.Rngs):
-        dtype = jnp.dtype(config.dtype)
-        channels = config.channels[level]
-        self.res = ResNetBlock(inputs, channels, embedding_width=config.width, dtype=dtype, rngs=rngs)
-        self.attention = level_attention(config, level, rngs=rngs) if attend else None
+    def __init__(
+        self,
+        config: UNetConfig,
+        inputs: int,
+        level: int,
+        *,
+        attend: bool = True,
+        middle: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.res = residual_block(config, inputs, config.channels[level], middle=middle, rngs=rngs)
+        self.attention = level_attention(config, level, middle=middle, rngs=rngs) if attend else None
 
     def __call__(
         self,
@@ -138,21 +208,11 @@ class UNet(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         first, last_level = config.channels[0], len(config.channels) - 1
-        self.conditioning = Conditioning(
-            channels=first,
-            width=config.width,
-            text_width=config.text_width,
-            pool_heads=max(1, config.width // config.head_channels),
-            aug_level=config.low_res_channels > 0,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.conditioning = make_conditioning(config, rngs=rngs)
         self.conv_in = conv3x3(config.channels_in, first, dtype=dtype, rngs=rngs)
 
         def resample(channels: int, how: str) -> ResNetBlock:
-            return ResNetBlock(
-                channels, channels, embedding_width=config.width, resample=how, dtype=dtype, rngs=rngs
-            )
+            return residual_block(config, channels, channels, resample=how, rngs=rngs)
 
         skips, x = [first], first
         down, downsamples = [], []
@@ -167,8 +227,8 @@ class UNet(nnx.Module):
                 downsamples.append(resample(x, "down"))
                 skips.append(x)
         self.down, self.downsamples = nnx.List(down), nnx.List(downsamples)
-        self.mid1 = Block(config, x, last_level, rngs=rngs)
-        self.mid2 = Block(config, x, last_level, attend=False, rngs=rngs)
+        self.mid1 = Block(config, x, last_level, middle=True, rngs=rngs)
+        self.mid2 = Block(config, x, last_level, attend=False, middle=True, rngs=rngs)
         up, upsamples = [], []
         for level in reversed(range(len(config.channels))):
             blocks = []
@@ -179,7 +239,8 @@ class UNet(nnx.Module):
             if level > 0:
                 upsamples.append(resample(x, "up"))
         self.up, self.upsamples = nnx.List(up), nnx.List(upsamples)
-        self.norm_out = GroupNorm(x, dtype=dtype)
+        options = config.deepfloyd
+        self.norm_out = GroupNorm(x, groups=None if options is None else options.norm_groups, dtype=dtype)
         self.conv_out = conv3x3(x, config.channels_out, dtype=jnp.dtype("float32"), rngs=rngs, zero=True)
 
     def __call__(
@@ -192,12 +253,14 @@ class UNet(nnx.Module):
         low_res: Float[Array, "batch low_height low_width low_channels"] | None = None,
         aug_time: Float[Array, " batch"] | None = None,
         mesh: Mesh | None = None,
-    ) -> Float[Array, "batch height width channels"]:
+    ) -> Float[Array, "batch height width outputs"]:
         """The network's output, float32; what it means is the stage's prediction type.
+
+        With a learned variance it has twice the picture's channels: the prediction's, then the variance's.
 
         Args:
           x_t: noisy pictures; both sides divisible by patch_size × 2 to the number of levels minus one.
-          time: noise level in [0, 1000] (`diffusion.process.time_condition`).
+          time: noise level in [0, 1000] (`models.stage.StageNetwork`).
           text: text embeddings.
           mask: True for real tokens.
           low_res: the low-resolution pictures of a super-resolution network.
@@ -223,5 +286,7 @@ class UNet(nnx.Module):
             if level < len(self.upsamples):
                 h = execution.run(self.upsamples[level], h, embedding)
         h = execution.run(self.norm_out, h)
-        output = dataclasses.replace(execution, dtype=jnp.dtype("float32")).run(self.conv_out, nnx.silu(h))
+        options = self.config.deepfloyd
+        activation = nnx.silu if options is None else options.activation.function
+        output = dataclasses.replace(execution, dtype=jnp.dtype("float32")).run(self.conv_out, activation(h))
         return from_patches(output.astype(jnp.float32), self.config.patch_size)

@@ -191,9 +191,11 @@ class Imagen:
         stages = {stage.name: stage_identity(self.folder.path, stage) for stage in self.stages}
         return stages, encoder_identity(self._encoder_folder)
 
-    def encode(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings float32 (N, length, width), zero padded, and their mask bool (N, length)."""
-        return self.prompt_encoder(prompts, length, self._text_width)
+    def encode(
+        self, prompts: Sequence[str], length: int, *, padded: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings float32 (N, length, width), zero padded unless `padded`, and their mask bool (N, length)."""
+        return self.prompt_encoder(prompts, length, self._text_width, padded=padded)
 
     def generate(
         self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **options: Unpack[Options]
@@ -329,8 +331,8 @@ class Imagen:
                 part = wanted[begin : begin + group]
                 x0: np.ndarray | None = None
                 texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
-                for length in {stage.max_text_length for stage in job.stages}:
-                    self.encode(texts, length)
+                for length, padded in {(each.max_text_length, each.padded_text) for each in job.stages}:
+                    self.encode([*texts, ""] if padded else texts, length, padded=padded)
                 if free:
                     self.prompt_encoder.release()
                 for stage in job.stages:
@@ -355,12 +357,15 @@ class Imagen:
         """All pictures of a group through one stage, batch by batch; in [−1, 1]."""
         sampling, mesh = job.sampling[stage.name], self._meshes[stage.name]
         prompts, seeds = [prompt for prompt, _ in wanted], np.array([seed for _, seed in wanted], np.uint32)
-        text, mask = self.encode(prompts, stage.max_text_length)
+        text, mask = self.encode(prompts, stage.max_text_length, padded=stage.padded_text)
         parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         size = -(-min(job.batch_size, len(wanted)) // parts) * parts
         negative = None
-        if job.negative_prompt is not None and sampling.guidance_weight != 1.0:
-            embedding = self.encode([job.negative_prompt], stage.max_text_length)
+        away = job.negative_prompt
+        if away is None and stage.padded_text:
+            away = ""  # the null text of such a stage is the empty caption
+        if away is not None and sampling.guidance_weight != 1.0:
+            embedding = self.encode([away], stage.max_text_length, padded=stage.padded_text)
             negative = tuple(np.repeat(each, size, axis=0) for each in embedding)
         program = self._program(stage, sampling, size, negative is not None)
         params = self._stage_params(stage, program)

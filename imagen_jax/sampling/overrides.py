@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from imagen_jax.diffusion.grids import Grid, GridConfig
+from imagen_jax.diffusion.grids import NAMED_COUNTS, Grid, GridConfig
 from imagen_jax.diffusion.samplers import Sampler
 from imagen_jax.diffusion.thresholding import Threshold
 from imagen_jax.errors import UserError
@@ -17,7 +17,7 @@ class SamplingOverrides:
 
     steps: int | None = None  # network steps; see `SamplerConfig.network_calls` for the calls that they make
     sampler: Sampler | None = None
-    grid: Grid | None = None
+    grid: Grid | None = None  # one that is named for its timesteps brings its number of steps
     eta: float | None = None  # of ddim, in [0, 1]
     churn: float | None = None  # of heun
     guidance_weight: float | None = None  # w, 1 is off
@@ -36,13 +36,21 @@ class SamplingOverrides:
         Raises:
           ValueError: for a value out of range.
         """
-        sampler = _replace(
-            config.sampler, steps=self.steps, kind=self.sampler, eta=self.eta, churn=self.churn
-        )
+        grid, steps = config.sampler.grid, self.steps
         if self.grid is not None:
-            sampler = _replace(sampler, grid=_replace(sampler.grid or GridConfig(), kind=self.grid))
+            grid = _replace(grid or GridConfig(), kind=self.grid)
+            steps = grid.own_steps if steps is None else steps
         elif self.sampler is not None and self.sampler is not config.sampler.kind:
-            sampler = dataclasses.replace(sampler, grid=None)  # the grid belonged to the other sampler
+            grid = None  # it belonged to the other sampler
+        # All at once: a grid that is named for its timesteps goes with its own number of steps only.
+        sampler = _replace(
+            dataclasses.replace(config.sampler, grid=None),
+            steps=steps,
+            kind=self.sampler,
+            eta=self.eta,
+            churn=self.churn,
+            grid=grid,
+        )
         guidance = _replace(config.guidance, rescale=self.rescale)
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
@@ -78,6 +86,7 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "steps": ("steps", int, "a whole number"),
     "sampler": ("sampler", Sampler, ", ".join(Sampler)),
     "grid": ("grid", Grid, ", ".join(Grid)),
+    "timesteps": ("grid", Grid, ", ".join((Grid.LEADING, *NAMED_COUNTS))),
     "eta": ("eta", float, "a number"),
     "churn": ("churn", float, "a number"),
     "guidance": ("guidance_weight", float, "a number"),

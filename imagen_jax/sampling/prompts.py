@@ -22,7 +22,7 @@ class PromptEncoder:
         """`load` opens the encoder again after `release`; without it nothing is ever released."""
         self._encoder: TextEncoder | None = encoder
         self._load = load
-        self._known: collections.OrderedDict[tuple[str, int], np.ndarray] = collections.OrderedDict()
+        self._known: collections.OrderedDict[tuple[str, int, bool], np.ndarray] = collections.OrderedDict()
         self._bytes = 0
         self.encoded = 0  # prompts that had to be encoded
 
@@ -31,14 +31,17 @@ class PromptEncoder:
         if self._load is not None:
             self._encoder = None
 
-    def _embed(self, prompt: str, length: int) -> Float[np.ndarray, "tokens width"]:
-        key = (prompt, length)
+    def _embed(self, prompt: str, length: int, padded: bool) -> Float[np.ndarray, "tokens width"]:
+        key = (prompt.lower().strip() if padded else prompt, length, padded)
         if key not in self._known:
             if self._encoder is None:
                 assert self._load is not None
                 self._encoder = self._load()
             # Not rounded as records are: two values a rounding error apart could end a whole bfloat16 apart.
-            (made,) = self._encoder.encode([prompt], max_length=length, dtype="float32")
+            if padded:
+                (made,) = self._encoder.encode_padded([key[0]], length=length)
+            else:
+                (made,) = self._encoder.encode([prompt], max_length=length, dtype="float32")
             self.encoded += 1
             self._known[key] = made
             self._bytes += made.nbytes
@@ -48,7 +51,7 @@ class PromptEncoder:
         return self._known[key]
 
     def __call__(
-        self, prompts: Sequence[str], length: int, width: int
+        self, prompts: Sequence[str], length: int, width: int, *, padded: bool = False
     ) -> tuple[Float[np.ndarray, "prompts length width"], Bool[np.ndarray, "prompts length"]]:
         """Embeddings, zero padded, and their mask.
 
@@ -56,11 +59,13 @@ class PromptEncoder:
           prompts: any texts.
           length: tokens kept of each.
           width: of an embedding.
+          padded: whether the text is that of `StageConfig.padded_text`: prompts in lower case, and padding's
+            embeddings among the tokens.
         """
         text = np.zeros((len(prompts), length, width), np.float32)
         mask = np.zeros((len(prompts), length), bool)
         for i, prompt in enumerate(prompts):
-            tokens = self._embed(prompt, length)
+            tokens = self._embed(prompt, length, padded)
             text[i, : len(tokens)] = tokens
             mask[i, : len(tokens)] = True
         return text, mask

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from imagen_jax.diffusion.guidance import guide, rescale_guided
 from imagen_jax.diffusion.process import to_x0_and_epsilon
-from imagen_jax.diffusion.samplers import Denoiser, SamplerState, advance, image_noise, start
+from imagen_jax.diffusion.samplers import Denoised, Denoiser, SamplerState, advance, image_noise, start
 from imagen_jax.diffusion.thresholding import threshold
 from imagen_jax.models.stage import Params, SamplingConfig, StageConfig, StageNetwork, drop_text
 from imagen_jax.parallel.mesh import batch_sharding
@@ -48,37 +48,46 @@ def guided_denoiser(
     if low_res is not None:
         aug_log_snr = network.config.augmentation.log_snr(jnp.full((batch,), config.aug_level))
     if negative is None:
+        if network.config.padded_text and config.guidance_weight != 1.0:
+            raise ValueError(
+                "the null text of a stage with padded_text is the empty caption: give it as negative"
+            )
         negative = drop_text(text, mask, jnp.ones((batch,), bool))
 
     def call(
         x_t: Array, log_snr: Array, text: Array, mask: Array, low_res: Array | None, aug: Array | None
-    ) -> Array:
+    ) -> tuple[Array, Array | None]:
         levels = jnp.broadcast_to(log_snr, x_t.shape[:1])
-        return network.apply(params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug)
+        return network.apply_with_variance(params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug)
 
-    def plain(x_t: Array, log_snr: Array) -> Array:
-        return call(x_t, log_snr, text, mask, low_res, aug_log_snr).astype(jnp.float32)
+    def plain(x_t: Array, log_snr: Array) -> tuple[Array, Array | None]:
+        return call(x_t, log_snr, text, mask, low_res, aug_log_snr)
 
-    def guided(x_t: Array, log_snr: Array) -> Array:
+    def guided(x_t: Array, log_snr: Array) -> tuple[Array, Array | None]:
         both = (x_t, low_res, aug_log_snr)
         x_twice, low_twice, aug_twice = jax.tree.map(lambda each: jnp.concatenate([each, each]), both)
         texts, masks = jnp.concatenate([text, negative[0]]), jnp.concatenate([mask, negative[1]])
-        output = call(x_twice, log_snr, texts, masks, low_twice, aug_twice).astype(jnp.float32)
+        output, variance = call(x_twice, log_snr, texts, masks, low_twice, aug_twice)
         conditional = output[:batch]
         made = guide(conditional, output[batch:], config.guidance_weight)
         rescale = config.guidance.rescale
-        return rescale_guided(made, conditional, rescale) if rescale > 0.0 else made
+        made = rescale_guided(made, conditional, rescale) if rescale > 0.0 else made
+        # Guidance moves the mean; the spread stays that of the prompt's own prediction.
+        return made, None if variance is None else variance[:batch]
 
-    def denoise(x_t: Array, log_snr: Array, step: Array) -> Array:
+    def denoise(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
         if config.guidance_weight == 1.0:
-            output = plain(x_t, log_snr)
+            output, variance = plain(x_t, log_snr)
         elif config.guidance.at_every_step:
-            output = guided(x_t, log_snr)
+            output, variance = guided(x_t, log_snr)
         else:
-            output = jax.lax.cond(config.guidance.is_guided(log_snr, step), guided, plain, x_t, log_snr)
+            output, variance = jax.lax.cond(
+                config.guidance.is_guided(log_snr, step), guided, plain, x_t, log_snr
+            )
         levels = jnp.broadcast_to(log_snr, (batch,))
         x0, _ = to_x0_and_epsilon(output, x_t=x_t, log_snr=levels, source=network.config.prediction)
-        return threshold(x0, config.threshold)
+        x0 = threshold(x0, config.threshold)
+        return Denoised(x0, variance) if variance is not None and config.sampler.learned_variance else x0
 
     return denoise
 
@@ -129,9 +138,10 @@ def draw(
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stage.resolution))(inputs.seeds)
     augmented = None
     if inputs.low_res is not None:
-        noise = image_noise(keys, _AUG_NOISE, inputs.low_res.shape[1:])
-        level = jnp.full((len(inputs.low_res),), config.aug_level)
-        augmented = stage.augmentation.apply(inputs.low_res, noise, level)
+        low_res = stage.augmentation.prepare(inputs.low_res, stage.resolution)
+        noise = image_noise(keys, _AUG_NOISE, low_res.shape[1:])
+        level = jnp.full((len(low_res),), config.aug_level)
+        augmented = stage.augmentation.apply(low_res, noise, level)
     negative = None
     if inputs.negative_text is not None and inputs.negative_mask is not None:
         negative = inputs.negative_text, inputs.negative_mask
@@ -139,8 +149,9 @@ def draw(
         network, params, inputs.text, inputs.mask, negative=negative, low_res=augmented, config=config
     )
 
-    def sharded(x_t: Array, log_snr: Array, step: Array) -> Array:
-        return shard_pictures(denoise(shard_pictures(x_t, mesh), log_snr, step), mesh)
+    def sharded(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
+        found = denoise(shard_pictures(x_t, mesh), log_snr, step)
+        return jax.tree.map(lambda each: shard_pictures(each, mesh), found)
 
     if state is None:
         state = start(keys, shape)

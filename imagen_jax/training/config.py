@@ -169,6 +169,12 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()  # by which rule, at which rate
     mesh: MeshConfig = MeshConfig()  # on which arrangement of devices
 
+    def __post_init__(self) -> None:
+        if self.stage.network.param_dtype != "float32":
+            raise ValueError(
+                f"stage.network.param_dtype must be float32 to train, got {self.stage.network.param_dtype!r}"
+            )
+
 
 # Fields that may differ between a run and its resumption: they change neither the weights (the mesh and the parts
 # of a batch: but for rounding) nor the data. Of the text's fields none is here: another encoder's embeddings look

@@ -7,9 +7,10 @@ from etils import epath
 from imagen_jax.config import build
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageConfig, StageNetwork
+from imagen_jax.models.stage import Params, StageConfig, StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.sampling.model_folder import ModelIndex, check_cascade, save_index, save_stage
+from imagen_jax.sampling.deepfloyd import export_diffusers, export_pipeline
+from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.training.checkpoint import Checkpoints, read_config
 from imagen_jax.training.config import LoopConfig, TrainConfig
@@ -62,7 +63,7 @@ def export(
         reference = "text_encoder"
         TextEncoder.load(text_encoder).save_copy(out / reference)
     for workdir in ordered:
-        _export_stage(workdir, configs[workdir], out, ema_decay)
+        save_stage(out, configs[workdir].stage, _averaged(workdir, configs[workdir], ema_decay))
     save_index(out, ModelIndex(stages=tuple(stage.name for stage in stages), text_encoder=reference))
     return stages
 
@@ -75,7 +76,8 @@ def check_decay(workdir: str, config: LoopConfig, decay: float | None) -> None:
         raise UserError(f"--ema_decay {decay}: the run in {workdir} keeps {shown}, and 0 for no average")
 
 
-def _export_stage(workdir: epath.Path, config: TrainConfig, out: epath.Path, ema_decay: float | None) -> None:
+def _averaged(workdir: epath.Path, config: TrainConfig, ema_decay: float | None) -> Params:
+    """The averaged weights of a run's newest checkpoint."""
     checkpoints = Checkpoints(workdir)
     try:
         step = checkpoints.latest_step()
@@ -88,4 +90,43 @@ def _export_stage(workdir: epath.Path, config: TrainConfig, out: epath.Path, ema
         state, _ = checkpoints.restore(step, abstract)
     finally:
         checkpoints.close()
-    save_stage(out, config.stage, ema_of(state, config.train, ema_decay))
+    return ema_of(state, config.train, ema_decay)
+
+
+def export_pipelines(
+    sources: Sequence[epath.PathLike],
+    out: epath.PathLike,
+    *,
+    text_encoder: str | None = None,
+    ema_decay: float | None = None,
+) -> list[str]:
+    """Writes DeepFloyd stages as pipelines that diffusers opens: OUT/<stage>/, each on its own.
+
+    Args:
+      sources: work directories of fine-tuned stages, or one model folder.
+      out: gets a folder for each stage.
+      text_encoder: a local folder, copied into each pipeline; None: the one that made the text of the training, or
+        the model folder's.
+      ema_decay: of work directories, as for `export`.
+
+    Returns:
+      The folders' names.
+
+    Raises:
+      UserError: there is no checkpoint or model, or a stage that is not of DeepFloyd.
+    """
+    names: list[str] = []
+    for source in map(epath.Path, sources):
+        if (source / INDEX).exists():
+            names += export_diffusers(source, out, text_encoder=text_encoder)
+            continue
+        config = build(TrainConfig, read_config(source), f"{source}/config.json")
+        check_decay(str(source), config.train, ema_decay)
+        export_pipeline(
+            epath.Path(out) / config.stage.name,
+            config.stage,
+            _averaged(source, config, ema_decay),
+            text_encoder=text_encoder or config.data.text_encoder,
+        )
+        names.append(config.stage.name)
+    return names

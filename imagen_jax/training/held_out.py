@@ -117,6 +117,8 @@ class SampleGrid:
             check_scorer(self._scorer, config.stage.resolution, self._batch["caption"])
         if online is not None:
             self._batch["text"], self._batch["text_mask"] = online.encode(self._batch["caption"])
+        null = None if online is None else online.null_text
+        self._null = None if null is None else np.broadcast_to(null, self._batch["text"].shape)
         self._seeds = np.arange(len(self._batch["text_mask"]), dtype=np.uint32)
         self._sampler = StageSampler(network)
         self._folder = workdir / "samples"
@@ -129,6 +131,7 @@ class SampleGrid:
             text=self._batch["text"].astype(np.float32),
             mask=self._batch["text_mask"],
             low_res=self._batch.get("low_res"),
+            negative=None if self._null is None else (self._null, self._batch["text_mask"]),
         )
         result = grid(list(pictures))
         if jax.process_index() == 0:

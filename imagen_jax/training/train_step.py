@@ -87,19 +87,24 @@ def example_losses(
       config: the run.
       params: its parameters.
       batch: `image` uint8 (N, R, R, 3); `text` (N, L, D) and `text_mask` (N, L); `index` uint32 (N, 2); and for
-        an SR stage `low_res` uint8 (N, r, r, 3).
+        an SR stage `low_res` uint8 (N, r, r, 3); with padded_text `null_text` (N, L, D).
       mesh: where the parameters lie by the rules of `parallel.mesh`; None: they lie whole.
     """
     stage = config.stage
     x0 = unit_pictures(batch["image"])
     low_res = unit_pictures(batch["low_res"]) if stage.low_resolution else None
+    if low_res is not None:
+        low_res = stage.augmentation.prepare(low_res, x0.shape[1])
     low_shape = (0, 0, 3) if low_res is None else low_res.shape[1:]
     draws = draw(jax.random.key(config.seed), batch["index"], x0.shape[1:], low_shape)
     log_snr = stage.schedule.log_snr(draws.time)
     x_t = diffuse(x0, draws.noise, log_snr)
-    text, mask = drop_text(
-        batch["text"].astype(jnp.float32), batch["text_mask"], draws.drop < config.train.text_dropout
-    )
+    dropped = draws.drop < config.train.text_dropout
+    text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
+    if stage.padded_text:
+        text = jnp.where(dropped[:, None, None], batch["null_text"].astype(jnp.float32), text)
+    else:
+        text, mask = drop_text(text, mask, dropped)
     aug_log_snr = None
     if low_res is not None:
         level = draws.aug_level * stage.augmentation.max_level

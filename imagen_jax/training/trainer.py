@@ -63,6 +63,11 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
         held-out records, or the samples cannot be scored.
     """
     data = config.data
+    if config.stage.padded_text and online is None:
+        raise UserError(
+            "config.stage.padded_text needs the embeddings of padding, which records do not hold; "
+            "set config.data.text_encoder to the encoder's folder"
+        )
     if online is None:
         place = data.embeddings or data.path
         width, what = embedding_width(place), f"the embeddings in {place}"
@@ -96,7 +101,10 @@ def device_batch(
     """
     left_out = ("key", "index", "tokens", "caption")
     arrays = {name: array for name, array in batch.items() if name not in left_out}
-    placed = put_batch({**arrays, "index": split_index(batch["index"])}, mesh)
+    arrays |= {"index": split_index(batch["index"])}
+    if online is not None:
+        online.add_null_text(arrays, len(batch["index"]))
+    placed = put_batch(arrays, mesh)
     if online is not None:
         placed["text"] = online.embed(batch["tokens"], batch["text_mask"])
     return placed
@@ -142,6 +150,7 @@ def whole_batch(config: TrainConfig, online: OnlineText | None, step: int) -> di
         batch = dict(next(batches))
     if online is not None:
         batch["text"], batch["text_mask"] = online.encode(batch["caption"])
+        online.add_null_text(batch, len(batch["index"]))
     return batch
 
 
@@ -165,6 +174,7 @@ def _online_text(config: TrainConfig, mesh: Mesh) -> OnlineText | None:
         dtype=config.data.text_dtype.value,
         max_length=config.stage.max_text_length,
         mesh=mesh,
+        padded=config.stage.padded_text,
     )
 
 
