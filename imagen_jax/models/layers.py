@@ -6,6 +6,7 @@ normalisation statistics and softmax in float32.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +31,24 @@ def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Ar
 class Conv3x3(nnx.Conv):
     """`nnx.Conv`, but for how the bias's gradient is summed."""
 
-    def __call__(self, inputs: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+    def __call__(
+        self, inputs: Float[Array, "n h w c"], out_sharding: Any = None
+    ) -> Float[Array, "n h2 w2 c2"]:
         """The convolution with padding one, in the module's dtype."""
-        return add_bias(self.without_bias(inputs), self.bias[...])
+        return add_bias(self.without_bias(inputs), self.bias_values())
+
+    def bias_values(self) -> Float[Array, " c2"]:
+        """The bias as an array."""
+        assert self.bias is not None  # `conv3x3` always makes one
+        return jnp.asarray(self.bias[...])
 
     def without_bias(self, inputs: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """What a normalisation sees that adds the bias itself."""
-        dtype = jnp.dtype(self.dtype)
+        dtype, strides = jnp.dtype(self.dtype), self.strides or 1
         return jax.lax.conv_general_dilated(
             inputs.astype(dtype),
             self.kernel[...].astype(dtype),
-            window_strides=(self.strides,) * 2 if isinstance(self.strides, int) else tuple(self.strides),
+            window_strides=(strides,) * 2 if isinstance(strides, int) else tuple(strides),
             padding=((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
@@ -49,11 +57,13 @@ class Conv3x3(nnx.Conv):
 class Linear(nnx.Linear):
     """`nnx.Linear`, but for how the bias's gradient is summed."""
 
-    def __call__(self, inputs: Float[Array, "*shape c"]) -> Float[Array, "*shape c2"]:
+    def __call__(
+        self, inputs: Float[Array, "*shape c"], out_sharding: Any = None
+    ) -> Float[Array, "*shape c2"]:
         """The product over the last axis, in the module's dtype."""
         dtype = jnp.dtype(self.dtype)
         made = jnp.matmul(inputs.astype(dtype), self.kernel[...].astype(dtype))
-        return made if self.bias is None else add_bias(made, self.bias[...])
+        return made if self.bias is None else add_bias(made, jnp.asarray(self.bias[...]))
 
 
 def conv3x3(
@@ -206,7 +216,7 @@ class ResNetBlock(nnx.Module):
             if self.activate_embedding:
                 embedding = self.activation(embedding)
             scale, shift = jnp.split(self.embed(embedding).astype(jnp.float32), 2, axis=-1)
-        h = self.conv2(self.activation(self.norm2(h, scale, shift, bias=self.conv1.bias[...])))
+        h = self.conv2(self.activation(self.norm2(h, scale, shift, bias=self.conv1.bias_values())))
         h = h + (x if self.shortcut is None else self.shortcut(x))
         return h if self.scale == 1.0 else h / self.scale
 
