@@ -147,7 +147,7 @@ class Execution:
             return x, x if keep else None
 
         x, outputs = jax.lax.scan(body, x, (stacked, twins), reverse=backwards)
-        if not keep:
+        if outputs is None:
             return x, []
         return x, outputs[::-1] if backwards else outputs
 
@@ -162,7 +162,7 @@ def _alike(modules: Sequence[nnx.Module], twins: Twins | None, first: int, other
     if twins is not None and twins[-1 - first].shape != twins[-1 - other].shape:
         return False
     states = [nnx.split(modules[index])[1] for index in (first, other)]
-    if jax.tree.structure(states[0]) != jax.tree.structure(states[1]):
-        return False
-    pairs = zip(*(jax.tree.leaves(state) for state in states))
-    return type(modules[first]) is type(modules[other]) and all(a.shape == b.shape for a, b in pairs)
+    shapes = [
+        [(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)] for state in states
+    ]
+    return type(modules[first]) is type(modules[other]) and shapes[0] == shapes[1]

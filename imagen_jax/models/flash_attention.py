@@ -56,7 +56,8 @@ def _heads(head_channels: int) -> list[Array]:
 
 
 def _forward_kernel(query, key, value, bias, out, *, head_channels, scale):
-    q, k, v, total = query[0], key[0], value[0], 0.0
+    q, k, v = query[0], key[0], value[0]
+    total = jnp.zeros(q.shape, jnp.float32)
     for own in _heads(head_channels):
         weights = _weights(jnp.where(own, q, 0), k, bias[0], scale)
         total = total + jnp.where(own, _dot(weights.astype(v.dtype), v, 1, 0), 0.0)
@@ -73,7 +74,8 @@ def _backward_kernel(
         sum_key[...] = jnp.zeros_like(sum_key)
         sum_value[...] = jnp.zeros_like(sum_value)
 
-    k, v, total = key[0], value[0], 0.0
+    k, v = key[0], value[0]
+    total = jnp.zeros(query.shape[1:], jnp.float32)
     for own in _heads(head_channels):
         q, d = jnp.where(own, query[0], 0), jnp.where(own, d_out[0], 0)
         weights = _weights(q, k, bias[0], scale)
