@@ -162,8 +162,7 @@ def _alike(modules: Sequence[nnx.Module], twins: Twins | None, first: int, other
     if twins is not None and twins[-1 - first].shape != twins[-1 - other].shape:
         return False
     states = [nnx.split(modules[index])[1] for index in (first, other)]
-    structures: list[Any] = [jax.tree.structure(state) for state in states]
-    if structures[0] != structures[1]:
-        return False
-    pairs = zip(*(jax.tree.leaves(state) for state in states))
-    return type(modules[first]) is type(modules[other]) and all(a.shape == b.shape for a, b in pairs)
+    shapes = [
+        [(path, leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(state)] for state in states
+    ]
+    return type(modules[first]) is type(modules[other]) and shapes[0] == shapes[1]

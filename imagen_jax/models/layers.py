@@ -18,6 +18,7 @@ from imagen_jax.models.attention import Attention, attend, split_heads
 from imagen_jax.models.normalisation import GroupNorm, add_bias
 
 zeros_init = nnx.initializers.zeros_init()
+lecun_init = nnx.initializers.lecun_normal()
 
 
 def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Array, "batch {width}"]:
@@ -28,52 +29,60 @@ def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Ar
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class Conv3x3(nnx.Conv):
-    """`nnx.Conv`, but for how the bias's gradient is summed."""
+class Conv3x3(nnx.Module):
+    """3×3 convolution with padding one; parameters are float32, the rest is in `dtype`."""
 
-    def __call__(
-        self, inputs: Float[Array, "n h w c"], out_sharding: Any = None
-    ) -> Float[Array, "n h2 w2 c2"]:
-        """The convolution with padding one, in the module's dtype."""
-        return add_bias(self.without_bias(inputs), self.bias_values())
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int, init: Any, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(zeros_init(rngs.params(), (outputs,), jnp.float32))
+        self.stride, self.dtype = stride, dtype
 
-    def bias_values(self) -> Float[Array, " c2"]:
-        """The bias as an array."""
-        assert self.bias is not None  # `conv3x3` always makes one
-        return jnp.asarray(self.bias[...])
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        """The convolution."""
+        return add_bias(self.without_bias(x), self.bias[...])
 
-    def without_bias(self, inputs: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+    def without_bias(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """What a normalisation sees that adds the bias itself."""
-        dtype, strides = jnp.dtype(self.dtype), self.strides or 1
         return jax.lax.conv_general_dilated(
-            inputs.astype(dtype),
-            self.kernel[...].astype(dtype),
-            window_strides=(strides,) * 2 if isinstance(strides, int) else tuple(strides),
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
             padding=((1, 1), (1, 1)),
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
 
 
-class Linear(nnx.Linear):
-    """`nnx.Linear`, but for how the bias's gradient is summed."""
+class Linear(nnx.Module):
+    """Product over the last axis; parameters are float32, the rest is in `dtype`."""
 
-    def __call__(
-        self, inputs: Float[Array, "*shape c"], out_sharding: Any = None
-    ) -> Float[Array, "*shape c2"]:
-        """The product over the last axis, in the module's dtype."""
-        dtype = jnp.dtype(self.dtype)
-        made = jnp.matmul(inputs.astype(dtype), self.kernel[...].astype(dtype))
-        return made if self.bias is None else add_bias(made, jnp.asarray(self.bias[...]))
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: Any = lecun_init,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(zeros_init(rngs.params(), (outputs,), jnp.float32)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*shape c"]) -> Float[Array, "*shape c2"]:
+        """The product."""
+        made = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return made if self.bias is None else add_bias(made, self.bias[...])
 
 
 def conv3x3(
     inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1, zero: bool = False
 ) -> Conv3x3:
     """3×3 convolution with padding one; `zero` starts it at zero, so that its branch starts as the identity."""
-    init = zeros_init if zero else nnx.initializers.lecun_normal()
-    return Conv3x3(
-        inputs, outputs, (3, 3), strides=stride, padding=1, kernel_init=init, dtype=dtype, rngs=rngs
-    )
+    init = zeros_init if zero else lecun_init
+    return Conv3x3(inputs, outputs, stride=stride, init=init, dtype=dtype, rngs=rngs)
 
 
 @jax.custom_vjp
@@ -216,7 +225,7 @@ class ResNetBlock(nnx.Module):
             if self.activate_embedding:
                 embedding = self.activation(embedding)
             scale, shift = jnp.split(self.embed(embedding).astype(jnp.float32), 2, axis=-1)
-        h = self.conv2(self.activation(self.norm2(h, scale, shift, bias=self.conv1.bias_values())))
+        h = self.conv2(self.activation(self.norm2(h, scale, shift, bias=self.conv1.bias[...])))
         h = h + (x if self.shortcut is None else self.shortcut(x))
         return h if self.scale == 1.0 else h / self.scale
 

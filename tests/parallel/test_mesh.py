@@ -60,7 +60,9 @@ STAGES = {
         | {
             "kind": "efficient_unet",
             "channels": [64],
-            "num_res_blocks": [1],
+            "gather": "once",  # the base gathers block by block, the default
+            "scan": 2,
+            "num_res_blocks": [2],
             "self_attention": [True],
             "text_attention": [True],
         },
