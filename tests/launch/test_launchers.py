@@ -171,6 +171,7 @@ def test_local_ends_processes_that_do_not_notice_a_dead_one(tmp_path):
     script.write_text(text.replace("SURVIVORS_SECONDS = 20.0", "SURVIVORS_SECONDS = 0.5"))
     done = subprocess.run(
         [sys.executable, str(script), "--processes=2", "--restarts=1", "--", "--x"],
+        cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
