@@ -119,8 +119,8 @@ class Job:
     def wait(self) -> list[int]:
         """Exit codes of all; once one has failed the others have SURVIVORS_SECONDS to end."""
         deadline = None
-        while any(process.poll() is None for process in self.processes):
-            if deadline is None and any(process.returncode for process in self.processes):
+        while None in (codes := [process.poll() for process in self.processes]):
+            if deadline is None and any(codes):
                 deadline = time.monotonic() + SURVIVORS_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 self.send(signal.SIGKILL)

@@ -157,6 +157,31 @@ def test_slurm_queues_again_what_may_go_on(code, term, result, requeued, tmp_pat
     assert noted == ("requeue 42\n" if requeued else "")
 
 
+def test_local_ends_processes_that_do_not_notice_a_dead_one(tmp_path):
+    """Those of a stand-in for `imagen_jax`: the second dies, the first never ends by itself."""
+    package = tmp_path / "imagen_jax"
+    package.mkdir()
+    (package / "__main__.py").write_text(
+        "import os, signal, sys, time\n"
+        "if '--process_id=1' in sys.argv:\n    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(1000)\n"
+    )
+    script = tmp_path / "local.py"
+    text = (LAUNCH / "local.py").read_text()
+    assert "SURVIVORS_SECONDS = 20.0" in text
+    script.write_text(text.replace("SURVIVORS_SECONDS = 20.0", "SURVIVORS_SECONDS = 0.5"))
+    done = subprocess.run(
+        [sys.executable, str(script), "--processes=2", "--restarts=1", "--", "--x"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 75
+    assert done.stderr.count("process 0 ended with -9, process 1 ended with -9") == 2
+    assert done.stdout.count("[launch] pids") == 2
+
+
 @pytest.mark.parametrize("name", ["tpu_vm.sh", "gke.sh", "slurm.sbatch"])
 def test_missing_flags_show_the_usage(name):
     assert "usage:" in dry_run(LAUNCH / name, code=2)
