@@ -138,5 +138,6 @@ def test_a_second_process_compiles_nothing(model_folder, tmp_path, subprocess_en
         assert done.returncode == 0, done.stderr
         counts.append(json.loads(done.stdout.splitlines()[-1]))
     assert counts[0]["cache_misses"] >= 3 and counts[0]["cache_hits"] == 0
-    assert counts[1]["cache_misses"] == 0 and counts[1]["cache_hits"] == counts[0]["cache_misses"]
+    # The text encoder and both stages; what building their networks took is not needed again.
+    assert counts[1] == {"cache_hits": 3, "cache_misses": 0}
     assert not [path for path in model_folder.rglob("*") if "cache" in path.name]
