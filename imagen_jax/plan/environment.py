@@ -21,3 +21,6 @@ def find_compiler() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"  # else JAX looks for the TPU that libtpu stands for
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # of a metadata server that only Google's machines have
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # other processes may compile at the same time
+    # It warns at length where these are missing. The slice is named when it is compiled for; they have no say in it.
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")

@@ -45,8 +45,8 @@ def product(a, b):
     return a @ b
 
 
-def repeated(a, b):
-    return jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=7)[0]
+def repeated(length):
+    return lambda a, b: jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=length)[0]
 
 
 def added(a):
@@ -67,7 +67,8 @@ def main():
     square = (SIDE, SIDE)
     slices = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
     results = {name: predict(name, product, [P(), P()], [square] * 2) for name in slices}
-    results["scan"] = predict("v5e:2x2", repeated, [P(), P()], [square] * 2)
+    for length in (7, 14):
+        results[f"scan{length}"] = predict("v5e:2x2", repeated(length), [P(), P()], [square] * 2)
     results["kernel"] = predict("v5e:2x2", added, [P()], [square])
     # Both factors are split along what is summed over: every chip has a part of each sum.
     results["split"] = predict("v5e:2x2", product, [P(None, "x"), P("x", None)], [square] * 2, count=4)
