@@ -1,5 +1,6 @@
 """The whole cascade against diffusers' pipelines, on random weights and the same noise; and the way back."""
 
+import copy
 import dataclasses
 
 import jax.numpy as jnp
@@ -35,7 +36,12 @@ def make_pipelines(names, unet_folder, folder):
 
     from imagen_jax.text.small import make_small_encoder
 
-    networks = [unet_folder(name)[0] for name in names]
+    networks = [copy.deepcopy(unet_folder(name)[0]) for name in names]
+    for network in networks:
+        # A network of random weights answers a small change with a larger one, guidance multiplies that, and eight
+        # steps raise it to a power: as made, diffusers in float32 ends 0.6 from diffusers in float64. With this the
+        # two stay within 1.2e-4, and three quarters of the last picture's values are not cut.
+        network.conv_out.weight.data.mul_(0.3)
     width = networks[0].config.encoder_hid_dim
     words = [*PROMPTS, NEGATIVE, *(each.lower() for each in PROMPTS)]
     make_small_encoder(folder / "encoder", vocabulary_texts=words, width=width, layers=2)
@@ -132,7 +138,7 @@ def test_cascade_matches_diffusers(pair, negative, unet_folder, tmp_path, monkey
     )
     noise = Noise(monkeypatch, [stage.resolution for stage in stages])
     states = run_theirs(base, enlarge, noise, negative)
-    assert np.abs(states[1][-1]).max() > 0.5
+    assert (np.abs(states[1][-1]) < 0.99).mean() > 0.5 and states[1][-1].std() > 0.3
     model = Imagen.load(out, cache="off")
     sampling = settings(model)
     options = {"sampling": sampling, "negative_prompt": negative, "batch_size": 2, "keep_x0": True}
