@@ -170,7 +170,7 @@ class StageNetwork:
         """
         if mesh is not None and self.config.network.gather is Gather.ONCE:
             params = self._gather(params, mesh)
-        state = jax.tree.unflatten(self._tree, [params[name] for name in self.abstract_params])
+        state = jax.tree.unflatten(self._tree, [jnp.asarray(params[name]) for name in self.abstract_params])
         network = nnx.merge(self._graph, state)
         time, aug_time = level_condition(self.config.schedule, log_snr), None
         if aug_log_snr is not None:
