@@ -17,6 +17,7 @@ from imagen_jax.diffusion.schedules import LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models.attention import Attention
+from imagen_jax.models.deepfloyd import DeepFloydOptions
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.execution import Gather, Remat
 from imagen_jax.models.stage import SamplingConfig, StageConfig
@@ -30,6 +31,11 @@ SIZES = {
     "text_width": 12,
 }
 PLAIN = StageConfig(name="base64", resolution=64, network=UNetConfig(**SIZES))
+DEEPFLOYD = StageConfig(
+    name="if64",
+    resolution=64,
+    network=UNetConfig(**SIZES, head_channels=8, deepfloyd=DeepFloydOptions(text_channels=32)),
+)
 # No field that has a default keeps it.
 FULL = StageConfig(
     name="sr256",
@@ -47,10 +53,13 @@ FULL = StageConfig(
         gather=Gather.ONCE,
         scan=3,
         concat_skips=(False, True),
+        param_dtype="bfloat16",
+        learned_variance=True,
     ),
     low_resolution=64,
     crop=64,
     max_text_length=256,
+    padded_text=True,
     schedule=LinearSchedule(log_snr_max=12.0),
     prediction=Prediction.V,
     augmentation=NoiseAugmentation(max_level=0.5, blur=0.5),
@@ -63,6 +72,7 @@ FULL = StageConfig(
             eta=0.3,
             churn=2.0,
             churn_noise=1.003,
+            learned_variance=False,
         ),
         guidance_weight=8.0,
         guidance=GuidanceConfig(log_snr_min=-3.0, log_snr_max=3.0, oscillate_after=4, rescale=0.7),
@@ -115,10 +125,11 @@ def left_at_default(config):
 def test_full_has_no_default_left():
     parts = (FULL, FULL.network, FULL.schedule, FULL.augmentation, FULL.sampling)
     for part in (*parts, FULL.sampling.sampler, FULL.sampling.threshold):
-        assert left_at_default(part) == [], part
+        # An option of the other kind of network, see DEEPFLOYD.
+        assert left_at_default(part) == (["deepfloyd"] if part is FULL.network else []), part
 
 
-@pytest.mark.parametrize("config", [PLAIN, FULL], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [PLAIN, FULL, DEEPFLOYD], ids=lambda config: config.name)
 def test_round_trip_through_json(config):
     made = build(StageConfig, json.loads(json.dumps(to_dict(config))), "stage")
     assert made == config
@@ -139,6 +150,7 @@ def test_dictionary_is_plain():
         "eta": 0.3,
         "churn": 2.0,
         "churn_noise": 1.003,
+        "learned_variance": False,
     }
     assert type(values["prediction"]) is str
 

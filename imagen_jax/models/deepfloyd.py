@@ -45,7 +45,7 @@ class DeepFloydOptions:
     norm_groups: int = 32  # groups of every GroupNorm over a picture
     text_norm_groups: int = 32  # groups of the GroupNorm over the text's tokens
     mid_self_attention: bool = True  # whether positions attend to each other in the middle block
-    activation: Activation = Activation.GELU
+    activation: Activation = Activation.GELU  # of blocks and of the time embedding
     embedding_activation: Activation | None = None  # once on the summed embedding; None: none
     skip_time_act: bool = (
         False  # whether blocks take the embedding as it is, without an activation of their own

@@ -19,6 +19,10 @@ EVERY_FLAG = {
     "steps": ("7", {"sampler": dataclasses.replace(OWN.sampler, steps=7)}),
     "sampler": ("dpmpp", {"sampler": dataclasses.replace(OWN.sampler, kind=Sampler.DPMPP)}),
     "grid": ("karras", {"sampler": dataclasses.replace(OWN.sampler, grid=GridConfig(kind=Grid.KARRAS))}),
+    "timesteps": (
+        "smart50",
+        {"sampler": dataclasses.replace(OWN.sampler, steps=50, grid=GridConfig(kind=Grid.SMART50))},
+    ),
     "eta": ("0.5", {"sampler": dataclasses.replace(OWN.sampler, eta=0.5)}),
     "churn": ("3", {"sampler": dataclasses.replace(OWN.sampler, churn=3.0)}),
     "guidance": ("4.5", {"guidance_weight": 4.5}),
