@@ -77,6 +77,22 @@ def _threshold(scheduler: Mapping[str, Any]) -> ThresholdConfig:
     return ThresholdConfig(kind=Threshold.NONE)
 
 
+def _scheduler_parts(
+    scheduler: Mapping[str, Any] | None, usual: _Defaults
+) -> tuple[DiscreteCosineSchedule, ThresholdConfig, bool]:
+    """Schedule, thresholding, and whether a learned variance is used."""
+    if scheduler is None:
+        return DiscreteCosineSchedule(), ThresholdConfig(percentile=95.0, max_scale=usual.max_scale), True
+    for name, (supported, default) in _SCHEDULER_FIXED.items():
+        if scheduler.get(name, default) != supported:
+            raise UserError(f"{name} is {scheduler.get(name, default)!r}; only {supported!r} is supported")
+    kind = scheduler.get("variance_type", "fixed_small")
+    if kind not in ("learned_range", "fixed_small"):
+        raise UserError(f"variance_type is {kind!r}; only learned_range and fixed_small are supported")
+    schedule = DiscreteCosineSchedule(steps=int(scheduler.get("num_train_timesteps", 1000)))
+    return schedule, _threshold(scheduler), kind == "learned_range"
+
+
 def stage_config(
     network: Mapping[str, Any],
     scheduler: Mapping[str, Any] | None,
@@ -103,21 +119,7 @@ def stage_config(
     if not isinstance(resolution, int):
         raise UserError(f"sample_size is {resolution!r}, expected a whole number")
     usual = _BASE if low_resolution is None else _SUPER
-    if scheduler is None:
-        threshold = ThresholdConfig(percentile=95.0, max_scale=usual.max_scale)
-        schedule, learned = DiscreteCosineSchedule(), unet.learned_variance
-    else:
-        for name, (supported, default) in _SCHEDULER_FIXED.items():
-            if scheduler.get(name, default) != supported:
-                raise UserError(
-                    f"{name} is {scheduler.get(name, default)!r}; only {supported!r} is supported"
-                )
-        kind = scheduler.get("variance_type", "fixed_small")
-        if kind not in ("learned_range", "fixed_small"):
-            raise UserError(f"variance_type is {kind!r}; only learned_range and fixed_small are supported")
-        learned = kind == "learned_range"
-        threshold = _threshold(scheduler)
-        schedule = DiscreteCosineSchedule(steps=int(scheduler.get("num_train_timesteps", 1000)))
+    schedule, threshold, learned = _scheduler_parts(scheduler, usual)
     try:
         return StageConfig(
             name=f"deepfloyd{resolution}",
