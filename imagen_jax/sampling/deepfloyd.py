@@ -387,13 +387,21 @@ def _pipeline_index(stage: StageConfig) -> dict[str, Any]:
         "requires_safety_checker": False,
         "scheduler": ["diffusers", "DDPMScheduler"],
         "text_encoder": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "AutoTokenizer"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         **optional,
     }
     if stage.low_resolution is not None:
         index["image_noising_scheduler"] = ["diffusers", "DDPMScheduler"]
     return index
+
+
+def _tokenizer_class(folder: epath.Path) -> str:
+    """The class that diffusers is to open a tokenizer with: it knows no AutoTokenizer."""
+    path = folder / "tokenizer_config.json"
+    name = read_json(path).get("tokenizer_class") if path.exists() else None
+    # What transformers 5 calls it, and what diffusers knows it by.
+    return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name or "T5Tokenizer"
 
 
 def export_pipeline(
@@ -415,6 +423,7 @@ def export_pipeline(
     index = _pipeline_index(stage)
     if text_encoder is not None and epath.Path(text_encoder).is_dir():
         copy_encoder(text_encoder, target / "text_encoder", tokenizer=target / "tokenizer")
+        index["tokenizer"] = ["transformers", _tokenizer_class(target / "tokenizer")]
     else:
         index |= {name: [None, None] for name in ("text_encoder", "tokenizer")}
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
