@@ -37,7 +37,7 @@ lint: $(VENV)/.installed-test
 test: lint  ## style, types and all tests but those below
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 
-test-parity: $(VENV)/.installed-parity  ## networks against transformers on PyTorch
+test-parity: $(VENV)/.installed-parity  ## networks against transformers and diffusers on PyTorch
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
 
 test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium, which is installed where it may be

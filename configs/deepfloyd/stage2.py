@@ -2,7 +2,7 @@
 
 Command:   imagen-jax train --config=deepfloyd/stage2.py --init_from=MODEL --workdir=runs/stage2
                --config.data.path=RECORDS --config.data.text_encoder=MODEL/text_encoder
-Variants:  "" (II-L, 1.24 B parameters), "tiny" (16×16 → 32×32 from fresh weights on the embedded data)
+Variants:  "" (II-L, 1.24 B parameters), "tiny" (0.9 M, for the embedded data, 16×16 → 32×32)
 Hardware:  II-L holds 16 bytes a parameter for training in float32 with Adam and one average: docs/deepfloyd.md
 Expect:    depends on the records
 

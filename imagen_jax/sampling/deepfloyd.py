@@ -77,6 +77,22 @@ def _threshold(scheduler: Mapping[str, Any]) -> ThresholdConfig:
     return ThresholdConfig(kind=Threshold.NONE)
 
 
+def _scheduler_parts(
+    scheduler: Mapping[str, Any] | None, usual: _Defaults
+) -> tuple[DiscreteCosineSchedule, ThresholdConfig, bool]:
+    """Schedule, thresholding, and whether a learned variance is used."""
+    if scheduler is None:
+        return DiscreteCosineSchedule(), ThresholdConfig(percentile=95.0, max_scale=usual.max_scale), True
+    for name, (supported, default) in _SCHEDULER_FIXED.items():
+        if scheduler.get(name, default) != supported:
+            raise UserError(f"{name} is {scheduler.get(name, default)!r}; only {supported!r} is supported")
+    kind = scheduler.get("variance_type", "fixed_small")
+    if kind not in ("learned_range", "fixed_small"):
+        raise UserError(f"variance_type is {kind!r}; only learned_range and fixed_small are supported")
+    schedule = DiscreteCosineSchedule(steps=int(scheduler.get("num_train_timesteps", 1000)))
+    return schedule, _threshold(scheduler), kind == "learned_range"
+
+
 def stage_config(
     network: Mapping[str, Any],
     scheduler: Mapping[str, Any] | None,
@@ -103,21 +119,7 @@ def stage_config(
     if not isinstance(resolution, int):
         raise UserError(f"sample_size is {resolution!r}, expected a whole number")
     usual = _BASE if low_resolution is None else _SUPER
-    if scheduler is None:
-        threshold = ThresholdConfig(percentile=95.0, max_scale=usual.max_scale)
-        schedule, learned = DiscreteCosineSchedule(), unet.learned_variance
-    else:
-        for name, (supported, default) in _SCHEDULER_FIXED.items():
-            if scheduler.get(name, default) != supported:
-                raise UserError(
-                    f"{name} is {scheduler.get(name, default)!r}; only {supported!r} is supported"
-                )
-        kind = scheduler.get("variance_type", "fixed_small")
-        if kind not in ("learned_range", "fixed_small"):
-            raise UserError(f"variance_type is {kind!r}; only learned_range and fixed_small are supported")
-        learned = kind == "learned_range"
-        threshold = _threshold(scheduler)
-        schedule = DiscreteCosineSchedule(steps=int(scheduler.get("num_train_timesteps", 1000)))
+    schedule, threshold, learned = _scheduler_parts(scheduler, usual)
     try:
         return StageConfig(
             name=f"deepfloyd{resolution}",
@@ -385,13 +387,21 @@ def _pipeline_index(stage: StageConfig) -> dict[str, Any]:
         "requires_safety_checker": False,
         "scheduler": ["diffusers", "DDPMScheduler"],
         "text_encoder": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "AutoTokenizer"],
+        "tokenizer": ["transformers", "T5Tokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],
         **optional,
     }
     if stage.low_resolution is not None:
         index["image_noising_scheduler"] = ["diffusers", "DDPMScheduler"]
     return index
+
+
+def _tokenizer_class(folder: epath.Path) -> str:
+    """The class that diffusers is to open a tokenizer with: it knows no AutoTokenizer."""
+    path = folder / "tokenizer_config.json"
+    name = read_json(path).get("tokenizer_class") if path.exists() else None
+    # What transformers 5 calls it, and what diffusers knows it by.
+    return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name or "T5Tokenizer"
 
 
 def export_pipeline(
@@ -413,6 +423,7 @@ def export_pipeline(
     index = _pipeline_index(stage)
     if text_encoder is not None and epath.Path(text_encoder).is_dir():
         copy_encoder(text_encoder, target / "text_encoder", tokenizer=target / "tokenizer")
+        index["tokenizer"] = ["transformers", _tokenizer_class(target / "tokenizer")]
     else:
         index |= {name: [None, None] for name in ("text_encoder", "tokenizer")}
     (target / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
