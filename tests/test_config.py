@@ -13,7 +13,7 @@ from imagen_jax.diffusion.grids import Grid, GridConfig
 from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
-from imagen_jax.diffusion.schedules import LinearSchedule
+from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models.attention import Attention
@@ -34,6 +34,7 @@ PLAIN = StageConfig(name="base64", resolution=64, network=UNetConfig(**SIZES))
 DEEPFLOYD = StageConfig(
     name="if64",
     resolution=64,
+    padded_text=True,
     network=UNetConfig(**SIZES, head_channels=8, deepfloyd=DeepFloydOptions(text_channels=32)),
 )
 # No field that has a default keeps it.
@@ -62,7 +63,7 @@ FULL = StageConfig(
     padded_text=True,
     schedule=LinearSchedule(log_snr_max=12.0),
     prediction=Prediction.V,
-    augmentation=NoiseAugmentation(max_level=0.5, blur=0.5),
+    augmentation=NoiseAugmentation(max_level=0.5, blur=0.5, enlarge=True, schedule=CosineSchedule(shift=1.0)),
     sampling=SamplingConfig(
         sampler=SamplerConfig(
             kind=Sampler.DDIM,
@@ -76,7 +77,7 @@ FULL = StageConfig(
         ),
         guidance_weight=8.0,
         guidance=GuidanceConfig(log_snr_min=-3.0, log_snr_max=3.0, oscillate_after=4, rescale=0.7),
-        threshold=ThresholdConfig(kind=Threshold.STATIC, percentile=90.0),
+        threshold=ThresholdConfig(kind=Threshold.STATIC, percentile=90.0, max_scale=2.0),
         aug_level=0.1,
     ),
 )

@@ -29,7 +29,8 @@ def bad_key(make_config, monkeypatch):
     def broken(self, index, stored):
         example = make(self, index, stored)
         if example["key"] == key:
-            example["text"][0, 0] = np.nan
+            example["embedding"] = example["embedding"].copy()  # of the record's bytes, which are read-only
+            example["embedding"][0, 0] = np.nan
         return example
 
     monkeypatch.setattr(pipeline._MakeExample, "__call__", broken)
