@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.flash_attention import LANES, flash_attention, supports
+from imagen_jax.parallel.mesh import works_locally
 
 
 class Attention(enum.StrEnum):
@@ -63,7 +64,7 @@ def attend(
         )
     if kind is Attention.FLASH or (kind is Attention.AUTO and possible and platform == "tpu"):
         run = functools.partial(flash_attention, head_channels=channels // heads, interpret=platform != "tpu")
-        if mesh is None:
+        if mesh is None or works_locally():
             return checkpoint_name(run(query, key, value, mask), "attended")
         # The compiler does not know how to split a kernel: each device runs it on its own examples and heads.
         split = P(("data", "fsdp"), None, "tensor")

@@ -19,7 +19,7 @@ from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
 from imagen_jax.models.execution import Gather
 from imagen_jax.models.unet import UNet, UNetConfig
 from imagen_jax.models.weights import flatten_names
-from imagen_jax.parallel.mesh import gather_weights
+from imagen_jax.parallel.mesh import gather_shard, gather_weights, works_locally
 
 Params = dict[str, Any]  # arrays (or their shapes) under dotted names
 
@@ -114,11 +114,15 @@ class StageNetwork:
 
     def _gather(self, params: Params, mesh: Mesh) -> Params:
         """All parameters whole along "fsdp", in the dtype of the computation but for the output's."""
-        dtype = jnp.dtype(self.config.network.dtype)
-        return {
-            name: gather_weights(value, mesh, dtype=None if name.startswith("conv_out.") else dtype)
-            for name, value in params.items()
-        }
+        local = works_locally()
+
+        def gather(name: str, value: Array) -> Array:
+            dtype = None if name.startswith("conv_out.") else jnp.dtype(self.config.network.dtype)
+            if local:
+                return gather_shard(value, self.abstract_params[name].shape, mesh, dtype=dtype)
+            return gather_weights(value, mesh, dtype=dtype)
+
+        return {name: gather(name, value) for name, value in params.items()}
 
     def apply(
         self,

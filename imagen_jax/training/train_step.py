@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Key, UInt32
 from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.errors import UserError
+from imagen_jax.models.execution import Gather
 from imagen_jax.models.stage import Params, StageNetwork, drop_text, unit_pictures
-from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
+from imagen_jax.parallel.mesh import batch_sharding, parameter_spec, replicated, state_shardings
 from imagen_jax.training.config import LoopConfig, OnNonfinite, TrainConfig
 from imagen_jax.training.state import TrainState, ema_name, learning_rate, updates_done
 
@@ -174,10 +175,32 @@ def batch_gradients(
     what an example draws is keyed by its index, so that the sum is the whole batch's but for rounding.
     """
 
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.stage.network.gather is not Gather.ONCE or mesh.shape["tensor"] > 1 or devices == 1:
+        return _gradients(network, config, params, batch, mesh, local=False)
+    specs = {name: parameter_spec(value.shape, mesh) for name, value in network.abstract_params.items()}
+    examples = P(("data", "fsdp"))
+    run = jax.shard_map(
+        lambda params, batch: _gradients(network, config, params, batch, mesh, local=True),
+        mesh=mesh,
+        in_specs=(specs, examples),
+        out_specs=(specs, examples, examples),
+        check_vma=False,  # gather_shard says how gradients are summed
+    )
+    return run(params, dict(batch))
+
+
+def _gradients(
+    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, mesh: Mesh, *, local: bool
+) -> tuple[Params, Losses, UInt32[Array, "batch 2"]]:
+    """`batch_gradients`; `local`: each device on its own part of the arrays."""
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+
     def gradients_of(part: Batch) -> tuple[Params, Losses]:
         def loss(params: Params) -> tuple[Array, Losses]:
             losses = example_losses(network, config, params, part, mesh=mesh)
-            return losses.loss.mean(), losses
+            mean = losses.loss.mean()
+            return mean / devices if local else mean, losses
 
         return jax.grad(loss, has_aux=True)(params)
 
@@ -189,7 +212,10 @@ def batch_gradients(
         gradients, losses = gradients_of(part)
         return jax.tree.map(lambda a, b: a + b / parts, total, gradients), losses
 
-    split = split_batch(batch, parts, mesh)
+    if local:
+        split = {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
+    else:
+        split = split_batch(batch, parts, mesh)
     total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
     flat = jax.tree.map(lambda each: each.reshape(-1), losses)
     return total, flat, split["index"].reshape(-1, 2)
