@@ -42,8 +42,9 @@ def run(env, *arguments):
 
 
 def snapshot(out):
-    """When each thing that training writes was last changed."""
-    paths = [out / stage / name for stage in ("base", "sr") for name in TRAINED]
+    """When each thing that training writes was last changed; `checkpoints` is probed for being writable."""
+    paths = [out / stage / name for stage in ("base", "sr") for name in TRAINED if name != "checkpoints"]
+    paths += [path for stage in ("base", "sr") for path in (out / stage / "checkpoints").iterdir()]
     return {str(path): path.stat().st_mtime_ns for path in paths}
 
 

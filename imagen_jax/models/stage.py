@@ -87,6 +87,22 @@ def level_condition(schedule: Schedule, log_snr: Float[Array, " batch"]) -> Floa
     return time_condition(log_snr)
 
 
+class _Keys(nnx.Rngs):
+    """The keys of `nnx.Rngs(key)`, counted in Python.
+
+    flax counts with an array, and asks that tracer for a sharding which it does not have: seconds in a large network.
+    """
+
+    def __init__(self, key: Array):
+        super().__init__()
+        self.key, self.made = key, 0
+
+    def params(self) -> Array:
+        """The next key."""
+        self.made += 1
+        return jax.random.fold_in(self.key, self.made - 1)
+
+
 class StageNetwork:
     """A stage's network as pure functions of its parameters, a flat dictionary of arrays."""
 
@@ -100,8 +116,8 @@ class StageNetwork:
     def _make(self, key: Array) -> nnx.Module:
         network = self.config.network
         if isinstance(network, EfficientUNetConfig):
-            return EfficientUNet(network, rngs=nnx.Rngs(key))
-        return UNet(network, rngs=nnx.Rngs(key))
+            return EfficientUNet(network, rngs=_Keys(key))
+        return UNet(network, rngs=_Keys(key))
 
     def init(self, key: Array) -> Params:
         """Fresh parameters; to be called under `jax.jit` with output shardings."""

@@ -169,7 +169,7 @@ def test_pipeline_folder_with_the_tokenizer_beside(folder, encoder, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_module, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
         UserError, match="text encoder google/t5: no such folder, and not to be had from the hub"
     ):

@@ -20,7 +20,6 @@ STAGES = ("base64", "sr256", "sr1024")
         ("base64.py", 2.0e9, 2.3e9),  # arXiv 2205.11487, section 3.1: 2 B, 600 M and 400 M
         ("sr256.py", 0.55e9, 0.65e9),
         ("sr1024.py", 0.38e9, 0.48e9),
-        ("base64.py:v_prediction", 2.0e9, 2.3e9),
         ("base64.py:small", 0.2e9, 0.23e9),
         ("sr256.py:small", 0.055e9, 0.065e9),
         ("sr1024.py:small", 0.038e9, 0.05e9),
