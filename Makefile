@@ -35,7 +35,7 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint  ## style, types and all tests but those below
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-parity: $(VENV)/.installed-parity  ## networks against transformers and diffusers on PyTorch
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity

@@ -53,6 +53,7 @@ setup(
     extras_require={
         "test": [
             "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
             "beartype>=0.22,<0.24",
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",

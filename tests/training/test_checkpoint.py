@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -221,7 +222,9 @@ def test_a_disk_that_fills_up_during_a_save_stops_the_run(config_file, tmp_path,
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 1
     # Beside it stands what the writing library's own threads say.
-    [last] = [line for line in errors.splitlines() if line.startswith("imagen-jax train: error: ")]
+    found = re.findall("imagen-jax train: error: .*", errors)
+    assert len(found) == 1, errors
+    last = found[0]
     start = f"imagen-jax train: error: {workdir / 'checkpoints'}: a checkpoint could not be saved"
     assert last.startswith(start), errors
     assert "File too large" in last and "the newest complete one is from step" in last

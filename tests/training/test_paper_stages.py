@@ -62,7 +62,7 @@ def state_of(network, optimizer, mesh):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage):
+def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimizations):
     full, config = load_config(f"imagen/{stage}.py"), load_config(f"imagen/{stage}.py:debug")
     for field in ("KIND", "dtype", "remat", "attention", "patch_size"):  # the same way through the code
         assert getattr(config.stage.network, field) == getattr(full.stage.network, field), field
