@@ -38,7 +38,7 @@ test: lint  ## style, types and all tests but those below
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-parity: $(VENV)/.installed-parity  ## networks against transformers and diffusers on PyTorch
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium, which is installed where it may be
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
