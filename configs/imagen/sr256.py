@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
                     "gather": "once",
-                    "scan": 8,
+                    "scan": 0,
                 },
                 "schedule": {"kind": "cosine"},  # [P]
                 "prediction": "epsilon",  # [P]
@@ -90,7 +90,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.network.update(
             channels=[32, 64],
             num_res_blocks=[1, 2],
-            scan=2,
             self_attention=[False, True],
             text_attention=[False, True],
             head_channels=32,

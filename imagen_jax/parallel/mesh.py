@@ -159,7 +159,9 @@ def gather_shard(
         shard = shard.astype(dtype)
     spec = parameter_spec(shape, mesh)
     dim = spec.index("fsdp") if "fsdp" in spec else None
-    shared = [axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1 and not (axis == "fsdp" and dim is not None)]
+    shared = [
+        axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1 and not (axis == "fsdp" and dim is not None)
+    ]
 
     @jax.custom_vjp
     def gather(shard: jax.Array) -> jax.Array:

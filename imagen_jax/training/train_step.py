@@ -174,7 +174,6 @@ def batch_gradients(
     With `train.accumulate` the parts go through the network one after the other and their gradients are added up;
     what an example draws is keyed by its index, so that the sum is the whole batch's but for rounding.
     """
-
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.stage.network.gather is not Gather.ONCE or mesh.shape["tensor"] > 1 or devices == 1:
         return _gradients(network, config, params, batch, mesh, local=False)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from imagen_jax.config import build
 from imagen_jax.errors import UserError
+from imagen_jax.models.execution import Gather
 from imagen_jax.models.stage import StageConfig, StageNetwork
 from imagen_jax.parallel.mesh import (
     MIN_SHARDED_SIZE,
@@ -23,7 +24,7 @@ from imagen_jax.parallel.mesh import (
 )
 from imagen_jax.training.config import DataConfig, LoopConfig, OptimizerConfig, TrainConfig
 from imagen_jax.training.state import TrainState, make_optimizer
-from imagen_jax.training.train_step import batch_loss, make_train_step
+from imagen_jax.training.train_step import batch_gradients, batch_loss, make_train_step
 
 BATCH, LENGTH, TEXT_WIDTH = 8, 5, 64
 MESHES = {
@@ -152,6 +153,33 @@ def test_gradients_do_not_depend_on_the_mesh(kind, name, one_device):
         ratios[key] = difference / largest
     worst = sorted(ratios, key=ratios.__getitem__)[-5:]
     assert ratios[worst[-1]] <= 1e-5, {key: ratios[key] for key in worst}
+
+
+@pytest.mark.parametrize(("data", "fsdp", "parts"), [(1, 8, 1), (2, 4, 1), (8, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("kind", STAGES)
+def test_gradients_of_weights_gathered_once_do_not_depend_on_the_mesh(kind, data, fsdp, parts, one_device):
+    """Each device works on its own examples; what they exchange is written out."""
+    params, loss, expected = one_device[kind]
+    config = run_config(kind)
+    stage = dataclasses.replace(
+        config.stage, network=dataclasses.replace(config.stage.network, gather=Gather.ONCE)
+    )
+    train = dataclasses.replace(config.train, accumulate=parts)
+    config = dataclasses.replace(config, stage=stage, train=train)
+    mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
+    network = StageNetwork(config.stage)
+    placed = jax.device_put(params, state_shardings(network.abstract_params, mesh))
+    run = jax.jit(lambda params, batch: batch_gradients(network, config, params, batch, mesh))
+    lowered = run.lower(placed, put_batch(batch_of(kind), mesh))
+    assert ("reduce_scatter" in lowered.as_text()) == (fsdp > 1)
+    gradients, losses, index = lowered.compile()(placed, put_batch(batch_of(kind), mesh))
+    np.testing.assert_allclose(float(losses.loss.mean()), loss, rtol=1e-6)
+    assert sorted(np.asarray(index)[:, 0].tolist()) == list(range(BATCH))
+    for key, gradient in expected.items():
+        assert gradients[key].sharding.is_equivalent_to(placed[key].sharding, gradient.ndim), key
+        np.testing.assert_allclose(
+            np.asarray(gradients[key]), gradient, rtol=0, atol=1e-5 * np.abs(gradient).max(), err_msg=key
+        )
 
 
 def one_step(config, mesh, params):

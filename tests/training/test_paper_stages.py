@@ -64,9 +64,16 @@ def state_of(network, optimizer, mesh):
 @pytest.mark.parametrize("stage", STAGES)
 def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimizations):
     full, config = load_config(f"imagen/{stage}.py"), load_config(f"imagen/{stage}.py:debug")
-    for field in ("KIND", "dtype", "remat", "attention", "patch_size"):  # the same way through the code
+    for field in (
+        "KIND",
+        "dtype",
+        "remat",
+        "gather",
+        "attention",
+        "patch_size",
+    ):  # the same way through the code
         assert getattr(config.stage.network, field) == getattr(full.stage.network, field), field
-    assert config.stage.network.scan > 0 and full.stage.network.scan > 0
+    assert (config.stage.network.scan > 0) == (full.stage.network.scan > 0)
     assert config.optimizer == full.optimizer and config.loss == full.loss
     mesh = make_mesh(config.mesh)
     assert mesh.shape["fsdp"] == 8
