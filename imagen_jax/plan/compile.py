@@ -113,6 +113,8 @@ def compile_stage(config: TrainConfig, devices: list[Any], program: Program, *, 
     Raises:
       UserError: for a mesh or a batch that does not fit the devices.
     """
+    if program is Program.TRAIN:
+        config.check_trainable()
     mesh = make_mesh(config.mesh, devices)
     check_batch_size(config.data.batch_size, mesh, "--batch_size")
     network = StageNetwork(config.stage)

@@ -169,10 +169,11 @@ class TrainConfig:
     optimizer: OptimizerConfig = OptimizerConfig()  # by which rule, at which rate
     mesh: MeshConfig = MeshConfig()  # on which arrangement of devices
 
-    def __post_init__(self) -> None:
+    def check_trainable(self) -> None:
+        """Raises UserError for a network that can draw pictures but not be trained."""
         if self.stage.network.param_dtype != "float32":
-            raise ValueError(
-                f"stage.network.param_dtype must be float32 to train, got {self.stage.network.param_dtype!r}"
+            raise UserError(
+                f"config.stage.network.param_dtype={self.stage.network.param_dtype}: must be float32 to train"
             )
 
 

@@ -260,6 +260,7 @@ def train(
         a loss or gradient that is not finite.
     """
     workdir = epath.Path(workdir)
+    config.check_trainable()
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
     check_accumulation(config, mesh)
