@@ -83,6 +83,8 @@ def training_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
         "text_mask": ((n, stage.max_text_length), jnp.bool_),
         "index": ((n, 2), jnp.uint32),
     }
+    if stage.padded_text:
+        shapes["null_text"] = (shapes["text"][0], jnp.float32)
     if stage.low_resolution is not None:
         low = side * stage.low_resolution // stage.resolution
         shapes["low_res"] = ((n, low, low, channels), jnp.uint8)
@@ -128,7 +130,11 @@ def compile_stage(config: TrainConfig, devices: list[Any], program: Program, *, 
             lowered = step.lower(state, batch)
         else:
             spec = ProgramSpec(
-                stage=config.stage, sampling=config.stage.sampling, batch=config.data.batch_size, mesh=mesh
+                stage=config.stage,
+                sampling=config.stage.sampling,
+                batch=config.data.batch_size,
+                negative=config.stage.padded_text,  # where the null text is a caption like any other
+                mesh=mesh,
             )
             shardings = spec.shardings(network.abstract_params)
             if shardings is None:

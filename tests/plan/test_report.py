@@ -7,14 +7,16 @@ import pytest
 
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+from imagen_jax.plan import compile as compile_module
 from imagen_jax.plan import report
 from imagen_jax.plan.chips import Topology, parse_topology
-from imagen_jax.plan.compile import Compiled, Program, training_batch
+from imagen_jax.plan.compile import Compiled, Program, compile_stage, training_batch
 from imagen_jax.plan.estimate import CollectiveTotal, Estimate, Origin
 from imagen_jax.plan.memory import Memory, account, bytes_per_device
 from imagen_jax.plan.network import Collective
 from imagen_jax.plan.report import Plan, to_json, to_text
 from imagen_jax.plan.suggest import suggestions
+from imagen_jax.training.config import load_config
 from imagen_jax.training.state import abstract_state, make_optimizer
 from imagen_jax.training.trainer import device_batch, training_batches
 
@@ -169,3 +171,12 @@ def test_chips_with_enough_memory_are_named(refused):
         "--topology=v6e",
         "--topology=v5p",
     ]
+
+
+@pytest.mark.parametrize("program", list(Program))
+def test_stages_whose_null_text_is_a_caption_are_traced(program, monkeypatch):
+    monkeypatch.setattr(compile_module, "_compile", lambda lowered: (None, len(lowered.as_text())))
+    config = load_config("deepfloyd/stage1.py:tiny", ["--config.data.batch_size=8"])
+    assert config.stage.padded_text
+    compiled = compile_stage(config, jax.devices(), program, progress=False)
+    assert compiled.needed_bytes > 1000
