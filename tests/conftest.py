@@ -6,13 +6,32 @@ from pathlib import Path
 
 import pytest
 
-# Compiling takes most of the time of tests with tiny networks: LLVM's optimizations cost more than they save.
+# Compiling takes most of the time of tests with tiny networks: LLVM's optimizations cost more than they save. (But
+# without them bfloat16 is ten times as slow: the fixture `optimizations` turns them on.)
 COMPILE_FLAGS = "--xla_backend_optimization_level=0"
 # Read when JAX first makes its devices, which no import of the package does.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=8 {COMPILE_FLAGS}"
+os.environ["IMAGEN_JAX_CACHE"] = "off"  # tests leave nothing in the user's cache folder
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 ROOT = Path(__file__).parents[1]
+# Files that take minutes, begun first: `make test` shares files between two processes, which then end together.
+LONG = (
+    *(
+        "training/test_processes.py",
+        "test_quickstart.py",
+        "training/test_resume.py",
+        "notebooks/test_notebooks.py",
+    ),
+    *("training/test_paper_stages.py", "text/test_processes.py", "training/test_checkpoint.py"),
+    *(
+        "training/test_online.py",
+        "training/test_health.py",
+        "plan/test_libtpu.py",
+        "models/test_execution.py",
+    ),
+)
 TEXT_WIDTH = 16
 RECORDS = 96  # of the split "train"; "test" has 8
 
@@ -55,6 +74,16 @@ def pytest_configure() -> None:
     # A plugin may have imported JAX before this file: then the variable comes too late.
     if "jax" in sys.modules:
         sys.modules["jax"].config.update("jax_platforms", "cpu")
+
+
+@pytest.fixture
+def optimizations():
+    """Programs of the test are compiled as a user's are."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")
@@ -116,3 +145,8 @@ def subprocess_env():
         return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
     return make
+
+
+def pytest_collection_modifyitems(items):
+    places = {str(ROOT / "tests" / name): place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(str(item.path), len(places)))

@@ -13,10 +13,13 @@ from imagen_jax.diffusion.grids import Grid, GridConfig
 from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
-from imagen_jax.diffusion.schedules import LinearSchedule
+from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
+from imagen_jax.models.attention import Attention
+from imagen_jax.models.deepfloyd import DeepFloydOptions
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.execution import Gather, Remat
 from imagen_jax.models.stage import SamplingConfig, StageConfig
 from imagen_jax.models.unet import UNetConfig
 
@@ -28,6 +31,12 @@ SIZES = {
     "text_width": 12,
 }
 PLAIN = StageConfig(name="base64", resolution=64, network=UNetConfig(**SIZES))
+DEEPFLOYD = StageConfig(
+    name="if64",
+    resolution=64,
+    padded_text=True,
+    network=UNetConfig(**SIZES, head_channels=8, deepfloyd=DeepFloydOptions(text_channels=32)),
+)
 # No field that has a default keeps it.
 FULL = StageConfig(
     name="sr256",
@@ -40,13 +49,21 @@ FULL = StageConfig(
         image_channels=1,
         patch_size=2,
         dtype="bfloat16",
+        attention=Attention.FLASH,
+        remat=Remat.PRODUCTS,
+        gather=Gather.ONCE,
+        scan=3,
+        concat_skips=(False, True),
+        param_dtype="bfloat16",
+        learned_variance=True,
     ),
     low_resolution=64,
     crop=64,
     max_text_length=256,
+    padded_text=True,
     schedule=LinearSchedule(log_snr_max=12.0),
     prediction=Prediction.V,
-    augmentation=NoiseAugmentation(max_level=0.5, blur=0.5),
+    augmentation=NoiseAugmentation(max_level=0.5, blur=0.5, enlarge=True, schedule=CosineSchedule(shift=1.0)),
     sampling=SamplingConfig(
         sampler=SamplerConfig(
             kind=Sampler.DDIM,
@@ -56,10 +73,11 @@ FULL = StageConfig(
             eta=0.3,
             churn=2.0,
             churn_noise=1.003,
+            learned_variance=False,
         ),
         guidance_weight=8.0,
         guidance=GuidanceConfig(log_snr_min=-3.0, log_snr_max=3.0, oscillate_after=4, rescale=0.7),
-        threshold=ThresholdConfig(kind=Threshold.STATIC, percentile=90.0),
+        threshold=ThresholdConfig(kind=Threshold.STATIC, percentile=90.0, max_scale=2.0),
         aug_level=0.1,
     ),
 )
@@ -108,10 +126,11 @@ def left_at_default(config):
 def test_full_has_no_default_left():
     parts = (FULL, FULL.network, FULL.schedule, FULL.augmentation, FULL.sampling)
     for part in (*parts, FULL.sampling.sampler, FULL.sampling.threshold):
-        assert left_at_default(part) == [], part
+        # An option of the other kind of network, see DEEPFLOYD.
+        assert left_at_default(part) == (["deepfloyd"] if part is FULL.network else []), part
 
 
-@pytest.mark.parametrize("config", [PLAIN, FULL], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [PLAIN, FULL, DEEPFLOYD], ids=lambda config: config.name)
 def test_round_trip_through_json(config):
     made = build(StageConfig, json.loads(json.dumps(to_dict(config))), "stage")
     assert made == config
@@ -132,6 +151,7 @@ def test_dictionary_is_plain():
         "eta": 0.3,
         "churn": 2.0,
         "churn_noise": 1.003,
+        "learned_variance": False,
     }
     assert type(values["prediction"]) is str
 

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.quickstart import SCALES, held_out_captions
+from imagen_jax.sampling.output import slug
 from imagen_jax.sampling.pictures import read_metadata
 
 # Hidden from the finder: a None in sys.modules breaks TFDS, which looks for it with find_spec.
@@ -41,8 +42,9 @@ def run(env, *arguments):
 
 
 def snapshot(out):
-    """When each thing that training writes was last changed."""
-    paths = [out / stage / name for stage in ("base", "sr") for name in TRAINED]
+    """When each thing that training writes was last changed; `checkpoints` is probed for being writable."""
+    paths = [out / stage / name for stage in ("base", "sr") for name in TRAINED if name != "checkpoints"]
+    paths += [path for stage in ("base", "sr") for path in (out / stage / "checkpoints").iterdir()]
     return {str(path): path.stat().st_mtime_ns for path in paths}
 
 
@@ -105,8 +107,8 @@ def test_the_model_samples(smoke, tmp_path):
     prompts = held_out_captions(2, 1)
     flags = ["--steps=2", "--guidance=1", "--num_images=2", "--seed=5"]
     run(env, "sample", *prompts, f"--model={out / 'model'}", f"--out={tmp_path}", *flags)
-    names = ["00000-5.png", "00000-6.png", "00001-5.png", "00001-6.png"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "grid.png"]
+    names = [f"{i:05d}-{slug(prompt)}-{seed}.png" for i, prompt in enumerate(prompts) for seed in (5, 6)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "grid.png", "index.html"]
     pictures = [np.asarray(Image.open(tmp_path / name)) for name in names]
     assert {picture.shape for picture in pictures} == {(64, 64, 3)}
     assert len({picture.tobytes() for picture in pictures}) == 4

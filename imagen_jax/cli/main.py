@@ -2,9 +2,12 @@
 
 import argparse
 import importlib
+import keyword
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 from imagen_jax.errors import UserError
 
@@ -13,8 +16,16 @@ VERBS = {
     "precompute": "encode captions and write training records",
     "train": "train one stage",
     "export": "turn trained stages into a model folder",
+    "import": "turn published weights of others into a model folder",
     "sample": "make pictures of prompts",
+    "plan": "what a stage needs on a TPU slice that is not here: memory and predicted time",
+    "serve": "a page in the browser that makes pictures",
 }
+
+
+def _module(verb: str) -> ModuleType:
+    """The verb's module; "import" is a word of Python's and has an underscore behind it."""
+    return importlib.import_module(f"imagen_jax.cli.{verb}{'_' * keyword.iskeyword(verb)}")
 
 
 def make_parser(verb: str | None) -> argparse.ArgumentParser:
@@ -30,7 +41,7 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
             "--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
         if name == verb:
-            importlib.import_module(f"imagen_jax.cli.{name}").add_arguments(command)
+            _module(name).add_arguments(command)
     return parser
 
 
@@ -39,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((argument for argument in argv if argument in VERBS), None)
     args, rest = make_parser(verb).parse_known_args(argv)
-    module = importlib.import_module(f"imagen_jax.cli.{args.verb}")
+    module: Any = _module(args.verb)
     try:
         if hasattr(module, "run_with_overrides"):
             return module.run_with_overrides(args, rest)

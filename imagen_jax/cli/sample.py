@@ -1,122 +1,279 @@
-"""`imagen-jax sample`: from prompts to PNG files and a grid."""
+"""`imagen-jax sample`: from prompts to PNG files, a grid and a contact sheet."""
 
 import argparse
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from imagen_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from imagen_jax.models.stage import SamplingConfig, StageConfig
+    from jax.sharding import Mesh
+
+    from imagen_jax.models.stage import SamplingConfig
+    from imagen_jax.sampling.cascade import Imagen, Preview
+    from imagen_jax.sampling.output import Place
+    from imagen_jax.sampling.record import PictureRecord
 
 EXAMPLE = """example:
   imagen-jax sample "a small red circle on a blue background" --model=model --out=pictures --num_images=4
 
-Writes one PNG a picture (prompt and seed in its metadata) and grid.png. Image j of each prompt has seed
-SEED + j and depends on its prompt and that seed only. --steps, --guidance and --sampler take one value for
-all stages or one a stage, separated by commas."""
+Writes one PNG a picture (all that makes it again is in its metadata), grid.png, and index.html with prompts and
+seeds. Image j of each prompt has seed SEED + j and depends on its prompt and that seed only. The same command
+goes on after an interruption. Sampling flags take one value for all stages, or one a stage, base first, separated
+by commas; an empty one keeps the stage's own: --steps=64,32 --guidance=,1.
+
+  imagen-jax sample --like=pictures/00000-a-small-red-circle-on-a-blue-background-2.png --out=again
+
+makes that very picture; flags beside --like replace what it was made with."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.epilog = EXAMPLE
-    parser.add_argument("prompts", nargs="*", metavar="PROMPT", help="captions of the pictures to make")
-    parser.add_argument("--model", required=True, help="model folder (`imagen-jax export`)")
+    parser.add_argument(
+        "prompts", nargs="*", metavar="PROMPT", help='captions; "-" reads them from standard input'
+    )
+    parser.add_argument(
+        "--model", help="model folder (`imagen-jax export`); default with --like: the picture's"
+    )
     parser.add_argument("--out", required=True, help="folder for the pictures")
-    parser.add_argument("--prompts_file", help="text file with one prompt a line")
+    parser.add_argument(
+        "--like", metavar="PNG", help="a picture of this command: its prompt, seed and settings"
+    )
+    parser.add_argument("--prompts_file", help='text file with one prompt a line; "-" is standard input')
     parser.add_argument("--num_images", type=int, default=1, help="pictures of each prompt (default 1)")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="seed of the first picture of each prompt (default 0)"
-    )
+    parser.add_argument("--seed", type=int, help="seed of the first picture of each prompt (default 0)")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn at a time (default 16)")
+    parser.add_argument("--until", type=int, metavar="PIXELS", help="stop at the stage of this picture size")
     parser.add_argument(
-        "--steps",
-        help="network steps, of one network call each (heun: two, and one in the last: 2*STEPS-1 in all); "
-        "default: the stage's own",
+        "--preview", action="store_true", help="keep OUT/preview.png up to date with the batch as it forms"
     )
-    parser.add_argument("--guidance", help="guidance weight, 1 is off; default: the stage's own")
-    parser.add_argument("--sampler", help="ddpm, ddim, dpmpp, dpmpp_sde or heun; default: the stage's own")
-    parser.add_argument(
-        "--negative_prompt", help="what guidance leads away from, in every guided stage; default: nothing"
+    parser.add_argument("--negative_prompt", help="what guidance leads away from, in every guided stage")
+    _add_sampling_flags(parser.add_argument_group("sampling, by default as the model's stages say"))
+    machine = parser.add_argument_group("machine")
+    machine.add_argument(
+        "--fsdp", type=int, default=1, help="devices over which weights are split (default 1)"
     )
+    machine.add_argument(
+        "--rows",
+        help="devices over which each picture's rows are split, for all stages or one by one (1,1,4)",
+    )
+    machine.add_argument(
+        "--free_stages",
+        action=argparse.BooleanOptionalAction,
+        help="whether a stage's weights leave memory after its turn; default: when memory is short",
+    )
+    machine.add_argument(
+        "--cache",
+        metavar="DIR",
+        help='compiled programs; "off": none; default: $IMAGEN_JAX_CACHE or ~/.cache',
+    )
+
+
+def _add_sampling_flags(group: Any) -> None:
+    group.add_argument("--sampler", help="ddpm, ddim, dpmpp, dpmpp_sde or heun")
+    group.add_argument(
+        "--steps", help="network steps, of one network call each (heun: two, and one in the last: 2*STEPS-1)"
+    )
+    group.add_argument(
+        "--grid", help="where the steps lie: time, log_snr or karras; default: the sampler's own"
+    )
+    group.add_argument(
+        "--timesteps", help="DeepFloyd's name for a grid: leading, fast27, smart27, smart50 or smart100"
+    )
+    group.add_argument("--eta", help="noise of ddim, 0 (none) to 1")
+    group.add_argument("--churn", help="noise of heun, 0 (none) or more")
+    group.add_argument("--guidance", help="guidance weight, 1 is off")
+    group.add_argument(
+        "--guidance_interval", metavar="LOW:HIGH", help='log-SNR in nats between which it applies, or "none"'
+    )
+    group.add_argument(
+        "--guidance_oscillate",
+        metavar="STEPS",
+        help='guide these first steps, then every other one, or "none"',
+    )
+    group.add_argument("--guidance_rescale", metavar="PHI", help="share of contrast put back, 0 to 1")
+    group.add_argument("--threshold", help="none, static or dynamic")
+    group.add_argument("--percentile", help="of dynamic thresholding, in percent (99.5)")
+    group.add_argument("--aug_level", help="noise on a stage's low-resolution input, 0 to 1")
 
 
 def read_prompts(prompts: list[str], file: str | None) -> list[str]:
-    """The prompts of the command line followed by those of the file.
+    """The prompts of the command line followed by those of the file; "-" is standard input.
 
     Raises:
-      UserError: if there are none, or the file cannot be read.
+      UserError: if the file cannot be read.
     """
-    prompts = list(prompts)
-    if file is not None:
+    found: list[str] = []
+    for prompt in prompts:
+        found += _lines(sys.stdin.read()) if prompt == "-" else [prompt]
+    if file == "-":
+        found += _lines(sys.stdin.read())
+    elif file is not None:
         path = Path(file)
         if not path.is_file():
             raise UserError(f"--prompts_file {file}: there is no such file")
-        prompts += [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not prompts:
-        raise UserError('give a prompt, as in imagen-jax sample "a red circle" …, or --prompts_file')
-    return prompts
+        try:
+            found += _lines(path.read_text(encoding="utf-8-sig"))
+        except UnicodeDecodeError as error:
+            raise UserError(f"--prompts_file {file} is not UTF-8 text: {error}") from error
+    return found
 
 
-def _per_stage(flag: str, text: str | None, kind: type, stages: int) -> list:
-    """One value a stage from "a" or "a,b,…"; None for stages' own."""
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.splitlines() if line.strip()]
+
+
+def _rows(text: str | None, names: list[str]) -> dict[str, int]:
+    """--rows by stage name."""
     if text is None:
-        return [None] * stages
+        return {}
     parts = text.split(",")
-    if len(parts) not in (1, stages):
-        raise UserError(f"--{flag} {text}: give one value, or one for each of the {stages} stages")
-    try:
-        values = [kind(part) for part in parts]
-    except ValueError:
-        raise UserError(f"--{flag} {text}: not a {kind.__name__}") from None
-    return values * stages if len(values) == 1 else values
+    if len(parts) not in (1, len(names)) or not all(part.strip().isdecimal() for part in parts):
+        raise UserError(f"--rows {text}: give one whole number, or one for each of the {len(names)} stages")
+    return dict(zip(names, map(int, parts * len(names) if len(parts) == 1 else parts)))
 
 
-def sampling_overrides(
-    args: argparse.Namespace, stages: "tuple[StageConfig, ...]"
-) -> "dict[str, SamplingConfig]":
-    """How to sample each stage, by its name, from --steps, --guidance and --sampler."""
-    from imagen_jax.sampling.stage_sampler import override_sampling
+def _mesh(args: argparse.Namespace, pictures: int, rows: int) -> "Mesh | None":
+    """No more devices than there is work for; None: one."""
+    import jax
 
-    count = len(stages)
-    steps = _per_stage("steps", args.steps, int, count)
-    guidance = _per_stage("guidance", args.guidance, float, count)
-    samplers = _per_stage("sampler", args.sampler, str, count)
-    try:
-        return {
-            stage.name: override_sampling(
-                stage.sampling, steps=steps[i], guidance_weight=guidance[i], sampler=samplers[i]
-            )
-            for i, stage in enumerate(stages)
-        }
-    except ValueError as error:
-        raise UserError(f"--steps, --guidance or --sampler: {error}") from error
+    from imagen_jax.parallel.mesh import MeshConfig, make_mesh, use_cpu_devices
+
+    if args.fsdp < 1:
+        raise UserError(f"--fsdp {args.fsdp}: at least 1")
+    busy = min(args.batch_size, pictures)
+    if busy > 1 or args.fsdp * rows > 1:
+        use_cpu_devices()
+    devices = jax.devices()
+    if rows == 1 and args.fsdp == 1:
+        devices = devices[:busy]
+    if len(devices) == 1 and args.fsdp * rows == 1:
+        return None
+    if len(devices) % (args.fsdp * rows):
+        raise UserError(
+            f"--fsdp {args.fsdp} and --rows {args.rows or 1} do not divide the {len(devices)} devices"
+        )
+    return make_mesh(MeshConfig(fsdp=args.fsdp), devices)
+
+
+def _settings(
+    args: argparse.Namespace, model: "Imagen", like: "PictureRecord | None"
+) -> "tuple[dict[str, SamplingConfig], int | None]":
+    """How each stage is sampled, and the size to stop at."""
+    from imagen_jax.sampling.overrides import FLAGS, override_all, parse_overrides
+    from imagen_jax.sampling.record import check_same_model
+
+    base = {stage.name: stage.sampling for stage in model.stages}
+    until = args.until
+    if like is not None:
+        stages, encoder = model.identities
+        check_same_model(like, stages, encoder, str(model.folder.path))
+        base |= {each.name: each.sampling for each in like.stages}
+        sides = {stage.name: stage.resolution for stage in model.stages}
+        until = sides[like.stages[-1].name] if until is None else until
+    flags = {name: getattr(args, name) for name in FLAGS}
+    made = override_all(list(base.values()), parse_overrides(flags, len(base)))
+    return dict(zip(base, made)), until
+
+
+def _say_what_is_there(places: "list[Place]", like: "PictureRecord | None") -> None:
+    import imagen_jax
+    from imagen_jax.sampling.output import beside
+
+    if like is not None and like.version != imagen_jax.__version__:
+        print(
+            f"imagen-jax sample: --like was made by version {like.version}, this is {imagen_jax.__version__}: "
+            "the picture may come out otherwise",
+            file=sys.stderr,
+        )
+    there = sum(place.there for place in places)
+    if there:
+        print(f"{there} of {len(places)} pictures are there already", file=sys.stderr)
+    other = next((place for place in places if not place.there and beside(place)), None)
+    if other is not None:
+        print(
+            f"--out holds pictures made otherwise ({'; '.join(beside(other)[:3])}); they stay, and new ones get "
+            f"names such as {other.path.name}",
+            file=sys.stderr,
+        )
+
+
+def _previewer(path: Path) -> "Any":
+    from imagen_jax.sampling.pictures import grid, save_png
+
+    def show(preview: "Preview") -> None:
+        save_png(path, grid(list(preview.pixels)))
+
+    return show
 
 
 def run(args: argparse.Namespace) -> int:
     """Samples and writes the pictures."""
-    from imagen_jax.sampling.cascade import Imagen
-    from imagen_jax.sampling.pictures import grid, save_png
+    from imagen_jax.sampling.record import read_record
 
+    like = None if args.like is None else read_record(args.like)
     prompts = read_prompts(args.prompts, args.prompts_file)
-    model = Imagen.load(args.model)
-    made = model.pictures(
-        prompts,
-        seed=args.seed,
-        num_images=args.num_images,
-        batch_size=args.batch_size,
-        negative_prompt=args.negative_prompt,
-        sampling=sampling_overrides(args, model.stages),
-        progress=True,
-    )
-    negative = {} if args.negative_prompt is None else {"negative_prompt": args.negative_prompt}
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(made):
-        name = f"{i // args.num_images:05d}-{picture.seed}.png"
-        metadata = {"prompt": picture.prompt, **negative, "seed": picture.seed, "model": args.model}
-        save_png(out / name, picture.pixels, metadata)
-    columns = args.num_images if args.num_images > 1 else None
-    save_png(out / "grid.png", grid([picture.pixels for picture in made], columns=columns))
-    print(f"{len(made)} pictures in {out}, all together in {out / 'grid.png'}")
+    if not prompts and like is not None:
+        prompts = [like.prompt]
+    if not prompts:
+        raise UserError('give a prompt, as in imagen-jax sample "a red circle" …, --prompts_file or --like')
+    seed = args.seed if args.seed is not None else 0 if like is None else like.seed
+    folder = args.model if args.model is not None or like is None else like.model
+    if folder is None:
+        raise UserError("--model is missing: the model folder (`imagen-jax export`)")
+    negative = args.negative_prompt
+    if negative is None and like is not None:
+        negative = like.negative_prompt
+
+    from imagen_jax.sampling.cascade import Imagen, wanted_pictures
+    from imagen_jax.sampling.model_folder import ModelFolder
+
+    wanted = wanted_pictures(prompts, seed, args.num_images)
+    if args.batch_size < 1:
+        raise UserError(f"--batch_size {args.batch_size}: at least 1")
+    rows = _rows(args.rows, [stage.name for stage in ModelFolder(folder).stages])
+    mesh = _mesh(args, len(wanted), max(rows.values(), default=1))
+    model = Imagen.load(folder, mesh=mesh, rows=rows, free_stages=args.free_stages, cache=args.cache)
+    sampling, until = _settings(args, model, like)
+    options: Any = {"negative_prompt": negative, "sampling": sampling, "until": until}
+    _draw(args, model, wanted, like, options)
     return 0
+
+
+def _draw(
+    args: argparse.Namespace,
+    model: "Imagen",
+    wanted: list[tuple[str, int]],
+    like: "PictureRecord | None",
+    options: Any,
+) -> None:
+    """Draws what is missing in --out and writes the overviews."""
+    from imagen_jax.data.files import make_folder
+    from imagen_jax.sampling import output
+
+    # Checked before the folder is made.
+    records = [model.record(prompt, seed, **options) for prompt, seed in wanted]
+    model.check(batch_size=args.batch_size, **options)
+    out = make_folder(args.out)
+    places = [output.find_place(out, i // args.num_images, record) for i, record in enumerate(records)]
+    _say_what_is_there(places, like)
+    missing = [place for place in places if not place.there]
+    preview = _previewer(Path(args.out) / "preview.png") if args.preview else None
+    made = model.draw(
+        [(place.record.prompt, place.record.seed) for place in missing],
+        batch_size=args.batch_size,
+        progress=True,
+        preview=preview,
+        **options,
+    )
+    for place, picture in zip(missing, made, strict=True):
+        output.save_picture(place, picture.pixels)
+    shown = output.write_grid(out / "grid.png", places, args.num_images if args.num_images > 1 else None)
+    output.write_contact_sheet(out / "index.html", places)
+    all_of_them = "all" if shown == len(places) else f"the first {shown}"
+    print(
+        f"{len(places)} pictures in {out}; {all_of_them} side by side in {out / 'grid.png'}, with prompts and seeds in "
+        f"{out / 'index.html'}"
+    )

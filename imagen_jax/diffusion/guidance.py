@@ -16,7 +16,7 @@ class GuidanceConfig:
 
     # Guided only at levels in [log_snr_min, log_snr_max], in nats (arXiv 2404.07724); None: no bound.
     log_snr_min: float | None = None
-    log_snr_max: float | None = None
+    log_snr_max: float | None = None  # the other bound
     # Guided at this many first steps, then at every other one, beginning with one that is not guided
     # (oscillating guidance of Imagen Video, arXiv 2210.02303, with the lower weight 1); None: at every step.
     oscillate_after: int | None = None

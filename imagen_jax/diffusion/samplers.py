@@ -17,9 +17,18 @@ from imagen_jax.diffusion.grids import Grid, GridConfig
 from imagen_jax.diffusion.schedules import Schedule
 from imagen_jax.diffusion.steps import add_noise, ddim_step, ddpm_step, heun_correction
 
+
+class Denoised(NamedTuple):
+    """What a network with a learned variance sees in x_t."""
+
+    x0: Float[Array, "batch *shape"]
+    # Takes the place of `SamplerConfig.variance_interpolation`, for each pixel and channel; None: it does not.
+    variance_interpolation: Float[Array, "batch *shape"] | None
+
+
 # (x_t, log-SNR, number of the step from 0) → x̂0: guidance and thresholding included.
 Denoiser = Callable[
-    [Float[Array, "batch *shape"], Float[Array, ""], Int[Array, ""]], Float[Array, "batch *shape"]
+    [Float[Array, "batch *shape"], Float[Array, ""], Int[Array, ""]], Float[Array, "batch *shape"] | Denoised
 ]
 
 # Nats of log-SNR. Heun's rule takes the slope for linear in σ/α; over a longer step (the first one of a grid
@@ -51,13 +60,14 @@ OWN_GRIDS = {
 class SamplerConfig:
     """How a stage is sampled."""
 
-    kind: Sampler = Sampler.DDPM
+    kind: Sampler = Sampler.DDPM  # how a step goes from one noise level to the next
     steps: int = 256  # levels of the grid; a step is one network call (heun: two, but one in the last step)
     grid: GridConfig | None = (
         None  # None: time for ddpm and ddim, log_snr for dpmpp, dpmpp_sde, karras for heun
     )
     # DDPM variance σ̃²^(1−γ)·σ_{t|s}²^γ: between the posterior's (γ = 0) and the forward step's (γ = 1).
     variance_interpolation: float = 0.2
+    learned_variance: bool = True  # ddpm: that of a network which learned one takes the place of the above
     eta: float = 0.0  # DDIM: 0 deterministic, 1 the posterior's variance (arXiv 2010.02502, equation 16)
     churn: float = (
         0.0  # heun: S_churn of arXiv 2206.00364, algorithm 2: noise put back, shared among all steps
@@ -67,6 +77,8 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if self.grid is not None:
+            self.grid.timesteps(self.steps)  # refuses a number of steps that the grid does not have
         for name in ("variance_interpolation", "eta"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -159,13 +171,16 @@ def _heun_half_step(x: Array, x0: Array, x0_before: Array, noise: Array, call: C
     return jnp.where(call.corrects, add_noise(corrected, noise, reached, churned), predicted)
 
 
-def _next_x(x: Array, x0: Array, x0_before: Array, noise: Array, call: Calls, config: SamplerConfig) -> Array:
+def _next_x(
+    x: Array, found: Denoised, x0_before: Array, noise: Array, call: Calls, config: SamplerConfig
+) -> Array:
     """What the network sees at the next call."""
+    x0, learned = found
     log_snr_t = jnp.broadcast_to(call.log_snr, x.shape[:1])
     log_snr_s = jnp.broadcast_to(call.log_snr_next, x.shape[:1])
     match config.kind:
         case Sampler.DDPM:
-            gamma = config.variance_interpolation
+            gamma = config.variance_interpolation if learned is None else learned
             return ddpm_step(x, x0, noise, log_snr_t, log_snr_s, variance_interpolation=gamma)
         case Sampler.DDIM:
             return ddim_step(x, x0, noise, log_snr_t, log_snr_s, eta=config.eta)
@@ -179,6 +194,65 @@ def _next_x(x: Array, x0: Array, x0_before: Array, noise: Array, call: Calls, co
             return _heun_half_step(x, x0, x0_before, config.churn_noise * noise, call)
 
 
+class SamplerState(NamedTuple):
+    """Where a batch is on its way from noise to data, between two network calls."""
+
+    x: Float[Array, "batch *shape"]  # what the network sees at the next call
+    x0: Float[Array, "batch *shape"]  # x̂0 of the last call; zeros before the first
+
+
+def start(keys: Key[Array, " batch"], shape: tuple[int, ...]) -> SamplerState:
+    """Noise of each image's own key, before the first network call."""
+    x_1 = image_noise(keys, 0, shape)
+    return SamplerState(x_1, jnp.zeros_like(x_1))
+
+
+def advance(
+    denoiser: Denoiser,
+    state: SamplerState,
+    *,
+    keys: Key[Array, " batch"],
+    schedule: Schedule,
+    config: SamplerConfig,
+    first: Int[Array, ""] | int = 0,
+    last: Int[Array, ""] | int | None = None,
+) -> SamplerState:
+    """Network calls `first` to `last` − 1 in one loop with one network call an iteration.
+
+    DDPM and DDIM as in arXiv 2205.11487, appendix F; DPM-Solver++(2M) and its SDE variant as in arXiv
+    2211.01095, algorithm 2 and appendix; Heun and churn as in arXiv 2206.00364, algorithm 2 without bounds of
+    the churned levels, for a variance-preserving process.
+
+    Args:
+      denoiser: gives x̂0 from x_t, its log-SNR and the step's number.
+      state: after `first` calls.
+      keys: one key an image; the image depends on its own key only.
+      schedule: noise level as a function of time; it may end without any signal (a log-SNR of −100, say).
+      config: sampler, grid and steps.
+      first: number of the first call, from 0.
+      last: number of the call before which to stop; None: all `config.network_calls` are made.
+
+    Returns:
+      The state after `last` calls. After all of them its x0 is the sample: no noise is added after the last
+      network call, and the last step is of first order whatever the sampler.
+    """
+    calls = plan_calls(config.log_snrs(schedule), config)
+
+    def iterate(number: Array, state: SamplerState) -> SamplerState:
+        call = jax.tree.map(lambda each: each[number], calls)
+        found = denoiser(state.x, call.log_snr, call.step)
+        if not isinstance(found, Denoised):
+            found = Denoised(found, None)
+        noise = (
+            image_noise(keys, call.step + 1, state.x.shape[1:])
+            if config.stochastic
+            else jnp.zeros_like(state.x)
+        )
+        return SamplerState(_next_x(state.x, found, state.x0, noise, call, config), found.x0)
+
+    return jax.lax.fori_loop(first, config.network_calls if last is None else last, iterate, state)
+
+
 def sample(
     denoiser: Denoiser,
     *,
@@ -187,34 +261,10 @@ def sample(
     schedule: Schedule,
     config: SamplerConfig,
 ) -> Float[Array, "batch *shape"]:
-    """Draws a batch from noise to data in one `lax.scan` with one network call an iteration.
-
-    DDPM and DDIM as in arXiv 2205.11487, appendix F; DPM-Solver++(2M) and its SDE variant as in arXiv
-    2211.01095, algorithm 2 and appendix; Heun and churn as in arXiv 2206.00364, algorithm 2 without bounds of
-    the churned levels, for a variance-preserving process.
-
-    Args:
-      denoiser: gives x̂0 from x_t, its log-SNR and the step's number; called `config.network_calls` times.
-      keys: one key an image; the image depends on its own key only.
-      shape: of one image.
-      schedule: noise level as a function of time; it may end without any signal (a log-SNR of −100, say).
-      config: sampler, grid and steps.
+    """Draws a batch from noise to data: `start`, then all calls of `advance`, whose arguments these are.
 
     Returns:
-      The last x̂0, float32, (batch, *shape): no noise is added after the last network call, and the last step
-      is of first order whatever the sampler.
+      The last x̂0, float32, (batch, *shape).
     """
-    calls = plan_calls(config.log_snrs(schedule), config)
-
-    def iterate(carry: tuple[Array, Array], inputs: tuple[Array, Calls]) -> tuple[tuple[Array, Array], None]:
-        (x, x0_before), (last, call) = carry, inputs
-        x0 = denoiser(x, call.log_snr, call.step)
-        noise = image_noise(keys, call.step + 1, shape) if config.stochastic else jnp.zeros_like(x)
-        x_next = _next_x(x, x0, x0_before, noise, call, config)
-        # What remains of noise at t = 0 would only be added to be seen.
-        return (jnp.where(last, x0, x_next), x0), None
-
-    x_1 = image_noise(keys, 0, shape)
-    last = jnp.arange(config.network_calls) == config.network_calls - 1
-    (result, _), _ = jax.lax.scan(iterate, (x_1, jnp.zeros_like(x_1)), (last, calls))
-    return result
+    state = start(keys, shape)
+    return advance(denoiser, state, keys=keys, schedule=schedule, config=config).x0

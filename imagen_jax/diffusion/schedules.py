@@ -5,11 +5,13 @@ preserving, so α² = sigmoid(log_snr) and σ² = sigmoid(−log_snr) (Kingma et
 """
 
 import dataclasses
+import functools
 import math
 from typing import ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 
@@ -74,3 +76,60 @@ class LinearSchedule:
         integral = 0.1 * t + 9.95 * t**2
         smallest = math.log1p(math.exp(-self.log_snr_max))  # keeps log and its argument finite at t = 0
         return -jnp.log(jnp.expm1(jnp.maximum(integral, smallest)))
+
+
+# Largest part of a step by which a time may lie beyond it and still count as that step: float32 times do.
+_STEP_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DiscreteCosineSchedule:
+    """The cosine schedule in steps, each with a noise level of its own (Nichol & Dhariwal, arXiv 2102.09672, 3.2).
+
+    Time t lies in step ceil(t·steps) − 1. Networks trained on it are told the number of the step, and their
+    learned variances belong to it. DeepFloyd IF uses it with 1000 steps.
+    """
+
+    KIND: ClassVar[str] = "discrete_cosine"
+    steps: int = 1000  # levels
+    max_beta: float = 0.999  # largest β of a step
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps must be at least 2, got {self.steps}")
+        if not 0.0 < self.max_beta < 1.0:
+            raise ValueError(f"max_beta must be in (0, 1), got {self.max_beta}")
+
+    def betas(self) -> Float[np.ndarray, " steps"]:
+        """β of each step, float32: min(1 − f(i+1)/f(i), max_beta) with f(i) = cos²((i/steps + 0.008)/1.008·π/2)."""
+
+        def f(i: int) -> float:
+            return math.cos((i / self.steps + 0.008) / 1.008 * math.pi / 2) ** 2
+
+        values = [min(1.0 - f(i + 1) / f(i), self.max_beta) for i in range(self.steps)]
+        return np.asarray(values, np.float32)
+
+    def alphas_cumprod(self) -> Float[np.ndarray, " steps"]:
+        """ᾱ of each step, float32: products of the float32 numbers 1 − β in float64."""
+        alphas = np.float32(1.0) - self.betas()
+        return np.cumprod(alphas.astype(np.float64)).astype(np.float32)
+
+    def table(self) -> Float[np.ndarray, " steps"]:
+        """Log-SNR of each step in nats, float32, falling."""
+        return _log_snr_table(self)
+
+    def log_snr(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Log-SNR of the step in which t in [0, 1] lies."""
+        number = jnp.ceil(t * self.steps - _STEP_TOLERANCE).astype(jnp.int32) - 1
+        return jnp.asarray(self.table())[jnp.clip(number, 0, self.steps - 1)]
+
+    def timestep(self, log_snr: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        """Number of the step with this log-SNR, from 0; between two steps interpolated linearly in log-SNR."""
+        rising = jnp.asarray(self.table()[::-1])
+        return jnp.interp(log_snr, rising, jnp.arange(self.steps - 1, -1, -1, dtype=jnp.float32))
+
+
+@functools.lru_cache(maxsize=8)
+def _log_snr_table(schedule: DiscreteCosineSchedule) -> np.ndarray:
+    signal = schedule.alphas_cumprod().astype(np.float64)
+    return np.log(signal / (1.0 - signal)).astype(np.float32)

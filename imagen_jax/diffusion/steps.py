@@ -17,12 +17,15 @@ def ddpm_step(
     log_snr_t: Float[Array, " batch"],
     log_snr_s: Float[Array, " batch"],
     *,
-    variance_interpolation: float,
+    variance_interpolation: float | Float[Array, "batch *shape"],
 ) -> Float[Array, "batch *shape"]:
     """Draws x_s from q(x_s | x_t, x̂0) (arXiv 2202.00512, appendix B, equations 13–14).
 
     With variance_interpolation 0 this is the exact posterior, and also the first-order SDE-DPM-Solver++
     (arXiv 2211.01095, appendix): (σ_s/σ_t)·e^−h = α_t·σ_s² / (α_s·σ_t²) and 1 − e^−2h = 1 − SNR(t)/SNR(s).
+
+    A network that learns the variance gives an interpolation for each pixel and channel (arXiv 2102.09672,
+    equation 15).
     """
     log_snr_t, log_snr_s = expand_to(log_snr_t, x_t), expand_to(log_snr_s, x_t)
     alpha_t, sigma_t = alpha_sigma(log_snr_t)

@@ -5,10 +5,13 @@ from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from imagen_jax.models.execution import Execution, Twins
 from imagen_jax.models.layers import (
     Conditioning,
+    Linear,
     ResNetBlock,
     conv3x3,
     from_patches,
@@ -25,6 +28,24 @@ class EfficientUNetConfig(UNetConfig):
 
     KIND: ClassVar[str] = "efficient_unet"
     low_res_channels: int = 3  # the network is made for super-resolution; 0 makes a base network of it
+    # Levels at which every residual block of the UBlock sees, by concatenation, what its twin in the DBlock
+    # made. At the others the DBlock's output is added once, on entry. () is none.
+    concat_skips: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "concat_skips", tuple(self.concat_skips))
+        if self.deepfloyd is not None:
+            raise ValueError("deepfloyd is an option of the kind 'unet' only")
+        if self.concat_skips and len(self.concat_skips) != len(self.channels):
+            raise ValueError(
+                f"concat_skips needs one entry for each of {len(self.channels)} levels or none, "
+                f"got {self.concat_skips}"
+            )
+
+    def concatenates(self, level: int) -> bool:
+        """Whether the level's UBlock concatenates its skips."""
+        return bool(self.concat_skips) and self.concat_skips[level]
 
     @property
     def side_multiple(self) -> int:
@@ -36,33 +57,58 @@ class CombineEmbeddings(nnx.Module):
     """Adds the projected time and pooled-text embedding to every position."""
 
     def __init__(self, width: int, channels: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.project = nnx.Linear(width, channels, dtype=dtype, rngs=rngs)
+        self.project = Linear(width, channels, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Array, embedding: Array) -> Array:
         """Adds the embedding's projection to x."""
         return x + self.project(nnx.silu(embedding))[:, None, None, :]
 
 
+class SkipBlock(nnx.Module):
+    """A residual block that sees a skip beside its input."""
+
+    def __init__(self, config: EfficientUNetConfig, channels: int, *, rngs: nnx.Rngs):
+        self.res = ResNetBlock(
+            2 * channels, channels, embedding_width=config.width, dtype=jnp.dtype(config.dtype), rngs=rngs
+        )
+
+    def __call__(self, x: Array, embedding: Array, skip: Array) -> Array:
+        """Maps x and skip (N, H, W, C) → (N, H, W, C)."""
+        return self.res(jnp.concatenate([x, skip * 2**-0.5], axis=-1), embedding)
+
+
 class Stack(nnx.Module):
     """What DBlock and UBlock share: the embedding, the residual blocks and the optional attention."""
 
-    def __init__(self, config: EfficientUNetConfig, level: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: EfficientUNetConfig, level: int, *, concatenate: bool = False, rngs: nnx.Rngs):
         dtype, channels = jnp.dtype(config.dtype), config.channels[level]
         self.combine = CombineEmbeddings(config.width, channels, dtype=dtype, rngs=rngs)
-        self.blocks = nnx.List(
-            [
-                ResNetBlock(channels, channels, embedding_width=config.width, dtype=dtype, rngs=rngs)
-                for _ in range(config.num_res_blocks[level])
-            ]
-        )
+
+        def block() -> nnx.Module:
+            if concatenate:
+                return SkipBlock(config, channels, rngs=rngs)
+            return ResNetBlock(channels, channels, embedding_width=config.width, dtype=dtype, rngs=rngs)
+
+        self.blocks = nnx.List([block() for _ in range(config.num_res_blocks[level])])
         self.attention = level_attention(config, level, rngs=rngs)
 
-    def __call__(self, x: Array, embedding: Array, text: Array, mask: Array) -> Array:
-        """Keeps the shape (N, H, W, channels of the level)."""
-        x = self.combine(x, embedding)
-        for block in self.blocks:
-            x = block(x, embedding)
-        return x if self.attention is None else self.attention(x, text, mask)
+    def __call__(
+        self,
+        x: Array,
+        embedding: Array,
+        text: Array,
+        mask: Array,
+        *,
+        execution: Execution,
+        twins: Twins | None = None,
+        keep: bool = False,
+    ) -> tuple[Array, Twins]:
+        """The stack's output and, if they are to be kept, its residual blocks': (N, H, W, channels)."""
+        x = execution.run(self.combine, x, embedding)
+        x, outputs = execution.chain(list(self.blocks), x, embedding, twins=twins, keep=keep)
+        if self.attention is not None:
+            x = execution.run(self.attention, x, text, mask, mesh=execution.mesh)
+        return x, outputs
 
 
 class DBlock(nnx.Module):
@@ -72,24 +118,45 @@ class DBlock(nnx.Module):
         self.conv = conv3x3(
             inputs, config.channels[level], stride=2, dtype=jnp.dtype(config.dtype), rngs=rngs
         )
+        self.concatenate = config.concatenates(level)
         self.stack = Stack(config, level, rngs=rngs)
 
-    def __call__(self, x: Array, embedding: Array, text: Array, mask: Array) -> Array:
-        """Maps x (N, H, W, inputs) → (N, H/2, W/2, channels of the level)."""
-        return self.stack(self.conv(x), embedding, text, mask)
+    def __call__(
+        self, x: Array, embedding: Array, text: Array, mask: Array, *, execution: Execution
+    ) -> tuple[Array, Twins]:
+        """Maps x (N, H, W, inputs) → the output and the residual blocks', (N, H/2, W/2, channels)."""
+        x = execution.run(self.conv, x)
+        return self.stack(x, embedding, text, mask, execution=execution, keep=self.concatenate)
 
 
 class UBlock(nnx.Module):
-    """Upsamples last (figure A.29); the skip of its level is added on entry, both scaled by 1/√2."""
+    """Upsamples last (figure A.29); the skip of its level is added on entry, both scaled by 1/√2.
+
+    Where the config says so, each residual block sees one of the level's skips instead.
+    """
 
     def __init__(self, config: EfficientUNetConfig, outputs: int, level: int, *, rngs: nnx.Rngs):
-        self.stack = Stack(config, level, rngs=rngs)
+        self.concatenate = config.concatenates(level)
+        self.stack = Stack(config, level, concatenate=self.concatenate, rngs=rngs)
         self.conv = conv3x3(config.channels[level], outputs, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
-    def __call__(self, x: Array, skip: Array, embedding: Array, text: Array, mask: Array) -> Array:
-        """Maps x and skip (N, H, W, channels of the level) → (N, 2H, 2W, outputs)."""
-        h = self.stack((x + skip) * 2**-0.5, embedding, text, mask)
-        return self.conv(upsample_nearest(h))
+    def __call__(
+        self,
+        x: Array,
+        skip: Array,
+        twins: Twins,
+        embedding: Array,
+        text: Array,
+        mask: Array,
+        *,
+        execution: Execution,
+    ) -> Array:
+        """Maps x and what its DBlock made, (N, H, W, channels of the level), → (N, 2H, 2W, outputs)."""
+        if self.concatenate:
+            h, _ = self.stack(x, embedding, text, mask, execution=execution, twins=twins)
+        else:
+            h, _ = self.stack((x + skip) * 2**-0.5, embedding, text, mask, execution=execution)
+        return execution.run(self.conv, upsample_nearest(h))
 
 
 class EfficientUNet(nnx.Module):
@@ -124,18 +191,22 @@ class EfficientUNet(nnx.Module):
         *,
         low_res: Float[Array, "batch low_height low_width low_channels"] | None = None,
         aug_time: Float[Array, " batch"] | None = None,
-    ) -> Float[Array, "batch height width channels"]:
+        mesh: Mesh | None = None,
+    ) -> Float[Array, "batch height width outputs"]:
         """The network's output, float32; arguments as in `UNet`.
 
         Both sides are divisible by patch_size × 2 to the number of levels.
         """
-        embedding, tokens = self.conditioning(time, text, mask, aug_time)
-        h = self.conv_in(to_patches(with_low_res(x_t, low_res), self.config.patch_size))
+        execution = self.config.execution(mesh)
+        embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
+        rest = (embedding, tokens, mask)
+        h = execution.run(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
         first, skips = h, []
         for block in self.down:
-            h = block(h, embedding, tokens, mask)
-            skips.append(h)
+            h, outputs = block(h, *rest, execution=execution)
+            skips.append((h, outputs))
         for up_block in self.up:
-            h = up_block(h, skips.pop(), embedding, tokens, mask)
-        output = self.conv_out((h + first) * 2**-0.5).astype(jnp.float32)
-        return from_patches(output, self.config.patch_size)
+            h = up_block(h, *skips.pop(), *rest, execution=execution)
+        h = (h + first) * 2**-0.5
+        output = dataclasses.replace(execution, dtype=jnp.dtype("float32")).run(self.conv_out, h)
+        return from_patches(output.astype(jnp.float32), self.config.patch_size)

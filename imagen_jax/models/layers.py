@@ -5,13 +5,20 @@ normalisation statistics and softmax in float32.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from imagen_jax.models.attention import Attention, attend, split_heads
+from imagen_jax.models.normalisation import GroupNorm, add_bias
+
 zeros_init = nnx.initializers.zeros_init()
+lecun_init = nnx.initializers.lecun_normal()
 
 
 def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Array, "batch {width}"]:
@@ -22,53 +29,78 @@ def sinusoidal_embedding(values: Float[Array, " batch"], width: int) -> Float[Ar
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-class GroupNorm(nnx.Module):
-    """GroupNorm (arXiv 1803.08494) of 32 groups, or of fewer where a group would have less than 8 channels.
+class Conv3x3(nnx.Module):
+    """3×3 convolution with padding one; parameters are float32, the rest is in `dtype`."""
 
-    With a channel or two a group it would be an instance norm, which wipes out how bright or large things are.
+    def __init__(
+        self, inputs: int, outputs: int, *, stride: int, init: Any, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.kernel = nnx.Param(init(rngs.params(), (3, 3, inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(zeros_init(rngs.params(), (outputs,), jnp.float32))
+        self.stride, self.dtype = stride, dtype
 
-    Statistics are taken per channel in float32 and then shared within groups: the picture is never reshaped to
-    a short last axis, which is slow on CPU and TPU alike.
-    """
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        """The convolution."""
+        return add_bias(self.without_bias(x), self.bias[...])
 
-    def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5):
-        self.groups = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
-        self.epsilon, self.dtype = epsilon, dtype
-        self.scale = nnx.Param(jnp.ones((channels,)))
-        self.bias = nnx.Param(jnp.zeros((channels,)))
+    def without_bias(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        """What a normalisation sees that adds the bias itself."""
+        return jax.lax.conv_general_dilated(
+            x.astype(self.dtype),
+            self.kernel[...].astype(self.dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
 
-    def _share(self, values: Float[Array, "batch channels"]) -> Float[Array, "batch channels"]:
-        """Means over each group's channels, one value a channel."""
-        n, c = values.shape
-        means = values.reshape(n, self.groups, c // self.groups).mean(axis=-1)
-        return jnp.repeat(means, c // self.groups, axis=-1)
 
-    def __call__(
-        self, x: Float[Array, "batch height width channels"]
-    ) -> Float[Array, "batch height width channels"]:
-        """Normalises over height, width and the channels of a group."""
-        full = x.astype(jnp.float32)
-        mean = self._share(full.mean(axis=(1, 2)))
-        variance = self._share(jnp.square(full - mean[:, None, None]).mean(axis=(1, 2)))
-        factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
-        offset = self.bias[...] - mean * factor
-        return (full * factor[:, None, None] + offset[:, None, None]).astype(self.dtype)
+class Linear(nnx.Module):
+    """Product over the last axis; parameters are float32, the rest is in `dtype`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        use_bias: bool = True,
+        kernel_init: Any = lecun_init,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(kernel_init(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(zeros_init(rngs.params(), (outputs,), jnp.float32)) if use_bias else None
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*shape c"]) -> Float[Array, "*shape c2"]:
+        """The product."""
+        made = jnp.matmul(x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return made if self.bias is None else add_bias(made, self.bias[...])
 
 
 def conv3x3(
     inputs: int, outputs: int, *, dtype: jnp.dtype, rngs: nnx.Rngs, stride: int = 1, zero: bool = False
-) -> nnx.Conv:
+) -> Conv3x3:
     """3×3 convolution with padding one; `zero` starts it at zero, so that its branch starts as the identity."""
-    init = zeros_init if zero else nnx.initializers.lecun_normal()
-    return nnx.Conv(
-        inputs, outputs, (3, 3), strides=stride, padding=1, kernel_init=init, dtype=dtype, rngs=rngs
-    )
+    init = zeros_init if zero else lecun_init
+    return Conv3x3(inputs, outputs, stride=stride, init=init, dtype=dtype, rngs=rngs)
 
 
+@jax.custom_vjp
 def upsample_nearest(x: Float[Array, "n h w c"]) -> Float[Array, "n 2*h 2*w c"]:
     """Doubles both sides by repetition."""
     n, h, w, c = x.shape
     return jnp.broadcast_to(x[:, :, None, :, None], (n, h, 2, w, 2, c)).reshape(n, 2 * h, 2 * w, c)
+
+
+def _upsample_backward(_: None, gradient: Float[Array, "n h w c"]) -> tuple[Float[Array, "n h2 w2 c"]]:
+    """Sums of 2×2, written as additions: the vector unit reduces axes far slower than it adds arrays."""
+    n, h, w, c = gradient.shape
+    parts = gradient.astype(jnp.float32).reshape(n, h // 2, 2, w // 2, 2, c)
+    total = (parts[:, :, 0, :, 0] + parts[:, :, 0, :, 1]) + (parts[:, :, 1, :, 0] + parts[:, :, 1, :, 1])
+    return (total.astype(gradient.dtype),)
+
+
+upsample_nearest.defvjp(lambda x: (upsample_nearest(x), None), _upsample_backward)
 
 
 def downsample_average(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 c"]:
@@ -77,24 +109,25 @@ def downsample_average(x: Float[Array, "n h w c"]) -> Float[Array, "n h//2 w//2 
     return x.reshape(n, h // 2, 2, w // 2, 2, c).mean(axis=(2, 4))
 
 
-def split_heads(
-    x: Float[Array, "batch length channels"], heads: int
-) -> Float[Array, "batch length heads head"]:
-    """(batch, length, heads × head) → (batch, length, heads, head)."""
-    return x.reshape(*x.shape[:2], heads, -1)
-
-
 class TimeEmbedding(nnx.Module):
     """Sinusoidal embedding followed by a two-layer network; for the time and for the augmentation level."""
 
-    def __init__(self, channels: int, width: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.channels = channels
-        self.dense1 = nnx.Linear(channels, width, dtype=dtype, rngs=rngs)
-        self.dense2 = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        activation: Callable[[Array], Array] = nnx.silu,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.channels, self.activation = channels, activation
+        self.dense1 = Linear(channels, width, dtype=dtype, rngs=rngs)
+        self.dense2 = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, value: Float[Array, " batch"]) -> Float[Array, "batch width"]:
         """`value` in [0, 1000] (`diffusion.process.time_condition`)."""
-        return self.dense2(nnx.silu(self.dense1(sinusoidal_embedding(value, self.channels))))
+        return self.dense2(self.activation(self.dense1(sinusoidal_embedding(value, self.channels))))
 
 
 class TextConditioning(nnx.Module):
@@ -108,14 +141,14 @@ class TextConditioning(nnx.Module):
             raise ValueError(f"{heads} pooling heads do not divide the width {width}")
         self.heads = heads
         self.norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs)
-        self.project = nnx.Linear(text_width, width, dtype=dtype, rngs=rngs)
+        self.project = Linear(text_width, width, dtype=dtype, rngs=rngs)
         self.pool_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.query = Linear(width, width, dtype=dtype, rngs=rngs)
         # A key's bias would shift all logits of a query alike, which softmax takes away again.
-        self.key = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
-        self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.key = Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
+        self.value = Linear(width, width, dtype=dtype, rngs=rngs)
         self.out_norm = nnx.LayerNorm(width, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+        self.out = Linear(width, width, dtype=dtype, rngs=rngs)
 
     def __call__(
         self, text: Float[Array, "batch length text_width"], mask: Bool[Array, "batch length"]
@@ -142,7 +175,8 @@ class ResNetBlock(nnx.Module):
 
     With `resample` "up" or "down" both paths change resolution after the first activation, as BigGAN's blocks
     do (arXiv 2105.05233, section 3). With `embedding_width` None no embedding enters (Efficient U-Net,
-    arXiv 2205.11487, figure A.27).
+    arXiv 2205.11487, figure A.27). DeepFloyd's blocks have an activation of their own, take the embedding as it
+    is where `activate_embedding` is off, and divide the residual sum by `scale`.
     """
 
     def __init__(
@@ -152,23 +186,26 @@ class ResNetBlock(nnx.Module):
         *,
         embedding_width: int | None,
         resample: str | None = None,
+        activation: Callable[[Array], Array] = nnx.silu,
+        activate_embedding: bool = True,
+        norm_groups: int | None = None,
+        scale: float = 1.0,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         if resample not in (None, "up", "down"):
             raise ValueError(f"resample must be None, 'up' or 'down', got {resample!r}")
-        self.resample = resample
-        self.norm1 = GroupNorm(inputs, dtype=dtype)
+        self.resample, self.activation = resample, activation
+        self.activate_embedding, self.scale = activate_embedding, scale
+        self.norm1 = GroupNorm(inputs, groups=norm_groups, dtype=dtype)
         self.conv1 = conv3x3(inputs, outputs, dtype=dtype, rngs=rngs)
         self.embed = (
-            None
-            if embedding_width is None
-            else nnx.Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
+            None if embedding_width is None else Linear(embedding_width, 2 * outputs, dtype=dtype, rngs=rngs)
         )
-        self.norm2 = GroupNorm(outputs, dtype=dtype)
+        self.norm2 = GroupNorm(outputs, groups=norm_groups, dtype=dtype)
         self.conv2 = conv3x3(outputs, outputs, dtype=dtype, rngs=rngs, zero=True)
         self.shortcut = (
-            None if inputs == outputs else nnx.Linear(inputs, outputs, dtype=dtype, rngs=rngs)
+            None if inputs == outputs else Linear(inputs, outputs, dtype=dtype, rngs=rngs)
         )  # a 1×1 convolution
 
     def __call__(
@@ -177,17 +214,20 @@ class ResNetBlock(nnx.Module):
         embedding: Float[Array, "batch width_e"] | None = None,
     ) -> Float[Array, "batch height2 width2 outputs"]:
         """`embedding` is the time and pooled-text embedding, before its activation."""
-        h = nnx.silu(self.norm1(x))
+        h = self.activation(self.norm1(x))
         if self.resample == "up":
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.resample == "down":
             h, x = downsample_average(h), downsample_average(x)
-        h = self.norm2(self.conv1(h))
+        h = self.conv1.without_bias(h)
+        scale = shift = None
         if self.embed is not None and embedding is not None:
-            scale, shift = jnp.split(self.embed(nnx.silu(embedding))[:, None, None, :], 2, axis=-1)
-            h = h * (1 + scale) + shift
-        h = self.conv2(nnx.silu(h))
-        return h + (x if self.shortcut is None else self.shortcut(x))
+            if self.activate_embedding:
+                embedding = self.activation(embedding)
+            scale, shift = jnp.split(self.embed(embedding).astype(jnp.float32), 2, axis=-1)
+        h = self.conv2(self.activation(self.norm2(h, scale, shift, bias=self.conv1.bias[...])))
+        h = h + (x if self.shortcut is None else self.shortcut(x))
+        return h if self.scale == 1.0 else h / self.scale
 
 
 class TextAttention(nnx.Module):
@@ -204,6 +244,7 @@ class TextAttention(nnx.Module):
         head_channels: int,
         text_width: int | None,
         self_attention: bool,
+        kind: Attention = Attention.XLA,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -211,24 +252,24 @@ class TextAttention(nnx.Module):
             raise ValueError(f"head_channels {head_channels} does not divide {channels} channels")
         if text_width is None and not self_attention:
             raise ValueError("attention needs keys: text, positions or both")
-        self.heads = channels // head_channels
+        self.heads, self.kind = channels // head_channels, kind
         self.norm = GroupNorm(channels, dtype=dtype)
-        self.query = nnx.Linear(channels, channels, dtype=dtype, rngs=rngs)
-        self.key_value = (
-            nnx.Linear(channels, 2 * channels, dtype=dtype, rngs=rngs) if self_attention else None
-        )
+        self.query = Linear(channels, channels, dtype=dtype, rngs=rngs)
+        self.key_value = Linear(channels, 2 * channels, dtype=dtype, rngs=rngs) if self_attention else None
         if text_width is None:
             self.text_norm = self.text_key_value = None
         else:
             self.text_norm = nnx.LayerNorm(text_width, dtype=dtype, rngs=rngs)
-            self.text_key_value = nnx.Linear(text_width, 2 * channels, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(channels, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
+            self.text_key_value = Linear(text_width, 2 * channels, dtype=dtype, rngs=rngs)
+        self.out = Linear(channels, channels, kernel_init=zeros_init, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "batch height width channels"],
         text: Float[Array, "batch length text_width"],
         mask: Bool[Array, "batch length"],
+        *,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width channels"]:
         """Residual attention; `text` is TextConditioning's sequence and `mask` its real tokens."""
         n, height, width, channels = x.shape
@@ -241,13 +282,16 @@ class TextAttention(nnx.Module):
             pairs.append(self.key_value(h))
             masks.append(jnp.ones(h.shape[:2], dtype=bool))
         keys, values = jnp.split(jnp.concatenate(pairs, axis=1), 2, axis=-1)
-        attended = jax.nn.dot_product_attention(
-            split_heads(self.query(h), self.heads),
-            split_heads(keys, self.heads),
-            split_heads(values, self.heads),
-            mask=jnp.concatenate(masks, axis=1)[:, None, None, :],
+        attended = attend(
+            self.query(h),
+            keys,
+            values,
+            jnp.concatenate(masks, axis=1),
+            heads=self.heads,
+            kind=self.kind,
+            mesh=mesh,
         )
-        return x + self.out(attended.reshape(n, height * width, channels)).reshape(x.shape)
+        return x + self.out(attended).reshape(x.shape)
 
 
 class Conditioning(nnx.Module):

@@ -6,17 +6,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.diffusion.augmentation import NoiseAugmentation
 from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.process import Prediction, time_condition
 from imagen_jax.diffusion.samplers import SamplerConfig
-from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
+from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedule, LinearSchedule, Schedule
 from imagen_jax.diffusion.thresholding import ThresholdConfig
 from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
+from imagen_jax.models.execution import Gather
 from imagen_jax.models.unet import UNet, UNetConfig
 from imagen_jax.models.weights import flatten_names
+from imagen_jax.parallel.mesh import gather_shard, gather_weights, works_locally
 
 Params = dict[str, Any]  # arrays (or their shapes) under dotted names
 
@@ -46,8 +49,11 @@ class StageConfig:
     low_resolution: int | None = None  # pixels, side of the pictures it enlarges; None: a base stage
     crop: int | None = None  # pixels, side of the crops it trains on; None: whole pictures
     max_text_length: int = 128  # tokens; captions are padded or cut to it
-    schedule: CosineSchedule | LinearSchedule = CosineSchedule()
-    prediction: Prediction = Prediction.EPSILON
+    # Whether text is as DeepFloyd IF has it: captions in lower case, embeddings of padding count as text, and the
+    # null text is the empty caption.
+    padded_text: bool = False
+    schedule: CosineSchedule | LinearSchedule | DiscreteCosineSchedule = CosineSchedule()
+    prediction: Prediction = Prediction.EPSILON  # what the network puts out; Imagen: epsilon
     augmentation: NoiseAugmentation = NoiseAugmentation()
     sampling: SamplingConfig = SamplingConfig()
 
@@ -60,6 +66,8 @@ class StageConfig:
                     f"{field} {side} is not a multiple of the {self.network.side_multiple} pixels that the "
                     f"network's {len(self.network.channels)} levels need"
                 )
+        if self.network.deepfloyd is not None and not self.padded_text:
+            raise ValueError("a deepfloyd network sees no mask: it needs padded_text")
         if self.max_text_length < 1:
             raise ValueError(f"max_text_length must be at least 1, got {self.max_text_length}")
         low = self.low_resolution
@@ -72,27 +80,65 @@ class StageConfig:
             )
 
 
+def level_condition(schedule: Schedule, log_snr: Float[Array, " batch"]) -> Float[Array, " batch"]:
+    """The number in [0, 1000] by which a network is told a noise level: of a discrete schedule, its step's."""
+    if isinstance(schedule, DiscreteCosineSchedule):
+        return schedule.timestep(log_snr)
+    return time_condition(log_snr)
+
+
+class _Keys(nnx.Rngs):
+    """The keys of `nnx.Rngs(key)`, counted in Python.
+
+    flax counts with an array, and asks that tracer for a sharding which it does not have: seconds in a large network.
+    """
+
+    def __init__(self, key: Array):
+        super().__init__()
+        self.key, self.made = key, 0
+
+    def params(self) -> Array:
+        """The next key."""
+        self.made += 1
+        return jax.random.fold_in(self.key, self.made - 1)
+
+
 class StageNetwork:
     """A stage's network as pure functions of its parameters, a flat dictionary of arrays."""
 
     def __init__(self, config: StageConfig):
         self.config = config
         self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
-        self.abstract_params, self._tree = flatten_names(state)
+        named, self._tree = flatten_names(state)
+        dtype = jnp.dtype(config.network.param_dtype)
+        self.abstract_params = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in named.items()}
 
     def _make(self, key: Array) -> nnx.Module:
         network = self.config.network
         if isinstance(network, EfficientUNetConfig):
-            return EfficientUNet(network, rngs=nnx.Rngs(key))
-        return UNet(network, rngs=nnx.Rngs(key))
+            return EfficientUNet(network, rngs=_Keys(key))
+        return UNet(network, rngs=_Keys(key))
 
     def init(self, key: Array) -> Params:
         """Fresh parameters; to be called under `jax.jit` with output shardings."""
-        return flatten_names(nnx.split(self._make(key))[1])[0]
+        fresh = flatten_names(nnx.split(self._make(key))[1])[0]
+        return {name: leaf.astype(self.config.network.param_dtype) for name, leaf in fresh.items()}
 
     def parameter_count(self) -> int:
         """Number of parameters."""
         return sum(shape.size for shape in self.abstract_params.values())
+
+    def _gather(self, params: Params, mesh: Mesh) -> Params:
+        """All parameters whole along "fsdp", in the dtype of the computation but for the output's."""
+        local = works_locally()
+
+        def gather(name: str, value: Array) -> Array:
+            dtype = None if name.startswith("conv_out.") else jnp.dtype(self.config.network.dtype)
+            if local:
+                return gather_shard(value, self.abstract_params[name].shape, mesh, dtype=dtype)
+            return gather_weights(value, mesh, dtype=dtype)
+
+        return {name: gather(name, value) for name, value in params.items()}
 
     def apply(
         self,
@@ -104,6 +150,7 @@ class StageNetwork:
         *,
         low_res: Float[Array, "batch low_height low_width channels"] | None = None,
         aug_log_snr: Float[Array, " batch"] | None = None,
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width channels"]:
         """The network's output, of the stage's prediction type.
 
@@ -115,11 +162,44 @@ class StageNetwork:
           mask: True for real tokens.
           low_res: for an SR stage: the (augmented) low-resolution pictures.
           aug_log_snr: for an SR stage: their log signal-to-noise ratios.
+          mesh: where `params` lie by the rules of `parallel.mesh`, to be gathered as `network.gather` says; None:
+            they lie whole.
         """
-        state = jax.tree.unflatten(self._tree, [params[name] for name in self.abstract_params])
+        output, _ = self.apply_with_variance(
+            params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr, mesh=mesh
+        )
+        return output
+
+    def apply_with_variance(
+        self,
+        params: Params,
+        x_t: Float[Array, "batch height width channels"],
+        log_snr: Float[Array, " batch"],
+        text: Float[Array, "batch length text_width"],
+        mask: Bool[Array, "batch length"],
+        *,
+        low_res: Float[Array, "batch low_height low_width channels"] | None = None,
+        aug_log_snr: Float[Array, " batch"] | None = None,
+        mesh: Mesh | None = None,
+    ) -> tuple[
+        Float[Array, "batch height width channels"], Float[Array, "batch height width channels"] | None
+    ]:
+        """As `apply`, and the learned variance's interpolation (0: the posterior's, 1: the forward step's).
+
+        None where the network learned no variance.
+        """
+        if mesh is not None and self.config.network.gather is Gather.ONCE:
+            params = self._gather(params, mesh)
+        state = jax.tree.unflatten(self._tree, [jnp.asarray(params[name]) for name in self.abstract_params])
         network = nnx.merge(self._graph, state)
-        aug_time = None if aug_log_snr is None else time_condition(aug_log_snr)
-        return network(x_t, time_condition(log_snr), text, mask, low_res=low_res, aug_time=aug_time)
+        time, aug_time = level_condition(self.config.schedule, log_snr), None
+        if aug_log_snr is not None:
+            aug_time = level_condition(self.config.augmentation.schedule, aug_log_snr)
+        output = network(x_t, time, text, mask, low_res=low_res, aug_time=aug_time, mesh=mesh)
+        if not self.config.network.learned_variance:
+            return output, None
+        output, variance = jnp.split(output, 2, axis=-1)
+        return output, 0.5 * (variance + 1.0)
 
 
 def drop_text(

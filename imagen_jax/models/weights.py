@@ -199,7 +199,8 @@ class TensorSource:
     """Where one tensor of our state comes from in a stored checkpoint."""
 
     names: tuple[str, ...]  # stored tensors: exactly one, or one per layer where stacked
-    axes: tuple[int, ...] | None = None  # our axis i is stored axis axes[i]; None: as stored
+    # Our axis i is stored axis axes[i]; stored axes that are not among them have length one. None: as stored.
+    axes: tuple[int, ...] | None = None
     stacked: bool = False  # whether ours has a leading axis over `names` (layers under a scan)
 
     def __post_init__(self):
@@ -209,8 +210,10 @@ class TensorSource:
     def shape(self, reader: SafetensorsReader) -> tuple[int, ...]:
         """Our shape, from the first stored tensor."""
         stored = reader.shape(self.names[0])
-        axes = range(len(stored)) if self.axes is None else self.axes
-        if len(axes) != len(stored):
+        axes = tuple(range(len(stored))) if self.axes is None else self.axes
+        if any(size != 1 for axis, size in enumerate(stored) if axis not in axes) or max(
+            axes, default=-1
+        ) >= len(stored):
             raise UserError(
                 f"{reader.location}: tensor {self.names[0]} has shape {stored}, not {len(axes)} axes"
             )
@@ -230,10 +233,12 @@ class TensorSource:
     def _read_one(self, reader: SafetensorsReader, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if self.axes is None:
             return reader.read(name, index)
-        stored_index = [slice(None)] * len(index)
+        stored_index = [slice(None)] * len(reader.shape(name))
         for ours, stored in enumerate(self.axes):
             stored_index[stored] = index[ours]
-        return reader.read(name, stored_index).transpose(self.axes)
+        rest = tuple(axis for axis in range(len(stored_index)) if axis not in self.axes)
+        found = reader.read(name, stored_index).transpose((*self.axes, *rest))
+        return found.reshape(found.shape[: len(self.axes)])
 
 
 def flatten_names(state: Any) -> tuple[dict[str, Any], Any]:
@@ -381,7 +386,8 @@ def _write_file(path: epath.Path, header: bytes, leaves: list[Any]) -> None:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for leaf in leaves:
-            file.write(_to_host(leaf).tobytes())
+            # As bytes of the array itself: `tobytes` would hold a second copy of the largest tensor.
+            file.write(np.ascontiguousarray(_to_host(leaf)).reshape(-1).view(np.uint8).data)
     partial.replace(path)
 
 

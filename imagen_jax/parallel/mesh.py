@@ -4,14 +4,17 @@ import dataclasses
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.errors import UserError
+
+T = TypeVar("T")  # a tree of arrays
 
 AXES = ("data", "fsdp", "tensor")
 # Below this a shard costs more in collectives than it saves in memory.
@@ -92,16 +95,25 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, mesh)), abstract_state)
 
 
-def gather_weights(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax.Array]:
+def gather_weights(params: T, mesh: Mesh, *, dtype: jnp.dtype | None = None) -> T:
     """Parameters as a network uses them: whole along "fsdp", still split along "tensor".
 
-    To be called under `jax.jit`, on parameters that lie by `parameter_spec`; their gradients lie so again. XLA
-    would find a layout itself, but a wrong one: on a mesh with all three axes the gradient with respect to the
-    input of a convolution, whose kernel's input features and whose batch are split by the same axis, came out
-    wrong (jaxlib 0.10.2, largest error of the order of the gradient).
+    To be called under `jax.jit`, on parameters that lie by `parameter_spec`; their gradients lie so again. A
+    network calls it block by block, so that one block's weights at a time are whole. XLA would find a layout
+    itself, but a wrong one: on a mesh with all three axes the gradient with respect to the input of a
+    convolution, whose kernel's input features and whose batch are split by the same axis, came out wrong
+    (jaxlib 0.10.2, largest error of the order of the gradient).
+
+    Args:
+      params: any tree of arrays.
+      mesh: where they lie.
+      dtype: arrays of two and more axes are converted to it before they are gathered, and their gradients
+        summed over the devices in it: half the traffic in bfloat16; None: as they are.
     """
 
     def gather(param: jax.Array) -> jax.Array:
+        if dtype is not None and param.ndim > 1:
+            param = param.astype(dtype)
         spec = parameter_spec(param.shape, mesh)
         if "fsdp" not in spec:
             return param
@@ -112,13 +124,56 @@ def gather_weights(params: Mapping[str, jax.Array], mesh: Mesh) -> dict[str, jax
         def constrain(value: jax.Array) -> jax.Array:
             return jax.lax.with_sharding_constraint(value, whole)
 
-        constrain.defvjp(
-            lambda value: (constrain(value), None),
-            lambda _, gradient: (jax.lax.with_sharding_constraint(gradient, split),),
-        )
+        def back(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+            # Summed whole and then cut, which the compiler makes one operation of. Asked for the cut alone it
+            # would cut the convolution that makes the gradient into as many narrow ones, several times as slow.
+            summed = jax.lax.with_sharding_constraint(gradient, whole)
+            return (jax.lax.with_sharding_constraint(summed, split),)
+
+        constrain.defvjp(lambda value: (constrain(value), None), back)
         return constrain(param)
 
-    return {name: gather(param) for name, param in params.items()}
+    return jax.tree.map(gather, params)
+
+
+def works_locally() -> bool:
+    """Whether what is being traced sees one device's part of the arrays, under `jax.shard_map`."""
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def gather_shard(
+    shard: jax.Array, shape: Sequence[int], mesh: Mesh, *, dtype: jnp.dtype | None = None
+) -> jax.Array:
+    """`gather_weights` of one parameter where the code works locally, and without a "tensor" axis.
+
+    The collectives are written out: whole weights by one all-gather, gradients by one reduce-scatter of `dtype`,
+    where the partitioner would sum whole gradients in float32, four times the bytes.
+
+    Args:
+      shard: this device's part.
+      shape: of the whole parameter.
+      mesh: where it lies by `parameter_spec`.
+      dtype: as in `gather_weights`.
+    """
+    if dtype is not None and len(shape) > 1:
+        shard = shard.astype(dtype)
+    spec = parameter_spec(shape, mesh)
+    dim = spec.index("fsdp") if "fsdp" in spec else None
+    shared = [
+        axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1 and not (axis == "fsdp" and dim is not None)
+    ]
+
+    @jax.custom_vjp
+    def gather(shard: jax.Array) -> jax.Array:
+        return shard if dim is None else jax.lax.all_gather(shard, "fsdp", axis=dim, tiled=True)
+
+    def back(_: None, gradient: jax.Array) -> tuple[jax.Array]:
+        if dim is not None:
+            gradient = jax.lax.psum_scatter(gradient, "fsdp", scatter_dimension=dim, tiled=True)
+        return (jax.lax.psum(gradient, shared) if shared else gradient,)
+
+    gather.defvjp(lambda shard: (gather(shard), None), back)
+    return gather(shard)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -138,7 +193,42 @@ def check_batch_size(batch_size: int, mesh: Mesh, name: str) -> None:
         raise UserError(f"{name}={batch_size} is not a multiple of the {parts} devices that share a batch")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataShare:
+    """Which examples of a batch this process has to bring: those of number `index` modulo `count`."""
+
+    index: int
+    count: int
+
+
+def data_share(mesh: Mesh) -> DataShare:
+    """The part of each batch that this process's devices compute on.
+
+    Processes that are apart along "tensor" only compute on the same examples, so that they bring the same.
+
+    Raises:
+      UserError: two processes share some of their examples but not all.
+    """
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    slices = batch_sharding(mesh).devices_indices_map((parts,))
+    rows: dict[int, set[int]] = {}
+    device: Any
+    for device, (part,) in slices.items():
+        rows.setdefault(device.process_index, set()).update(range(*part.indices(parts)))
+    distinct = sorted({tuple(sorted(own)) for own in rows.values()})
+    if sum(map(len, distinct)) != parts or len({len(each) for each in distinct}) != 1:
+        raise UserError(
+            f"config.mesh: data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × tensor {mesh.shape['tensor']} "
+            "gives some processes half of another one's examples; let tensor divide the devices of a process, or "
+            "be a multiple of them"
+        )
+    return DataShare(index=distinct.index(tuple(sorted(rows[jax.process_index()]))), count=len(distinct))
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Gives this process's examples as global arrays split over the mesh."""
-    sharding = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(sharding, array) for name, array in batch.items()}
+    """Gives this process's examples (see `data_share`) as global arrays split over the mesh."""
+    sharding, count = batch_sharding(mesh), data_share(mesh).count
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array, (len(array) * count, *array.shape[1:]))
+        for name, array in batch.items()
+    }

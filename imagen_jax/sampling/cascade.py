@@ -1,25 +1,40 @@
 """The cascade: from prompts to pictures through all stages of a model folder."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
 
 import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
 from imagen_jax.config import nearest
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import Params, SamplingConfig, StageConfig, StageNetwork
-from imagen_jax.parallel.mesh import state_shardings
+from imagen_jax.models.stage import Params, SamplingConfig, StageConfig
+from imagen_jax.parallel.spatial import split_rows
+from imagen_jax.sampling.cache import cache_folder, enable_compilation_cache
+from imagen_jax.sampling.identity import encoder_identity, stage_identity
 from imagen_jax.sampling.model_folder import ModelFolder
-from imagen_jax.sampling.stage_sampler import StageSampler
+from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
+from imagen_jax.sampling.prompts import PromptEncoder
+from imagen_jax.sampling.record import PictureRecord, StageRecord
+from imagen_jax.sampling.stage_sampler import StageInputs, to_pixels
 from imagen_jax.text.encoder import TextEncoder
 
 MAX_SEED = 2**32 - 1
+# Share of a device's memory beyond which weights that are not in use are freed: the rest is for activations.
+_WEIGHTS_SHARE = 0.5
+# Batches that go through a stage before the next stage's turn, where weights are read anew at each turn.
+_BATCHES_A_TURN = 16
+_UPDATE_SECONDS = 0.5  # between two signs of life of a stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +44,7 @@ class Picture:
     prompt: str
     seed: int
     pixels: np.ndarray  # uint8 (side, side, 3)
+    x0: np.ndarray | None = None  # float32 (side, side, 3) in [−1, 1], if it was asked for
 
     def image(self) -> Image.Image:
         """As a PIL image."""
@@ -36,29 +52,76 @@ class Picture:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoadedStage:
-    """A stage with its weights in memory."""
+class Preview:
+    """What a batch looks like on its way."""
 
-    config: StageConfig
-    params: Params
-    sampler: StageSampler
+    stage: str
+    call: int  # network calls made
+    calls: int  # of so many
+    pixels: np.ndarray  # uint8 (pictures, side, side, 3): x̂0 of the last call
 
 
-def _check_numbers(seed: int, num_images: int, batch_size: int) -> None:
-    if num_images < 1 or batch_size < 1:
-        raise UserError(f"num_images and batch_size must be at least 1, got {num_images} and {batch_size}")
+class Options(TypedDict, total=False):
+    """What `Imagen.draw` takes beside the pictures wanted; see there."""
+
+    batch_size: int
+    negative_prompt: str | None
+    sampling: Mapping[str, SamplingConfig] | None
+    until: int | None
+    keep_x0: bool
+    progress: bool
+    preview: Callable[[Preview], None] | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Job:
+    """Checked options of a call."""
+
+    batch_size: int
+    stages: tuple[StageConfig, ...]
+    sampling: Mapping[str, SamplingConfig]  # of each of these stages
+    negative_prompt: str | None
+    keep_x0: bool
+    progress: bool
+    preview: Callable[[Preview], None] | None
+
+
+def wanted_pictures(prompts: Sequence[str], seed: int, num_images: int) -> list[tuple[str, int]]:
+    """(prompt, seed) of every picture: all of the first prompt, then all of the second, and so on.
+
+    Raises:
+      UserError: if there is no prompt, or a number is out of range.
+    """
+    if isinstance(prompts, str):  # a sequence of letters, which nobody means
+        raise UserError(f"prompts must be a list of captions, got the string {prompts!r}")
+    if not prompts:
+        raise UserError("there is no prompt to make a picture of")
+    if num_images < 1:
+        raise UserError(f"num_images must be at least 1, got {num_images}")
     if seed < 0 or seed + num_images - 1 > MAX_SEED:
         raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {seed} … {seed + num_images - 1}")
+    return [(prompt, seed + j) for prompt in prompts for j in range(num_images)]
 
 
 class Imagen:
     """A cascade that makes pictures of prompts.
 
     `Imagen.load(MODEL).generate(["a red circle"], seed=0)` gives PIL images. Stages are read when they are
-    first used.
+    first used; each is one compiled program a batch shape and sampling settings.
     """
 
-    def __init__(self, folder: ModelFolder, encoder: TextEncoder, *, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        folder: ModelFolder,
+        encoder: TextEncoder,
+        *,
+        load_encoder: Callable[[], TextEncoder] | None = None,
+        mesh: Mesh | None = None,
+        rows: Mapping[str, int] | None = None,
+        free_stages: bool | None = None,
+        cache: Path | None = None,
+    ):
+        """Arguments as of `load`, but for the opened folder and encoder, and a way to open that again."""
         widths = {stage.name: stage.network.text_width for stage in folder.stages}
         for name, width in widths.items():
             if width != encoder.width:
@@ -66,170 +129,339 @@ class Imagen:
                     f"{folder.path}: stage {name!r} was trained on embeddings of width {width}, but text encoder "
                     f"{encoder.name!r} gives {encoder.width}"
                 )
-        self.folder, self.encoder, self._mesh = folder, encoder, mesh
-        self._stages: dict[str, LoadedStage] = {}
+        self.folder, self._text_width, self._encoder_folder = folder, encoder.width, encoder.folder
+        self.prompt_encoder = PromptEncoder(encoder, load_encoder)
+        self._cache, self._free_stages = cache, free_stages
+        self._meshes = _stage_meshes(folder, mesh, rows or {})
+        self._programs: dict[tuple[Any, ...], StageProgram] = {}
+        self._params: dict[str, Params] = {}
 
     @classmethod
-    def load(cls, model: epath.PathLike, *, mesh: Mesh | None = None) -> "Imagen":
-        """Opens a model folder; with a mesh, weights and batches are spread over it.
+    def load(
+        cls,
+        model: epath.PathLike,
+        *,
+        mesh: Mesh | None = None,
+        rows: Mapping[str, int] | None = None,
+        free_stages: bool | None = None,
+        cache: str | None = None,
+    ) -> "Imagen":
+        """Opens a model folder.
+
+        Args:
+          model: the folder.
+          mesh: over which weights and batches are spread; None: one device.
+          rows: by stage name, over how many devices each picture's rows are split; 1 where not named.
+          free_stages: whether weights leave memory when their stage has had its turn; None: if all together
+            take more than half of a device's memory.
+          cache: folder of compiled programs, or "off"; None: below the user's cache folder
+            (`sampling.cache.cache_folder`).
 
         Raises:
           UserError: if the folder or its text encoder is missing or broken, naming it.
         """
         folder = ModelFolder(model)
-        try:
-            encoder = TextEncoder.load(folder.text_encoder())
-        except UserError as error:
-            raise UserError(f"{folder.path}: {error}") from error
-        return cls(folder, encoder, mesh=mesh)
+        remembered = cache_folder(cache)
+        enable_compilation_cache(remembered)
+
+        def load_encoder() -> TextEncoder:
+            try:
+                return TextEncoder.load(folder.text_encoder())
+            except UserError as error:
+                raise UserError(f"{folder.path}: {error}") from error
+
+        return cls(
+            folder,
+            load_encoder(),
+            load_encoder=load_encoder,
+            mesh=mesh,
+            rows=rows,
+            free_stages=free_stages,
+            cache=remembered,
+        )
 
     @property
     def stages(self) -> tuple[StageConfig, ...]:
         """The stages, base first."""
         return self.folder.stages
 
-    def _stage(self, config: StageConfig) -> LoadedStage:
-        if config.name not in self._stages:
-            network = StageNetwork(config)
-            shardings = None if self._mesh is None else state_shardings(network.abstract_params, self._mesh)
-            params = self.folder.params(network, shardings)
-            if shardings is None:
-                params = jax.device_put(params)
-            self._stages[config.name] = LoadedStage(
-                config=config, params=params, sampler=StageSampler(network, self._mesh)
-            )
-        return self._stages[config.name]
+    @functools.cached_property
+    def identities(self) -> tuple[dict[str, str], str]:
+        """Hashes of the stages by name, and of the text encoder."""
+        stages = {stage.name: stage_identity(self.folder.path, stage) for stage in self.stages}
+        return stages, encoder_identity(self._encoder_folder)
 
-    def encode(self, prompts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings float32 (N, length, width), zero padded, and their mask bool (N, length)."""
-        text = np.zeros((len(prompts), length, self.encoder.width), np.float32)
-        mask = np.zeros((len(prompts), length), bool)
-        # Rounded as the records are: a picture must not depend on where its embedding came from.
-        for i, tokens in enumerate(self.encoder.encode(prompts, max_length=length, dtype="bfloat16")):
-            text[i, : len(tokens)] = tokens
-            mask[i, : len(tokens)] = True
-        return text, mask
+    def encode(
+        self, prompts: Sequence[str], length: int, *, padded: bool = False
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings float32 (N, length, width), zero padded unless `padded`, and their mask bool (N, length)."""
+        return self.prompt_encoder(prompts, length, self._text_width, padded=padded)
 
     def generate(
-        self,
-        prompts: Sequence[str],
-        *,
-        seed: int = 0,
-        num_images: int = 1,
-        batch_size: int = 16,
-        negative_prompt: str | None = None,
-        sampling: Mapping[str, SamplingConfig] | None = None,
-        progress: bool = False,
+        self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **options: Unpack[Options]
     ) -> list[Image.Image]:
-        """Pictures of the prompts, as PIL images: all of the first prompt, then all of the second, and so on.
-
-        Arguments as in `pictures`.
-        """
-        made = self.pictures(
-            prompts,
-            seed=seed,
-            num_images=num_images,
-            batch_size=batch_size,
-            negative_prompt=negative_prompt,
-            sampling=sampling,
-            progress=progress,
-        )
+        """Pictures of the prompts, as PIL images; arguments as in `pictures`."""
+        made = self.pictures(prompts, seed=seed, num_images=num_images, **options)
         return [picture.image() for picture in made]
 
     def pictures(
-        self,
-        prompts: Sequence[str],
-        *,
-        seed: int = 0,
-        num_images: int = 1,
-        batch_size: int = 16,
-        negative_prompt: str | None = None,
-        sampling: Mapping[str, SamplingConfig] | None = None,
-        progress: bool = False,
+        self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **options: Unpack[Options]
     ) -> list[Picture]:
-        """Pictures of the prompts with their seeds.
+        """Pictures of the prompts with their seeds: all of the first prompt, then all of the second, and so on.
 
         Args:
           prompts: captions.
           seed: image j of every prompt has seed + j, and depends on that and its prompt only.
           num_images: pictures of each prompt.
-          batch_size: pictures drawn at a time; the last batch is filled up, so that nothing is compiled twice.
-          negative_prompt: what guidance leads away from, for every picture, instead of the null text; stages
-            that are not guided do not see it.
-          sampling: by stage name, how to sample it; stages left out use their own settings.
-          progress: whether to show progress bars.
+          **options: see `draw`.
 
         Raises:
-          UserError: if there is no prompt, a number is out of range, or `sampling` names no stage, or a
-            negative prompt is given while no stage is guided.
+          UserError: if there is no prompt, or as `draw`.
         """
-        if isinstance(prompts, str):  # a sequence of letters, which nobody means
-            raise UserError(f"prompts must be a list of captions, got the string {prompts!r}")
-        if not prompts:
-            raise UserError("there is no prompt to make a picture of")
+        return list(self.draw(wanted_pictures(prompts, seed, num_images), **options))
+
+    def draw(self, wanted: Sequence[tuple[str, int]], **options: Unpack[Options]) -> Iterator[Picture]:
+        """Pictures of (prompt, seed) pairs, in this order, each as soon as its group is done.
+
+        Args:
+          wanted: prompts and seeds.
+          **options: batch_size: pictures drawn at a time (16); the last batch is filled up, so that nothing is
+            compiled twice. negative_prompt: what guidance leads away from, for every picture, instead of the
+            null text; stages that are not guided do not see it. sampling: by stage name, how to sample it;
+            stages left out use their own settings. until: side in pixels of the stage to stop at. keep_x0:
+            whether pictures also come as floating-point numbers. progress: whether to show progress bars.
+            preview: called every half second with x̂0 as it forms.
+
+        Raises:
+          UserError: if a number is out of range, `sampling` or `until` names no stage, or a negative prompt is
+            given while no stage is guided.
+        """
+        job = self._job(**options)  # checked here and not when the first picture is asked for
+        return self._draw(list(wanted), job)
+
+    def check(self, **options: Unpack[Options]) -> None:
+        """Raises what `draw` would raise for these options."""
+        self._job(**options)
+
+    def _job(
+        self,
+        *,
+        batch_size: int = 16,
+        negative_prompt: str | None = None,
+        sampling: Mapping[str, SamplingConfig] | None = None,
+        until: int | None = None,
+        keep_x0: bool = False,
+        progress: bool = False,
+        preview: Callable[[Preview], None] | None = None,
+    ) -> _Job:
         known = [stage.name for stage in self.stages]
         for name in sampling or {}:
             if name not in known:
                 raise UserError(
                     f"{self.folder.path}: there is no stage {name!r} to sample{nearest(name, known)}"
                 )
-        _check_numbers(seed, num_images, batch_size)
-        choices = {stage.name: (sampling or {}).get(stage.name, stage.sampling) for stage in self.stages}
-        if negative_prompt is not None and all(each.guidance_weight == 1.0 for each in choices.values()):
+        if batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        stages = self.stages_until(until)
+        chosen = {stage.name: (sampling or {}).get(stage.name, stage.sampling) for stage in stages}
+        if negative_prompt is not None and all(each.guidance_weight == 1.0 for each in chosen.values()):
             raise UserError(
                 f"negative_prompt {negative_prompt!r} needs guidance, but every stage's guidance weight is 1 (off)"
             )
-        wanted = [(prompt, seed + j) for prompt in prompts for j in range(num_images)]
-        seeds = np.array([each for _, each in wanted], np.uint32)
-        pixels: np.ndarray | None = None
-        for config in self.stages:
-            text, mask = self.encode([prompt for prompt, _ in wanted], config.max_text_length)
-            choice = choices[config.name]
-            negative = None
-            if negative_prompt is not None and choice.guidance_weight != 1.0:
-                negative = self.encode([negative_prompt], config.max_text_length)
-            pixels = self._run_stage(
-                config, seeds, text, mask, negative, pixels, choice, batch_size, progress
+        return _Job(
+            batch_size=batch_size,
+            stages=stages,
+            sampling=chosen,
+            negative_prompt=negative_prompt,
+            keep_x0=keep_x0,
+            progress=progress,
+            preview=preview,
+        )
+
+    def stages_until(self, until: int | None) -> tuple[StageConfig, ...]:
+        """The stages up to the one that makes pictures of this side; None: all.
+
+        Raises:
+          UserError: if none does.
+        """
+        sides = [stage.resolution for stage in self.stages]
+        if until is None:
+            return self.stages
+        if until not in sides:
+            raise UserError(
+                f"--until {until}: the stages make pictures of {', '.join(map(str, sides))} pixels"
             )
-        assert pixels is not None
-        return [Picture(prompt=p, seed=s, pixels=pixels[i]) for i, (p, s) in enumerate(wanted)]
+        return self.stages[: sides.index(until) + 1]
+
+    def record(
+        self,
+        prompt: str,
+        seed: int,
+        *,
+        negative_prompt: str | None = None,
+        sampling: Mapping[str, SamplingConfig] | None = None,
+        until: int | None = None,
+    ) -> PictureRecord:
+        """What makes a picture of `draw` again; arguments as there."""
+        stages, encoder = self.identities
+        return PictureRecord(
+            prompt=prompt,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            stages=tuple(
+                StageRecord(
+                    name=stage.name,
+                    identity=stages[stage.name],
+                    sampling=(sampling or {}).get(stage.name, stage.sampling),
+                )
+                for stage in self.stages_until(until)
+            ),
+            text_encoder=encoder,
+            model=str(self.folder.path),
+        )
+
+    def _draw(self, wanted: list[tuple[str, int]], job: _Job) -> Iterator[Picture]:
+        free = self._memory_is_short() if self._free_stages is None else self._free_stages
+        group = job.batch_size * (_BATCHES_A_TURN if free else 1)
+        several = len(wanted) > group
+        with tqdm(
+            total=len(wanted), unit="picture", desc="all", disable=not (job.progress and several)
+        ) as bar:
+            for begin in range(0, len(wanted), group):
+                part = wanted[begin : begin + group]
+                x0: np.ndarray | None = None
+                texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
+                for length, padded in {(each.max_text_length, each.padded_text) for each in job.stages}:
+                    self.encode([*texts, ""] if padded else texts, length, padded=padded)
+                if free:
+                    self.prompt_encoder.release()
+                for stage in job.stages:
+                    x0 = self._run_stage(stage, part, x0, job, leave=not several)
+                    if free:
+                        self._params.pop(stage.name)
+                assert x0 is not None
+                for i, (prompt, seed) in enumerate(part):
+                    pixels = to_pixels(x0[i])
+                    yield Picture(prompt=prompt, seed=seed, pixels=pixels, x0=x0[i] if job.keep_x0 else None)
+                bar.update(len(part))
 
     def _run_stage(
         self,
-        config: StageConfig,
-        seeds: np.ndarray,
-        text: np.ndarray,
-        mask: np.ndarray,
-        negative: tuple[np.ndarray, np.ndarray] | None,
+        stage: StageConfig,
+        wanted: list[tuple[str, int]],
         low_res: np.ndarray | None,
-        sampling: SamplingConfig,
-        batch_size: int,
-        progress: bool,
-    ) -> UInt8[np.ndarray, "images side side 3"]:
-        """All pictures through one stage, batch by batch."""
-        stage, total = self._stage(config), len(seeds)
-        size = min(batch_size, total)
-        if self._mesh is not None:
-            parts = self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-            size = -(-size // parts) * parts
+        job: _Job,
+        *,
+        leave: bool,
+    ) -> Float[np.ndarray, "pictures side side channels"]:
+        """All pictures of a group through one stage, batch by batch; in [−1, 1]."""
+        sampling, mesh = job.sampling[stage.name], self._meshes[stage.name]
+        prompts, seeds = [prompt for prompt, _ in wanted], np.array([seed for _, seed in wanted], np.uint32)
+        text, mask = self.encode(prompts, stage.max_text_length, padded=stage.padded_text)
+        parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        size = -(-min(job.batch_size, len(wanted)) // parts) * parts
+        negative = None
+        away = job.negative_prompt
+        if away is None and stage.padded_text:
+            away = ""  # the null text of such a stage is the empty caption
+        if away is not None and sampling.guidance_weight != 1.0:
+            embedding = self.encode([away], stage.max_text_length, padded=stage.padded_text)
+            negative = tuple(np.repeat(each, size, axis=0) for each in embedding)
+        program = self._program(stage, sampling, size, negative is not None)
+        params = self._stage_params(stage, program)
+        calls, starts = sampling.sampler.network_calls, range(0, len(wanted), size)
         made = []
-        if negative is not None:
-            negative = (np.repeat(negative[0], size, axis=0), np.repeat(negative[1], size, axis=0))
-        calls = sampling.sampler.network_calls
-        label = f"{config.name}, {calls} network call{'s' * (calls > 1)} each"
-        with tqdm(total=total, unit="image", desc=label, disable=not progress) as bar:
-            for start in range(0, total, size):
-                chosen = np.arange(start, start + size) % total  # the last batch is filled up from the front
-                pixels = stage.sampler(
-                    stage.params,
+        with tqdm(
+            total=calls * len(starts), unit="step", desc=stage.name, disable=not job.progress, leave=leave
+        ) as bar:
+            for begin in starts:
+                chosen = np.arange(begin, begin + size) % len(wanted)  # filled up from the front
+                inputs = StageInputs(
                     seeds=seeds[chosen],
                     text=text[chosen],
                     mask=mask[chosen],
-                    negative=negative,
                     low_res=None if low_res is None else low_res[chosen],
-                    config=sampling,
+                    negative_text=None if negative is None else negative[0],
+                    negative_mask=None if negative is None else negative[1],
                 )
-                count = min(size, total - start)
-                made.append(pixels[:count])
-                bar.update(count)
+                count = min(size, len(wanted) - begin)
+                x0 = _run_batch(program, params, inputs, count, calls, job, bar)
+                made.append(np.clip(x0[:count], -1.0, 1.0))
         return np.concatenate(made)
+
+    def _program(
+        self, stage: StageConfig, sampling: SamplingConfig, batch: int, negative: bool
+    ) -> StageProgram:
+        key = (stage.name, sampling, batch, negative)
+        if key not in self._programs:
+            spec = ProgramSpec(
+                stage=stage, sampling=sampling, batch=batch, negative=negative, mesh=self._meshes[stage.name]
+            )
+            self._programs[key] = prepare(spec, self._cache)
+        return self._programs[key]
+
+    def _stage_params(self, stage: StageConfig, program: StageProgram) -> Params:
+        if stage.name not in self._params:
+            self._params[stage.name] = self.folder.read_params(
+                stage.name, program.abstract_params, program.parameter_shardings
+            )
+        return self._params[stage.name]
+
+    def _memory_is_short(self) -> bool:
+        """Whether the weights of all stages would leave too little for sampling."""
+        device = jax.local_devices()[0]
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if limit is None:
+            limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        needed = 0
+        for stage in self.stages:
+            mesh = self._meshes[stage.name]
+            shards = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
+            needed += self.folder.weight_bytes(stage.name) // shards
+        needed += sum(path.stat().length for path in self._encoder_folder.glob("*.safetensors"))
+        return needed > _WEIGHTS_SHARE * limit
+
+
+def _stage_meshes(folder: ModelFolder, mesh: Mesh | None, rows: Mapping[str, int]) -> dict[str, Mesh | None]:
+    """The mesh of each stage."""
+    known = {stage.name: stage for stage in folder.stages}
+    for name, count in rows.items():
+        if name not in known:
+            raise UserError(f"{folder.path}: there is no stage {name!r} to split{nearest(name, known)}")
+        if count > 1 and mesh is None:
+            raise UserError(f"stage {name!r}: rows can be split over {count} devices only on a mesh")
+        if count < 1 or known[name].resolution % (count * known[name].network.side_multiple):
+            raise UserError(
+                f"stage {name!r}: {known[name].resolution} rows cannot be split over {count} devices evenly at "
+                "each of its levels"
+            )
+    return {
+        name: mesh if mesh is None or rows.get(name, 1) == 1 else split_rows(mesh, rows[name])
+        for name in known
+    }
+
+
+def _run_batch(
+    program: StageProgram,
+    params: Params,
+    inputs: StageInputs,
+    count: int,
+    calls: int,
+    job: _Job,
+    bar: tqdm,
+) -> np.ndarray:
+    """One batch from noise to x0: in one call, or in several where somebody watches. The result is the same."""
+    given, state = program.place(inputs), program.empty_state()
+    watched = job.progress or job.preview is not None
+    done, chunk = 0, 1 if watched else calls
+    while done < calls:
+        stop, started = min(calls, done + chunk), time.perf_counter()
+        state = jax.block_until_ready(program(params, given, state, done, stop))
+        seconds = (time.perf_counter() - started) / (stop - done)
+        bar.update(stop - done)
+        done, chunk = stop, max(1, round(_UPDATE_SECONDS / max(seconds, 1e-6)))
+        if job.preview is not None:
+            x0 = np.asarray(state[1])[:count]
+            name = program.spec.stage.name
+            job.preview(Preview(stage=name, call=done, calls=calls, pixels=to_pixels(x0)))
+    return np.asarray(state[1])

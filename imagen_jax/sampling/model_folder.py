@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from imagen_jax.config import build, to_dict
@@ -119,7 +120,21 @@ class ModelFolder:
 
     def params(self, network: StageNetwork, shardings: Any = None) -> Params:
         """Weights of a stage, put onto `shardings` slice by slice."""
-        path = self.path / network.config.name / WEIGHTS
+        return self.read_params(network.config.name, network.abstract_params, shardings)
+
+    def read_params(self, stage: str, abstract_params: Params, shardings: Any = None) -> Params:
+        """Weights of a stage of which only the parameters' shapes are known."""
+        path = self.path / stage / WEIGHTS
         if not path.exists():
             raise UserError(f"{path} is missing")
-        return load_state(network.abstract_params, path, shardings=shardings)
+        if shardings is None:
+            # A placement of its own spares JAX a small program for each shape.
+            shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return load_state(abstract_params, path, shardings=shardings)
+
+    def weight_bytes(self, stage: str) -> int:
+        """Size of a stage's weights on disk, and about as many in memory."""
+        path = self.path / stage / WEIGHTS
+        if not path.exists():
+            raise UserError(f"{path} is missing")
+        return path.stat().length

@@ -1,20 +1,22 @@
 """Sampling one stage: guidance, thresholding and the loop as one compiled program."""
 
-import dataclasses
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
 
 from imagen_jax.diffusion.guidance import guide, rescale_guided
 from imagen_jax.diffusion.process import to_x0_and_epsilon
-from imagen_jax.diffusion.samplers import Denoiser, Sampler, image_noise, sample
+from imagen_jax.diffusion.samplers import Denoised, Denoiser, SamplerState, advance, image_noise, start
 from imagen_jax.diffusion.thresholding import threshold
-from imagen_jax.models.stage import Params, SamplingConfig, StageNetwork, drop_text, unit_pictures
+from imagen_jax.models.stage import Params, SamplingConfig, StageConfig, StageNetwork, drop_text
 from imagen_jax.parallel.mesh import batch_sharding
+from imagen_jax.parallel.spatial import shard_pictures
 
 # Steps use the numbers from 0 up for their noise; the low-resolution input's noise has this one.
 _AUG_NOISE = 2**31 - 1
@@ -46,80 +48,152 @@ def guided_denoiser(
     if low_res is not None:
         aug_log_snr = network.config.augmentation.log_snr(jnp.full((batch,), config.aug_level))
     if negative is None:
+        if network.config.padded_text and config.guidance_weight != 1.0:
+            raise ValueError(
+                "the null text of a stage with padded_text is the empty caption: give it as negative"
+            )
         negative = drop_text(text, mask, jnp.ones((batch,), bool))
 
     def call(
         x_t: Array, log_snr: Array, text: Array, mask: Array, low_res: Array | None, aug: Array | None
-    ) -> Array:
+    ) -> tuple[Array, Array | None]:
         levels = jnp.broadcast_to(log_snr, x_t.shape[:1])
-        return network.apply(params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug)
+        return network.apply_with_variance(params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug)
 
-    def plain(x_t: Array, log_snr: Array) -> Array:
-        return call(x_t, log_snr, text, mask, low_res, aug_log_snr).astype(jnp.float32)
+    def plain(x_t: Array, log_snr: Array) -> tuple[Array, Array | None]:
+        return call(x_t, log_snr, text, mask, low_res, aug_log_snr)
 
-    def guided(x_t: Array, log_snr: Array) -> Array:
+    def guided(x_t: Array, log_snr: Array) -> tuple[Array, Array | None]:
         both = (x_t, low_res, aug_log_snr)
         x_twice, low_twice, aug_twice = jax.tree.map(lambda each: jnp.concatenate([each, each]), both)
         texts, masks = jnp.concatenate([text, negative[0]]), jnp.concatenate([mask, negative[1]])
-        output = call(x_twice, log_snr, texts, masks, low_twice, aug_twice).astype(jnp.float32)
+        output, variance = call(x_twice, log_snr, texts, masks, low_twice, aug_twice)
         conditional = output[:batch]
         made = guide(conditional, output[batch:], config.guidance_weight)
         rescale = config.guidance.rescale
-        return rescale_guided(made, conditional, rescale) if rescale > 0.0 else made
+        made = rescale_guided(made, conditional, rescale) if rescale > 0.0 else made
+        # Guidance moves the mean; the spread stays that of the prompt's own prediction.
+        return made, None if variance is None else variance[:batch]
 
-    def denoise(x_t: Array, log_snr: Array, step: Array) -> Array:
+    def denoise(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
         if config.guidance_weight == 1.0:
-            output = plain(x_t, log_snr)
+            output, variance = plain(x_t, log_snr)
         elif config.guidance.at_every_step:
-            output = guided(x_t, log_snr)
+            output, variance = guided(x_t, log_snr)
         else:
-            output = jax.lax.cond(config.guidance.is_guided(log_snr, step), guided, plain, x_t, log_snr)
+            output, variance = jax.lax.cond(
+                config.guidance.is_guided(log_snr, step), guided, plain, x_t, log_snr
+            )
         levels = jnp.broadcast_to(log_snr, (batch,))
         x0, _ = to_x0_and_epsilon(output, x_t=x_t, log_snr=levels, source=network.config.prediction)
-        return threshold(x0, config.threshold)
+        x0 = threshold(x0, config.threshold)
+        return Denoised(x0, variance) if variance is not None and config.sampler.learned_variance else x0
 
     return denoise
 
 
+class StageInputs(NamedTuple):
+    """What a batch of pictures is made from."""
+
+    seeds: UInt32[Any, " batch"]
+    text: Float[Any, "batch length text_width"]  # float32
+    mask: Bool[Any, "batch length"]  # True for real tokens
+    # For SR stages: float32 in [−1, 1]. Not uint8: a value that lies between two grey levels, and a rounding
+    # error apart on two machines, would come out a whole level apart.
+    low_res: Float[Any, "batch low_height low_width channels"] | None = None
+    negative_text: Float[Any, "batch length text_width"] | None = None  # None: the null text
+    negative_mask: Bool[Any, "batch length"] | None = None
+
+
+def draw(
+    network: StageNetwork,
+    params: Params,
+    inputs: StageInputs,
+    state: SamplerState | None,
+    first: Int[Array, ""] | int = 0,
+    last: Int[Array, ""] | int | None = None,
+    *,
+    config: SamplingConfig,
+    mesh: Mesh | None = None,
+) -> SamplerState:
+    """The program of a stage: a batch from noise to pictures, or a part of that way.
+
+    To be called under `jax.jit`. The picture is `x0` of the state after all network calls, in [−1, 1] but for
+    what thresholding leaves; before, `x0` is what the network then takes the picture to be.
+
+    Args:
+      network: the stage's network.
+      params: its parameters.
+      inputs: what the batch is made from.
+      state: after `first` calls; where `first` is 0 it is not looked at, and may be None if that is known when
+        tracing.
+      first: number of the first network call to make.
+      last: number of the call before which to stop; None: the end.
+      config: how to sample.
+      mesh: over which the batch, and rows where it has such an axis, are split.
+    """
+    stage = network.config
+    shape = (stage.resolution, stage.resolution, stage.network.image_channels)
+    # Another stream of numbers for each stage: the base's noise must not come again in the SR stages.
+    keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stage.resolution))(inputs.seeds)
+    augmented = None
+    if inputs.low_res is not None:
+        low_res = stage.augmentation.prepare(inputs.low_res, stage.resolution)
+        noise = image_noise(keys, _AUG_NOISE, low_res.shape[1:])
+        level = jnp.full((len(low_res),), config.aug_level)
+        augmented = stage.augmentation.apply(low_res, noise, level)
+    negative = None
+    if inputs.negative_text is not None and inputs.negative_mask is not None:
+        negative = inputs.negative_text, inputs.negative_mask
+    denoise = guided_denoiser(
+        network, params, inputs.text, inputs.mask, negative=negative, low_res=augmented, config=config
+    )
+
+    def sharded(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
+        found = denoise(shard_pictures(x_t, mesh), log_snr, step)
+        return jax.tree.map(lambda each: shard_pictures(each, mesh), found)
+
+    if state is None:
+        state = start(keys, shape)
+    elif not isinstance(first, int):
+        state = jax.lax.cond(first == 0, lambda: start(keys, shape), lambda: state)
+    return advance(
+        sharded, state, keys=keys, schedule=stage.schedule, config=config.sampler, first=first, last=last
+    )
+
+
+def to_pixels(x0: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Pictures in [−1, 1] as uint8; what lies beyond is cut."""
+    return np.clip(np.round((x0 + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def to_unit(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """uint8 pictures as float32 in [−1, 1]."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+
+
+def check_low_res(stage: StageConfig, given: bool) -> None:
+    """Raises ValueError if low_res is missing for an SR stage or given to a base stage."""
+    if given != (stage.low_resolution is not None):
+        raise ValueError(f"stage {stage.name!r}: low_resolution is {stage.low_resolution}, low_res {given}")
+
+
 class StageSampler:
-    """A stage that draws pictures; each batch shape and sampling config is compiled once."""
+    """A stage that draws pictures; each batch shape and sampling config is compiled once.
+
+    Parameters may lie on devices in any way. `sampling.programs` keeps compiled stages from one run to the next.
+    """
 
     def __init__(self, network: StageNetwork, mesh: Mesh | None = None):
         self.network = network
         self._mesh = mesh
-        self._run = jax.jit(self._sample, static_argnames="config")
+        self._run = jax.jit(self._draw, static_argnames="config")
 
-    def _sample(
-        self,
-        params: Params,
-        keys: Key[Array, " batch"],
-        text: Float[Array, "batch length text_width"],
-        mask: Bool[Array, "batch length"],
-        low_res: UInt8[Array, "batch low_height low_width channels"] | None,
-        negative: tuple[Float[Array, "batch length text_width"], Bool[Array, "batch length"]] | None,
-        *,
-        config: SamplingConfig,
-    ) -> UInt8[Array, "batch height width channels"]:
-        stage = self.network.config
+    def _draw(self, params: Params, inputs: StageInputs, *, config: SamplingConfig) -> Array:
         if self._mesh is not None:
             shard = partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(self._mesh))
-            keys, text, mask, low_res, negative = jax.tree.map(shard, (keys, text, mask, low_res, negative))
-        augmented = None
-        if low_res is not None:
-            augmented = unit_pictures(low_res)
-            noise = image_noise(keys, _AUG_NOISE, augmented.shape[1:])
-            level = jnp.full((len(low_res),), config.aug_level)
-            augmented = stage.augmentation.apply(augmented, noise, level)
-        x0 = sample(
-            guided_denoiser(
-                self.network, params, text, mask, negative=negative, low_res=augmented, config=config
-            ),
-            keys=keys,
-            shape=(stage.resolution, stage.resolution, stage.network.image_channels),
-            schedule=stage.schedule,
-            config=config.sampler,
-        )
-        return jnp.clip(jnp.round((x0 + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+            inputs = jax.tree.map(shard, inputs)
+        return draw(self.network, params, inputs, None, config=config, mesh=self._mesh).x0
 
     def __call__(
         self,
@@ -147,51 +221,17 @@ class StageSampler:
         Raises:
           ValueError: if low_res is missing for an SR stage or given to a base stage.
         """
-        stage = self.network.config
-        if (low_res is None) != (stage.low_resolution is None):
-            raise ValueError(
-                f"stage {stage.name!r}: low_resolution is {stage.low_resolution}, low_res {low_res is not None}"
-            )
-        # Another stream of numbers for each stage: the base's noise must not come again in the SR stages.
-        keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stage.resolution))(
-            jnp.asarray(seeds, jnp.uint32)
+        check_low_res(self.network.config, low_res is not None)
+        inputs = StageInputs(
+            seeds=np.asarray(seeds, np.uint32),
+            text=np.asarray(text, np.float32),
+            mask=np.asarray(mask),
+            low_res=None if low_res is None else to_unit(low_res),
+            negative_text=None if negative is None else np.asarray(negative[0], np.float32),
+            negative_mask=None if negative is None else np.asarray(negative[1]),
         )
-        if negative is not None:
-            negative = (np.asarray(negative[0], np.float32), np.asarray(negative[1]))
-        images = self._run(
-            params,
-            keys,
-            jnp.asarray(text, jnp.float32),
-            mask,
-            low_res,
-            negative,
-            config=config or stage.sampling,
-        )
-        return np.asarray(images)
-
-
-def override_sampling(
-    config: SamplingConfig,
-    *,
-    steps: int | None = None,
-    guidance_weight: float | None = None,
-    sampler: str | None = None,
-) -> SamplingConfig:
-    """The sampling config with the given parts replaced; None keeps the stage's own.
-
-    Args:
-      config: the stage's own.
-      steps: network steps; see `SamplerConfig.network_calls` for the calls that they make.
-      guidance_weight: w, 1 is off.
-      sampler: name of a `Sampler`.
-
-    Raises:
-      ValueError: for a value out of range or an unknown sampler.
-    """
-    stepping = config.sampler
-    if steps is not None:
-        stepping = dataclasses.replace(stepping, steps=steps)
-    if sampler is not None:
-        stepping = dataclasses.replace(stepping, kind=Sampler(sampler))
-    config = dataclasses.replace(config, sampler=stepping)
-    return config if guidance_weight is None else dataclasses.replace(config, guidance_weight=guidance_weight)
+        x0 = self._run(params, inputs, config=config or self.network.config.sampling)
+        if not x0.is_fully_addressable and not x0.is_fully_replicated:
+            # Every process gets all pictures, wherever the compiler has put them.
+            x0 = multihost_utils.process_allgather(x0, tiled=True)
+        return to_pixels(np.asarray(x0))

@@ -14,8 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
@@ -23,6 +21,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode, load_t5
 from imagen_jax.models.weights import SafetensorsReader
 from imagen_jax.text.store import TokenCounts
+from imagen_jax.text.tokenizer import PlainTokenizer
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -112,7 +111,10 @@ class TextEncoder:
         config, graph, state = load_t5(
             model,
             dtype=_check_dtype(dtype),
-            shardings=None if mesh is None else functools.partial(_spread, mesh),
+            # A placement even for one device: it spares JAX a small program for each shape.
+            shardings=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            if mesh is None
+            else functools.partial(_spread, mesh),
         )
         return cls(
             folder=model,
@@ -194,6 +196,30 @@ class TextEncoder:
                 bar.update(finish_one())
         return [found[ids] for ids in rows]
 
+    def encode_padded(
+        self, captions: Sequence[str], *, length: int
+    ) -> Float[np.ndarray, "captions {length} width"]:
+        """Embeddings of captions at every position, padding included, as DeepFloyd IF takes them.
+
+        Padding sees the caption's tokens and is seen by none. Each caption is encoded alone: in a larger batch its
+        embeddings would depend, by a rounding error, on the captions beside it.
+
+        Args:
+            captions: any texts.
+            length: tokens that each is padded or cut to, </s> included.
+
+        Returns:
+            float32.
+        """
+        made = []
+        for ids in self.tokenize(captions, length):
+            tokens = np.zeros((1, length), np.int32)  # 0 is the padding of every T5 tokenizer
+            tokens[0, : len(ids)] = ids
+            mask = np.arange(length)[None] < len(ids)
+            placed = self._place(tokens, mask)
+            made.append(np.asarray(self._run(self._state, *placed, dtype=jnp.dtype("float32")))[0])
+        return np.stack(made) if made else np.zeros((0, length, self.width), np.float32)
+
     def encode_tokens(
         self, tokens: Int[jax.Array, "batch length"], mask: Bool[jax.Array, "batch length"]
     ) -> Float[jax.Array, "batch length width"]:
@@ -211,16 +237,7 @@ class TextEncoder:
 
     def save_copy(self, folder: epath.PathLike) -> None:
         """Copies config.json, the weights and the tokenizer's files, so that `load(folder)` works."""
-        target = epath.Path(folder)
-        target.mkdir(parents=True, exist_ok=True)
-        model, tokenizer = _parts(self.folder)
-        with SafetensorsReader(model) as reader:
-            files = [model / "config.json", *reader.files]
-            if len(reader.files) > 1:
-                files += model.glob("*.safetensors.index*.json")
-        files += [tokenizer / name for name in _TOKENIZER_FILES if (tokenizer / name).exists()]
-        for file in files:
-            file.copy(target / file.name, overwrite=True)
+        copy_encoder(self.folder, folder)
 
     def _place(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
         if self._mesh is None:
@@ -229,6 +246,40 @@ class TextEncoder:
         if tokens.shape[0] % self._mesh.size:
             spec = jax.sharding.PartitionSpec()
         return jax.device_put((tokens, mask), jax.sharding.NamedSharding(self._mesh, spec))
+
+
+def copy_encoder(
+    source: epath.PathLike,
+    folder: epath.PathLike,
+    *,
+    tokenizer: epath.PathLike | None = None,
+    variant: str | None = None,
+) -> None:
+    """Copies an encoder's config.json, weights and tokenizer, file by file, so that `TextEncoder.load` opens it.
+
+    Args:
+        source: a local folder as `TextEncoder.load` takes it.
+        folder: where to.
+        tokenizer: where the tokenizer goes; None: into the same folder.
+        variant: of the weights, see `SafetensorsReader`; the copy has it in its files' names too.
+
+    Raises:
+        UserError: not a T5 encoder, or only pickled weights.
+    """
+    model, words = _parts(epath.Path(source))
+    T5Config.from_folder(model)
+    with SafetensorsReader(model, variant) as reader:
+        files = [model / "config.json", *reader.files]
+        if len(reader.files) > 1:
+            files += [
+                each for each in model.glob("*.safetensors.index*.json") if (variant or "") in each.name
+            ]
+    moves = [(file, epath.Path(folder)) for file in files]
+    target = epath.Path(folder if tokenizer is None else tokenizer)
+    moves += [(words / name, target) for name in _TOKENIZER_FILES if (words / name).exists()]
+    for file, place in moves:
+        place.mkdir(parents=True, exist_ok=True)
+        file.copy(place / file.name, overwrite=True)
 
 
 def _check_dtype(name: str) -> np.dtype:
@@ -320,6 +371,10 @@ def _download(hub_id: str) -> epath.Path:
     """The hub's copy of an encoder, weights in safetensors only, from the cache or the network."""
     if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
         raise UserError(f"text encoder {hub_id}: no such folder")
+    # Only here: importing it takes longer than opening a small local encoder.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
     try:
         return epath.Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
     except HFValidationError as error:
@@ -342,6 +397,9 @@ def _parts(folder: epath.Path) -> tuple[epath.Path, epath.Path]:
 
 
 def _load_tokenizer(folder: epath.Path) -> Any:
+    plain = PlainTokenizer.load(folder)
+    if plain is not None:
+        return plain
     # transformers takes seconds to import (it imports PyTorch where it finds it), and says that models
     # need PyTorch where it does not: the tokenizer needs none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,64 +1,269 @@
 """Checkpoints of a work directory, through orbax. The only module that knows orbax's interface."""
 
+import contextlib
+import dataclasses
+import gc
+import io
 import json
-from collections.abc import Mapping
+import logging
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as policies
 
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
+from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.sampling.model_folder import read_json
-from imagen_jax.training.config import RESUMABLE, TrainConfig
+from imagen_jax.training.config import RESUMABLE, Best, TrainConfig
 from imagen_jax.training.state import TrainState
+
+# What storage answers when it is not the checkpoint that is at fault.
+_NOT_DAMAGE = (
+    "PERMISSION_DENIED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+    "DEADLINE_EXCEEDED",
+    "RESOURCE_EXHAUSTED",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keep:
+    """Which checkpoints stay: those that any of the rules names, and always the newest."""
+
+    newest: int | None = None  # so many of the newest; None: all
+    every: int | None = None  # those whose step is a multiple of this; None: no such rule
+    best: int = 0  # so many of those with the best metric
+    best_is: Best = Best.LOWEST  # which values of the metric are good
+
+    def options(self) -> ocp.CheckpointManagerOptions:
+        """The rules as orbax takes them."""
+        rules: list[Any] = [policies.LatestN(self.newest)]
+        if self.every:
+            rules.append(policies.EveryNSteps(self.every))
+        if self.best:
+            rules.append(
+                policies.BestN(get_metric_fn=_score, n=self.best, keep_checkpoints_without_metrics=False)
+            )
+        return ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(rules),
+            best_fn=_score if self.best else None,
+            cleanup_tmp_directories=True,
+        )
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    """Higher is better, whatever the metric."""
+    return metrics["score"]
+
+
+class _NoEchoes(logging.Filter):
+    """Drops what asyncio says of the other tasks of a save or restore that has failed, and raised, already."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return "exception was never retrieved" not in record.getMessage()
+
+
+logging.getLogger("asyncio").addFilter(_NoEchoes())
 
 
 class Checkpoints:
-    """Saves in the background and restores the newest complete checkpoint, onto any mesh.
+    """Saves in the background and restores the newest checkpoint that is intact, onto any mesh.
 
-    Beside the state a checkpoint holds the position in the data (one count of examples) and the resolved
-    config. A save that was cut off leaves a folder that is no checkpoint and is cleared at the next start.
+    All processes of a job write and read their own parts, in a folder that all of them see. Beside the state a
+    checkpoint holds the position in the data (one count of examples) and the resolved config. A save that was cut
+    off leaves a folder that is no checkpoint and is cleared at the next start.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
 
-    def __init__(self, workdir: epath.PathLike, *, keep: int | None = None):
-        """Opens WORKDIR/checkpoints; `keep` newest are kept, None keeps all."""
+    def __init__(self, workdir: epath.PathLike, *, keep: Keep | None = None):
+        """Opens WORKDIR/checkpoints; without `keep` for reading only, also while a run writes there."""
         self.folder = epath.Path(workdir).resolve() / "checkpoints"
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
+        self._keep, self._failed = keep or Keep(), False
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, best_fn=_score)
+        else:
+            on_first(self._check_writable)
+            options = keep.options()
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=options,
             item_handlers={"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
         )
 
+    def _check_writable(self) -> None:
+        """A read-only folder is refused before hours of training, not after."""
+        probe = self.folder / "incomplete.probe"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{self.folder}: {error.strerror or error}; checkpoints must be written there"
+            ) from error
+
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, *, examples: int, config: TrainConfig) -> None:
-        """Starts saving; returns once the arrays are copied. `examples` is the global count consumed."""
+    def best_step(self) -> int | None:
+        """Step of the checkpoint with the best metric; None: no checkpoint has one."""
+        return self._manager.best_step()
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        examples: int,
+        config: TrainConfig,
+        metric: float | None = None,
+    ) -> None:
+        """Starts saving; returns once the arrays are copied.
+
+        Args:
+          step: optimizer steps done.
+          state: what to save.
+          examples: global count of examples consumed.
+          config: the run.
+          metric: by which the best are kept; None: this one is not among them.
+
+        Raises:
+          UserError: this save or the one before failed; says which checkpoint is intact.
+        """
         if step in self._manager.all_steps():
             return
         run = {"examples": examples, "config": to_dict(config)}
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
-        self._manager.save(step, args=args)
+        metrics = None
+        if metric is not None and self._keep.best:
+            metrics = {"value": metric, "score": metric if self._keep.best_is is Best.HIGHEST else -metric}
+        with self._failing():
+            self._manager.save(step, args=args, metrics=metrics)
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
         """The state, onto the shardings of `abstract`, and the count of examples consumed."""
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return TrainState(*restored.state), restored.run["examples"]
+        # Not through the manager: there a process that fails leaves the others waiting at a barrier.
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        folder = self.folder / str(step)
+        run = ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder / "run")
+        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+        restored = handler.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
+        return TrainState(*restored), run["examples"]
+
+    def restore_newest(self, abstract: TrainState) -> tuple[TrainState, int, int] | None:
+        """State, count of examples and step of the newest checkpoint that is intact, or None without any.
+
+        One that is damaged is moved to WORKDIR/damaged_checkpoints, and a line says so. All processes take the
+        same one.
+
+        Raises:
+          UserError: there are checkpoints and none is intact, or the storage refuses.
+        """
+        steps = on_first(lambda: sorted(self._manager.all_steps(), reverse=True))
+        for step in steps:
+            found, fault = None, ""
+            with _quiet():
+                try:
+                    found = self.restore(step, abstract)
+                except Exception as error:
+                    fault = _fault(error)
+                    refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                    if refused or isinstance(error, MemoryError) or fault.startswith(_NOT_DAMAGE):
+                        raise
+            faults = [said for said in gather(fault) if said]
+            if found is not None and not faults:
+                return *found, step
+            place = self.folder.parent / "damaged_checkpoints" / str(step)
+            on_first(lambda step=step, place=place: self._set_aside(step, place))  # type: ignore[misc]
+            if jax.process_index() == 0:
+                print(
+                    f"{self.folder / str(step)} is damaged ({faults[0]}); moved to {place}, going on from the "
+                    "checkpoint before",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            self._manager.reload()
+        if steps:
+            raise UserError(
+                f"{self.folder}: none of the {len(steps)} checkpoints can be restored; they are in "
+                f"{self.folder.parent / 'damaged_checkpoints'}; start in another --workdir"
+            )
+        return None
+
+    def _set_aside(self, step: int, place: epath.Path) -> None:
+        place.parent.mkdir(exist_ok=True)
+        if place.exists():
+            place.rmtree()
+        (self.folder / str(step)).rename(place)
+
+    def check(self) -> None:
+        """Raises what a save in the background has run into.
+
+        Raises:
+          UserError: it failed; says which checkpoint is intact.
+        """
+        with self._failing():
+            self._manager.check_for_errors()
 
     def wait(self) -> None:
-        """Blocks until saves under way are complete."""
-        self._manager.wait_until_finished()
+        """Blocks until saves under way are complete.
+
+        Raises:
+          UserError: one of them failed; says which checkpoint is intact.
+        """
+        with self._failing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Turns the failure of a save into one line."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            intact = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+            newest = f"the newest complete one is from step {max(intact)}" if intact else "there is none yet"
+            raise UserError(
+                f"{self.folder}: a checkpoint could not be saved ({_fault(error)}); {newest}; put it right and "
+                "run the same command again"
+            ) from error
 
     def close(self) -> None:
         """Finishes saves under way and frees the manager's threads."""
-        self._manager.close()
+        if not self._failed:  # else it would raise the same again
+            self._manager.close()
+
+
+def _fault(error: BaseException) -> str:
+    """The reason at the bottom of a failure, in a line of bearable length."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()) or type(error).__name__
+    text = text.partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
+    return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what reading a damaged checkpoint prints from its background tasks off the terminal."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda unraisable: None
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+            gc.collect()  # tasks that failed report when they are collected
+    finally:
+        sys.unraisablehook = hook
 
 
 def write_config(workdir: epath.Path, config: TrainConfig) -> None:

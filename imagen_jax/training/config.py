@@ -30,6 +30,7 @@ class Decay(enum.StrEnum):
 
     CONSTANT = "constant"
     COSINE = "cosine"
+    INVERSE_SQRT = "inverse_sqrt"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class OptimizerConfig:
     kind: Optimizer = Optimizer.ADAM  # Imagen: adafactor for the base, adam for the SR stages
     learning_rate: float = 1e-4  # peak; Imagen: 1e-4
     warmup_steps: int = 10_000  # linear from 0 to the peak
-    decay: Decay = Decay.COSINE  # to 0 at train.steps
+    decay: Decay = Decay.COSINE  # to 0 at train.steps; inverse_sqrt: peak · √(warmup_steps / step)
     b1: float = 0.9  # Adam's first moment
     b2: float = 0.999  # Adam's second moment
     eps: float = 1e-8  # Adam's ε
@@ -67,7 +68,7 @@ class DataConfig:
     embeddings: str | None = None  # folder of `precompute --embeddings_only`, by key; None: those in `path`
     text_encoder: str | None = None  # folder or hub id: encodes captions while training; None: stored ones
     text_dtype: TextDtype = TextDtype.FLOAT32  # of that encoder's weights, products and embeddings
-    split: str = "train"
+    split: str = "train"  # of the records
     batch_size: int = 2048  # examples a step, over all devices and processes
     flip: bool = False  # mirror pictures at random; captions with left and right forbid it
     num_threads: int = 16  # threads that decode and resize
@@ -83,46 +84,102 @@ class DataConfig:
             )
 
 
+class OnNonfinite(enum.StrEnum):
+    """What a loss or gradient that is not finite leads to."""
+
+    STOP = "stop"
+    SKIP = "skip"
+
+
+class Scorer(enum.StrEnum):
+    """Who judges the pictures of a sample grid by their captions."""
+
+    NONE = "none"
+    ORACLE = "oracle"
+
+
+class Best(enum.StrEnum):
+    """Which values of a metric are good."""
+
+    LOWEST = "lowest"
+    HIGHEST = "highest"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """How long to train, and what to write on the way."""
 
     steps: int  # optimizer steps in all
     text_dropout: float = 0.1  # probability of the null text (classifier-free guidance)
-    ema_decay: float = 0.9999  # of the weights that are exported; reached as (1 + step) / (10 + step)
+    accumulate: int = 1  # parts of a batch that go through the network one after the other; memory for time
+    ema_decay: float = 0.9999  # of the averaged weights; reached as (1 + step) / (10 + step)
+    ema_decays: tuple[float, ...] = ()  # of further averages kept beside it; `export --ema_decay` chooses
+    on_nonfinite: OnNonfinite = OnNonfinite.STOP  # at a loss or gradient that is not finite; skip: no update
+    max_skipped: int = 10  # steps that a run may skip in all before it stops
     log_every: int = 100  # steps between lines of metrics.jsonl
     checkpoint_every: int = 5000  # steps between checkpoints
     keep_checkpoints: int = 3  # newest checkpoints kept
+    keep_every: int | None = None  # steps: checkpoints at multiples of this are kept for ever; None: none
+    keep_best: int = 0  # checkpoints kept because their metric is the best
+    best_metric: str = "loss"  # name in metrics.jsonl: its last value before a checkpoint
+    best_is: Best = Best.LOWEST  # values of that metric that are good
+    watchdog_seconds: float = 1800.0  # without a step, after which the command ends all processes; 0: never
     sample_every: int = 5000  # steps between sample grids; 0: none
     sample_count: int = 16  # pictures of a sample grid, of the first captions of the split
     sample_split: str | None = (
         None  # split whose captions (and low-resolution pictures) are used; None: data.split
     )
+    sample_score: Scorer = Scorer.NONE  # of each grid's pictures; oracle reads those of the embedded data
+    eval_every: int = (
+        0  # steps between looks at the loss of held-out records, by the averaged weights; 0: none
+    )
+    eval_split: str = "test"  # their split
+    eval_batches: int = 4  # batches of data.batch_size, the same examples and noise every time
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_count"):
+        at_least_one = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_count")
+        for name in (*at_least_one, "accumulate", "eval_batches"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.keep_every is not None and self.keep_every < 1:
+            raise ValueError(f"keep_every must be at least 1 or None, got {self.keep_every}")
+        for name in ("keep_best", "watchdog_seconds", "sample_every", "eval_every", "max_skipped"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("text_dropout", "ema_decay"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if not all(0.0 <= decay <= 1.0 for decay in self.ema_decays):
+            raise ValueError(f"ema_decays must be in [0, 1], got {self.ema_decays}")
+        if len({self.ema_decay, *self.ema_decays}) <= len(self.ema_decays):
+            raise ValueError(
+                f"ema_decay {self.ema_decay} and ema_decays {self.ema_decays} must differ from each other"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run of one stage: network × schedule × prediction × loss × optimizer × data."""
 
-    stage: StageConfig
-    data: DataConfig
-    train: LoopConfig
+    stage: StageConfig  # what is trained: network, schedule, prediction
+    data: DataConfig  # on which examples
+    train: LoopConfig  # for how long, and what is written on the way
     seed: int = 0  # of initial weights, order of examples, times, noise and dropout
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    mesh: MeshConfig = MeshConfig()
+    loss: LossConfig = LossConfig()  # which error is made small
+    optimizer: OptimizerConfig = OptimizerConfig()  # by which rule, at which rate
+    mesh: MeshConfig = MeshConfig()  # on which arrangement of devices
+
+    def check_trainable(self) -> None:
+        """Raises UserError for a network that can draw pictures but not be trained."""
+        if self.stage.network.param_dtype != "float32":
+            raise UserError(
+                f"config.stage.network.param_dtype={self.stage.network.param_dtype}: must be float32 to train"
+            )
 
 
-# Fields that may differ between a run and its resumption: they change neither the weights nor the data. Of the
-# text's fields none is here: another encoder's embeddings look alike and mean something else.
+# Fields that may differ between a run and its resumption: they change neither the weights (the mesh and the parts
+# of a batch: but for rounding) nor the data. Of the text's fields none is here: another encoder's embeddings look
+# alike and mean something else.
 RESUMABLE = (
     "config.mesh",
     "config.data.path",
@@ -131,9 +188,25 @@ RESUMABLE = (
     "config.train.log_every",
     "config.train.checkpoint_every",
     "config.train.keep_checkpoints",
+    "config.train.keep_every",
+    "config.train.keep_best",
+    "config.train.best_metric",
+    "config.train.best_is",
+    "config.train.watchdog_seconds",
     "config.train.sample_every",
     "config.train.sample_count",
     "config.train.sample_split",
+    "config.stage.network.attention",
+    "config.stage.network.gather",
+    "config.stage.network.remat",
+    "config.stage.network.scan",
+    "config.train.sample_score",
+    "config.train.accumulate",
+    "config.train.on_nonfinite",
+    "config.train.max_skipped",
+    "config.train.eval_every",
+    "config.train.eval_split",
+    "config.train.eval_batches",
     "config.stage.sampling",
 )
 

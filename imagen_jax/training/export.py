@@ -7,13 +7,14 @@ from etils import epath
 from imagen_jax.config import build
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageConfig, StageNetwork
+from imagen_jax.models.stage import Params, StageConfig, StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.sampling.model_folder import ModelIndex, check_cascade, save_index, save_stage
+from imagen_jax.sampling.deepfloyd import export_diffusers, export_pipeline
+from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.training.checkpoint import Checkpoints, read_config
-from imagen_jax.training.config import TrainConfig
-from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.config import LoopConfig, TrainConfig
+from imagen_jax.training.state import abstract_state, ema_of, make_optimizer
 
 
 def export(
@@ -22,6 +23,7 @@ def export(
     *,
     text_encoder: str | None = None,
     copy_text_encoder: bool = True,
+    ema_decay: float | None = None,
 ) -> tuple[StageConfig, ...]:
     """Writes a model folder from the newest checkpoint of each work directory.
 
@@ -30,12 +32,15 @@ def export(
       out: the model folder.
       text_encoder: folder or hub id; None: the encoder of the first stage's training.
       copy_text_encoder: whether a local encoder is copied into the model folder, else it is referred to.
+      ema_decay: which average of the weights, one of `train.ema_decay` and `train.ema_decays` of every stage, or 0
+        for the weights as they are; None: `train.ema_decay`.
 
     Returns:
       The stages, base first.
 
     Raises:
-      UserError: if a work directory has no checkpoint, or the stages do not make a cascade.
+      UserError: if a work directory has no checkpoint, or the stages do not make a cascade, or a run
+        keeps no such average.
     """
     configs = {
         epath.Path(workdir): build(TrainConfig, read_config(workdir), f"{workdir}/config.json")
@@ -44,6 +49,8 @@ def export(
     ordered = sorted(configs, key=lambda workdir: configs[workdir].stage.resolution)
     stages = tuple(configs[workdir].stage for workdir in ordered)
     check_cascade(stages)
+    for workdir, config in configs.items():
+        check_decay(str(workdir), config.train, ema_decay)
     if text_encoder is None:
         data = configs[ordered[0]].data
         text_encoder = data.text_encoder
@@ -56,12 +63,21 @@ def export(
         reference = "text_encoder"
         TextEncoder.load(text_encoder).save_copy(out / reference)
     for workdir in ordered:
-        _export_stage(workdir, configs[workdir], out)
+        save_stage(out, configs[workdir].stage, _averaged(workdir, configs[workdir], ema_decay))
     save_index(out, ModelIndex(stages=tuple(stage.name for stage in stages), text_encoder=reference))
     return stages
 
 
-def _export_stage(workdir: epath.Path, config: TrainConfig, out: epath.Path) -> None:
+def check_decay(workdir: str, config: LoopConfig, decay: float | None) -> None:
+    """Raises UserError unless the run keeps the average that --ema_decay asks for."""
+    kept = (config.ema_decay, *config.ema_decays)
+    if decay is not None and decay not in (*kept, 0.0):
+        shown = ", ".join(str(each) for each in kept)
+        raise UserError(f"--ema_decay {decay}: the run in {workdir} keeps {shown}, and 0 for no average")
+
+
+def _averaged(workdir: epath.Path, config: TrainConfig, ema_decay: float | None) -> Params:
+    """The averaged weights of a run's newest checkpoint."""
     checkpoints = Checkpoints(workdir)
     try:
         step = checkpoints.latest_step()
@@ -69,8 +85,48 @@ def _export_stage(workdir: epath.Path, config: TrainConfig, out: epath.Path) -> 
             raise UserError(f"--from {workdir}: no complete checkpoint in {checkpoints.folder}")
         network = StageNetwork(config.stage)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        abstract = abstract_state(network, optimizer, make_mesh(MeshConfig(data=1, fsdp=-1)))
+        mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
+        abstract = abstract_state(network, optimizer, mesh, config.train.ema_decays)
         state, _ = checkpoints.restore(step, abstract)
     finally:
         checkpoints.close()
-    save_stage(out, config.stage, state.ema)
+    return ema_of(state, config.train, ema_decay)
+
+
+def export_pipelines(
+    sources: Sequence[epath.PathLike],
+    out: epath.PathLike,
+    *,
+    text_encoder: str | None = None,
+    ema_decay: float | None = None,
+) -> list[str]:
+    """Writes DeepFloyd stages as pipelines that diffusers opens: OUT/<stage>/, each on its own.
+
+    Args:
+      sources: work directories of fine-tuned stages, or one model folder.
+      out: gets a folder for each stage.
+      text_encoder: a local folder, copied into each pipeline; None: the one that made the text of the training, or
+        the model folder's.
+      ema_decay: of work directories, as for `export`.
+
+    Returns:
+      The folders' names.
+
+    Raises:
+      UserError: there is no checkpoint or model, or a stage that is not of DeepFloyd.
+    """
+    names: list[str] = []
+    for source in map(epath.Path, sources):
+        if (source / INDEX).exists():
+            names += export_diffusers(source, out, text_encoder=text_encoder)
+            continue
+        config = build(TrainConfig, read_config(source), f"{source}/config.json")
+        check_decay(str(source), config.train, ema_decay)
+        export_pipeline(
+            epath.Path(out) / config.stage.name,
+            config.stage,
+            _averaged(source, config, ema_decay),
+            text_encoder=text_encoder or config.data.text_encoder,
+        )
+        names.append(config.stage.name)
+    return names

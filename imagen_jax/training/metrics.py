@@ -1,15 +1,37 @@
-"""Metrics as JSON lines and TensorBoard events."""
+"""Metrics as JSON lines, TensorBoard events and, if asked for, in Weights & Biases."""
 
+import dataclasses
 import json
-import time
+import math
+import secrets
 from collections.abc import Mapping
+from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from imagen_jax.data.files import write_text
+from imagen_jax.errors import UserError
+from imagen_jax.training.clock import StepClock, memory_in_use
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepCost:
+    """What is known of a step's arithmetic, to say how well the devices are used."""
+
+    flops: float  # floating-point operations of the model for one example, forward and backward
+    peak_flops: float  # a second, of one device at the precision of the computation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbRun:
+    """Where in Weights & Biases a run is logged."""
+
+    project: str
+    config: Mapping[str, Any]  # shown beside the run
 
 
 def trim_lines(path: epath.Path, last_step: int) -> None:
@@ -30,21 +52,67 @@ def trim_lines(path: epath.Path, last_step: int) -> None:
     write_text(path, "".join(kept))
 
 
+def open_wandb(workdir: epath.Path, run: WandbRun) -> Any:
+    """Opens the run of a work directory in Weights & Biases; a resumed run goes on there.
+
+    Its id is written to WORKDIR/wandb_id.txt. WANDB_MODE=offline keeps all in WORKDIR/wandb.
+
+    Raises:
+      UserError: the package is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("--wandb needs the package wandb: pip install 'imagen_jax[wandb]'") from error
+    path = workdir / "wandb_id.txt"
+    if not path.exists():
+        write_text(path, secrets.token_hex(4))
+    opened = wandb.init(
+        project=run.project,
+        name=workdir.name,
+        id=path.read_text().strip(),
+        resume="allow",
+        dir=str(workdir),
+        config=dict(run.config),
+    )
+    # Its own step never goes back, that of a resumed run may.
+    opened.define_metric("*", step_metric="step")
+    return opened
+
+
 class MetricsWriter:
     """Writes WORKDIR/metrics.jsonl and TensorBoard events, and shows a progress bar.
 
     Of several processes only the first writes.
+
+    Args:
+      workdir: of the run.
+      start_step: steps done before.
+      steps: of the whole run.
+      batch_size: examples a step.
+      enabled: whether this process writes.
+      cost: of one example, if it is known: `mfu` is logged then.
+      wandb: None: nothing goes there.
     """
 
     def __init__(
-        self, workdir: epath.Path, *, start_step: int, steps: int, batch_size: int, enabled: bool = True
+        self,
+        workdir: epath.Path,
+        *,
+        start_step: int,
+        steps: int,
+        batch_size: int,
+        enabled: bool = True,
+        cost: StepCost | None = None,
+        wandb: WandbRun | None = None,
     ):
-        self._enabled = enabled
-        self._batch_size = batch_size
+        self.clock = StepClock()
+        self._enabled, self._cost, self._batch_size = enabled, cost, batch_size
         self._path = workdir / "metrics.jsonl"
-        self._last = (start_step, time.monotonic())
+        self._last_step = start_step
         if not enabled:
             return
+        self._wandb = None if wandb is None else open_wandb(workdir, wandb)
         trim_lines(self._path, start_step)
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(total=steps, initial=start_step, unit="step", desc=workdir.name, dynamic_ncols=True)
@@ -55,32 +123,57 @@ class MetricsWriter:
             self._bar.update()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes one line for the step; adds `images_per_s` since the last line."""
-        last_step, last_time = self._last
-        now = time.monotonic()
-        rate = (step - last_step) * self._batch_size / max(now - last_time, 1e-9)
-        self._last = (step, now)
+        """Writes one line for the step, with the figures of the steps since the last line.
+
+        They are `images_per_s`, the same for each device, seconds a step (see `StepClock`), the peak of memory and,
+        where the cost of a step is known, the model FLOPs utilisation `mfu`, a fraction. A value that is not
+        finite, as the loss of a skipped step, is null.
+        """
+        times = self.clock.take(step - self._last_step)
+        self._last_step = step
         if not self._enabled:
             return
-        line = {"step": step, **values, "images_per_s": round(rate, 3)}
+        rate = self._batch_size / max(sum(times.values()), 1e-9)
+        devices = jax.device_count()
+        line: dict[str, Any] = {
+            "step": step,
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
+            "images_per_s": round(rate, 3),
+            "images_per_s_per_device": round(rate / devices, 3),
+            **{name: round(value, 6) for name, value in times.items()},
+        }
+        if self._cost is not None:
+            line["mfu"] = round(rate / devices * self._cost.flops / self._cost.peak_flops, 4)
+        line |= memory_in_use()
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
+        shown = {name: value for name, value in line.items() if value is not None}
+        for name, value in shown.items():
             if name != "step":
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(shown)
         self._bar.set_postfix(loss=f"{values['loss']:.4f}", img_s=f"{rate:.0f}")
 
     def pictures(self, step: int, grid: np.ndarray) -> None:
-        """Adds a grid (H, W, 3) uint8 to TensorBoard."""
-        if self._enabled:
-            self._board.add_image("samples", grid, step, dataformats="HWC")
+        """Adds a grid (H, W, 3) uint8 to TensorBoard, and to Weights & Biases."""
+        if not self._enabled:
+            return
+        self._board.add_image("samples", grid, step, dataformats="HWC")
+        if self._wandb is not None:
+            import wandb
 
-    def pause(self) -> None:
-        """Leaves the time until now out of the next rate: it was not spent on steps."""
-        self._last = (self._last[0], time.monotonic())
+            self._wandb.log({"step": step, "samples": wandb.Image(grid)})
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._enabled:
+            self._bar.write(text)
 
     def close(self) -> None:
         """Flushes and closes the files and the bar."""
         if self._enabled:
             self._board.close()
             self._bar.close()
+            if self._wandb is not None:
+                self._wandb.finish()

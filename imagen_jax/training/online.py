@@ -31,17 +31,24 @@ class OnlineText:
       encoder: loaded on `mesh.local_mesh`.
       max_length: tokens of the training step's text.
       mesh: of the training.
+      padded: whether text is as `StageConfig.padded_text` has it.
     """
 
-    def __init__(self, encoder: TextEncoder, *, max_length: int, mesh: Mesh):
-        self._encoder, self._max_length = encoder, max_length
+    def __init__(self, encoder: TextEncoder, *, max_length: int, mesh: Mesh, padded: bool = False):
+        self._encoder, self._max_length, self._padded = encoder, max_length, padded
         self._local = batch_sharding(mesh.local_mesh)
         self._global = batch_sharding(mesh)
-        self._finish = jax.jit(functools.partial(_finish, max_length), out_shardings=self._local)
+        self._finish = jax.jit(functools.partial(_finish, max_length, padded), out_shardings=self._local)
 
     @classmethod
     def load(
-        cls, folder_or_hub_id: str | os.PathLike, *, dtype: str, max_length: int, mesh: Mesh
+        cls,
+        folder_or_hub_id: str | os.PathLike,
+        *,
+        dtype: str,
+        max_length: int,
+        mesh: Mesh,
+        padded: bool = False,
     ) -> "OnlineText":
         """Opens the encoder.
 
@@ -50,12 +57,23 @@ class OnlineText:
           dtype: float32 or bfloat16: of its parameters, matrix products and embeddings.
           max_length: tokens of the training step's text.
           mesh: of the training.
+          padded: whether text is as `StageConfig.padded_text` has it.
 
         Raises:
           UserError: no such encoder.
         """
         encoder = TextEncoder.load(folder_or_hub_id, dtype=dtype, mesh=mesh.local_mesh)
-        return cls(encoder, max_length=max_length, mesh=mesh)
+        return cls(encoder, max_length=max_length, mesh=mesh, padded=padded)
+
+    @functools.cached_property
+    def null_text(self) -> Float[np.ndarray, "max_length width"] | None:
+        """Embeddings of the empty caption, where that is the null text; else None: it is zeros."""
+        return self._encoder.encode_padded([""], length=self._max_length)[0] if self._padded else None
+
+    def add_null_text(self, batch: dict[str, Any], examples: int) -> None:
+        """Sets `null_text` of a batch, the same for each example, where the null text is the empty caption."""
+        if self.null_text is not None:
+            batch["null_text"] = np.broadcast_to(self.null_text, (examples, *self.null_text.shape))
 
     @property
     def width(self) -> int:
@@ -70,8 +88,12 @@ class OnlineText:
         The length is a function of the captions only, so that a batch has the same embeddings whenever it is
         made.
         """
+        if self._padded:
+            captions = [caption.lower().strip() for caption in captions]
         rows = self._encoder.tokenize(captions, self._max_length)
-        longest, length = max(map(len, rows)), min(_SHORTEST, self._max_length)
+        # Padding that counts as text has to be there.
+        shortest = self._max_length if self._padded else _SHORTEST
+        longest, length = max(map(len, rows)), min(shortest, self._max_length)
         while length < longest:
             length = min(2 * length, self._max_length)
         tokens = np.zeros((len(rows), length), np.int32)
@@ -98,7 +120,11 @@ class OnlineText:
     def encode(
         self, captions: Sequence[str]
     ) -> tuple[Float[np.ndarray, "batch max_length width"], Bool[np.ndarray, "batch max_length"]]:
-        """Embeddings of any number of captions on the host, zero at padding, and their mask."""
+        """Embeddings of any number of captions on the host, zero at padding unless that counts, and their mask."""
+        if self._padded:
+            lower = [caption.lower().strip() for caption in captions]
+            text = self._encoder.encode_padded(lower, length=self._max_length)
+            return text, np.ones(text.shape[:2], bool)
         rows = self._encoder.encode(captions, max_length=self._max_length, dtype="float32")
         text = np.zeros((len(rows), self._max_length, self.width), np.float32)
         for padded, embedding in zip(text, rows, strict=True):
@@ -108,12 +134,15 @@ class OnlineText:
 
 def _finish(
     max_length: int,
+    padded: bool,
     text: Float[Array, "batch length width"],
     mask: Bool[Array, "batch max_length"],
 ) -> Float[Array, "batch max_length width"]:
-    """Pads to the length of the training step, with zeros as stored embeddings are."""
-    padded = jnp.pad(text, ((0, 0), (0, max_length - text.shape[1]), (0, 0)))
-    return jnp.where(mask[:, :, None], padded, 0)
+    """Pads to the length of the training step, with zeros as stored embeddings are, unless padding counts."""
+    if padded:
+        return text
+    longer = jnp.pad(text, ((0, 0), (0, max_length - text.shape[1]), (0, 0)))
+    return jnp.where(mask[:, :, None], longer, 0)
 
 
 class TokenizedBatches(Iterator[Batch]):

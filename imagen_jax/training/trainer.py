@@ -2,27 +2,35 @@
 
 import contextlib
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
+from imagen_jax.config import to_dict
 from imagen_jax.data.pipeline import Batches, PipelineConfig, embedding_width, open_batches, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.parallel.mesh import check_batch_size, make_mesh, put_batch
-from imagen_jax.sampling.pictures import grid, save_png
-from imagen_jax.sampling.stage_sampler import StageSampler
-from imagen_jax.training.checkpoint import Checkpoints, check_same_config, write_config
-from imagen_jax.training.config import TrainConfig
-from imagen_jax.training.metrics import MetricsWriter
+from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
+from imagen_jax.parallel.processes import gather, on_first
+from imagen_jax.parallel.watchdog import Phase, Watchdog
+from imagen_jax.training.checkpoint import Checkpoints, Keep, check_same_config, write_config
+from imagen_jax.training.clock import Profiler, ProfileSteps
+from imagen_jax.training.config import Scorer, TrainConfig
+from imagen_jax.training.health import Health
+from imagen_jax.training.held_out import HeldOutLoss, SampleGrid, check_scorer
+from imagen_jax.training.init_from import check_record, initial_params, recorded_source, write_record
+from imagen_jax.training.lock import WorkdirLock
+from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
 from imagen_jax.training.online import OnlineText, TokenizedBatches
-from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer
-from imagen_jax.training.train_step import make_train_step
+from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_of_params
+from imagen_jax.training.train_step import check_accumulation, make_train_step, split_index
+
+WHOLE_BATCH = DataShare(index=0, count=1)
 
 
 def pipeline_config(config: TrainConfig) -> PipelineConfig:
@@ -51,9 +59,15 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
       online: the encoder that runs beside it, if there is one.
 
     Raises:
-      UserError: if the split is smaller than a batch or the embeddings' width is not the network's.
+      UserError: if the split is smaller than a batch, the embeddings' width is not the network's, there are no
+        held-out records, or the samples cannot be scored.
     """
     data = config.data
+    if config.stage.padded_text and online is None:
+        raise UserError(
+            "config.stage.padded_text needs the embeddings of padding, which records do not hold; "
+            "set config.data.text_encoder to the encoder's folder"
+        )
     if online is None:
         place = data.embeddings or data.path
         width, what = embedding_width(place), f"the embeddings in {place}"
@@ -69,12 +83,10 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
             f"config.data.batch_size={data.batch_size}, but split {data.split!r} of {data.path} "
             f"holds only {count} records"
         )
-
-
-def split_index(index: np.ndarray) -> np.ndarray:
-    """Example indices int64 (N,) as low and high 32 bits, uint32 (N, 2): JAX runs without 64-bit types."""
-    unsigned = index.astype(np.uint64)
-    return np.stack([unsigned & np.uint64(0xFFFFFFFF), unsigned >> np.uint64(32)], axis=1).astype(np.uint32)
+    if config.train.eval_every:
+        record_count(data.path, config.train.eval_split)
+    if config.train.sample_every and config.train.sample_score is not Scorer.NONE:
+        check_scorer(config.train.sample_score, config.stage.resolution, sample_batch(config)["caption"])
 
 
 def device_batch(
@@ -87,67 +99,70 @@ def device_batch(
       mesh: where to.
       online: the encoder of the batch's tokens.
     """
-    arrays = {name: array for name, array in batch.items() if name not in ("key", "index", "tokens")}
-    placed = put_batch({**arrays, "index": split_index(batch["index"])}, mesh)
+    left_out = ("key", "index", "tokens", "caption")
+    arrays = {name: array for name, array in batch.items() if name not in left_out}
+    arrays |= {"index": split_index(batch["index"])}
+    if online is not None:
+        online.add_null_text(arrays, len(batch["index"]))
+    placed = put_batch(arrays, mesh)
     if online is not None:
         placed["text"] = online.embed(batch["tokens"], batch["text_mask"])
     return placed
 
 
-class SampleGrid:
-    """Pictures of the same captions and seeds, drawn now and then with the averaged weights."""
-
-    def __init__(
-        self, config: TrainConfig, network: StageNetwork, workdir: epath.Path, online: OnlineText | None
-    ):
-        loop, pipeline = config.train, pipeline_config(config)
-        split = loop.sample_split or config.data.split
-        count = min(loop.sample_count, record_count(config.data.path, split))
-        pipeline = dataclasses.replace(pipeline, split=split, shuffle=False, batch_size=count, crop=None)
-        with _open_batches(config, pipeline) as batches:
-            self._batch = dict(next(batches))
-        if online is not None:
-            self._batch["text"], self._batch["text_mask"] = online.encode(self._batch["caption"])
-        self._seeds = np.arange(count, dtype=np.uint32)
-        self._sampler = StageSampler(network)
-        self._folder = workdir / "samples"
-
-    def draw(self, state: TrainState) -> np.ndarray:
-        """Writes WORKDIR/samples/STEP.png (for an SR stage: input above output); returns the grid."""
-        pictures = self._sampler(
-            state.ema,
-            seeds=self._seeds,
-            text=self._batch["text"].astype(np.float32),
-            mask=self._batch["text_mask"],
-            low_res=self._batch.get("low_res"),
-        )
-        result = grid(list(pictures))
-        if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_png(self._folder / f"{int(state.step):08d}.png", result)
-        return result
-
-
 def _open_batches(config: TrainConfig, pipeline: PipelineConfig, **options: int) -> Batches:
     """The batches with what their text is made of."""
     data = config.data
-    return open_batches(
-        pipeline, embeddings=data.embeddings, captions=data.text_encoder is not None, **options
-    )
+    captions = data.text_encoder is not None or config.train.sample_score is not Scorer.NONE
+    return open_batches(pipeline, embeddings=data.embeddings, captions=captions, **options)
 
 
 def training_batches(
-    config: TrainConfig, online: OnlineText | None, examples: int
+    config: TrainConfig,
+    online: OnlineText | None,
+    examples: int,
+    share: DataShare = WHOLE_BATCH,
+    pipeline: PipelineConfig | None = None,
 ) -> Batches | TokenizedBatches:
-    """Batches of this process from the given global count of examples on."""
+    """Batches, or this process's share of them, from the given global count of examples on.
+
+    Args:
+      config: the run.
+      online: the encoder that runs beside it, if there is one.
+      examples: used before.
+      share: of each batch.
+      pipeline: None: that of the training.
+    """
     batches = _open_batches(
         config,
-        pipeline_config(config),
+        pipeline or pipeline_config(config),
         start_example=examples,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        process_index=share.index,
+        process_count=share.count,
     )
     return batches if online is None else TokenizedBatches(batches, online, ahead=config.data.prefetch)
+
+
+def whole_batch(config: TrainConfig, online: OnlineText | None, step: int) -> dict[str, Any]:
+    """The batch of a step (from 1) with the examples of all processes, made anew; `text` is on the host."""
+    examples = (step - 1) * config.data.batch_size
+    with _open_batches(config, pipeline_config(config), start_example=examples) as batches:
+        batch = dict(next(batches))
+    if online is not None:
+        batch["text"], batch["text_mask"] = online.encode(batch["caption"])
+        online.add_null_text(batch, len(batch["index"]))
+    return batch
+
+
+def sample_batch(config: TrainConfig) -> dict[str, Any]:
+    """The first examples of the split that sample grids are drawn for."""
+    split = config.train.sample_split or config.data.split
+    count = min(config.train.sample_count, record_count(config.data.path, split))
+    pipeline = dataclasses.replace(
+        pipeline_config(config), split=split, shuffle=False, batch_size=count, crop=None
+    )
+    with _open_batches(config, pipeline) as batches:
+        return dict(next(batches))
 
 
 def _online_text(config: TrainConfig, mesh: Mesh) -> OnlineText | None:
@@ -159,70 +174,151 @@ def _online_text(config: TrainConfig, mesh: Mesh) -> OnlineText | None:
         dtype=config.data.text_dtype.value,
         max_length=config.stage.max_text_length,
         mesh=mesh,
+        padded=config.stage.padded_text,
     )
 
 
-def train(config: TrainConfig, workdir: epath.PathLike) -> TrainState:
-    """Trains a stage, going on from the newest checkpoint of `workdir`.
+def _start(
+    config: TrainConfig,
+    network: StageNetwork,
+    optimizer: optax.GradientTransformation,
+    workdir: epath.Path,
+    mesh: Mesh,
+    init_from: str | None,
+) -> TrainState:
+    """The state of step 0: fresh weights, or those that --init_from names or once named."""
+    spec = init_from or recorded_source(workdir)
+    if spec is None:
+        return init_state(network, optimizer, config, mesh)
+    params, record = initial_params(spec, config, mesh)
+    write_record(workdir, record)
+    return state_of_params(params, optimizer, config, mesh)
+
+
+def _start_workdir(config: TrainConfig, workdir: epath.Path) -> WorkdirLock:
+    """Takes the work directory for this run; process 0's part."""
+    if (workdir / "config.json").exists():
+        check_same_config(workdir, config)
+    lock = WorkdirLock(workdir)
+    if not lock.held:
+        print(
+            f"{workdir}: nothing keeps a second run out of a cloud folder; see that there is none", flush=True
+        )
+    try:
+        write_config(workdir, config)
+    except BaseException:
+        lock.close()
+        raise
+    return lock
+
+
+@contextlib.contextmanager
+def _locked(config: TrainConfig, workdir: epath.Path) -> Iterator[None]:
+    """The work directory is this run's; refused on all processes if process 0 does not get it."""
+    with contextlib.ExitStack() as stack:
+
+        def take() -> None:
+            stack.callback(_start_workdir(config, workdir).close)
+
+        on_first(take)
+        yield
+
+
+def train(
+    config: TrainConfig,
+    workdir: epath.PathLike,
+    *,
+    watchdog: Watchdog | None = None,
+    stop: Callable[[int], bool] | None = None,
+    init_from: str | None = None,
+    profile: ProfileSteps | None = None,
+    cost: StepCost | None = None,
+    wandb_project: str | None = None,
+) -> TrainState:
+    """Trains a stage, going on from the newest checkpoint of `workdir` that is intact.
 
     Every step depends on the config, the seed and the records only: a run that was interrupted at any moment
-    gives, bit for bit on the same devices, the losses of one that was not.
+    gives, bit for bit on the same devices, the losses of one that was not. In a job of several processes all
+    call this with the same arguments; each reads its own part of the data, and `workdir` is a folder that all see.
 
     Args:
       config: what to train.
       workdir: gets config.json, metrics.jsonl, checkpoints/, samples/ and tensorboard/.
+      watchdog: is told where the loop is; None: nobody watches.
+      stop: asked after every step, on all processes with the same answer, whether to save and return early.
+      init_from: where the weights of step 0 come from, see `initial_params`; None: they are fresh.
+      profile: steps whose execution is traced.
+      cost: of one example's step, for `mfu` in the metrics.
+      wandb_project: in Weights & Biases; None: nothing is logged there.
 
     Returns:
       The last state.
 
     Raises:
-      UserError: for records that do not fit the config, a work directory of another config, a mesh that does
-        not fit the devices, or a loss that is not finite.
+      UserError: for records that do not fit the config, a work directory of another config or in use, a mesh
+        that does not fit the devices, weights that do not fit the network, a checkpoint that cannot be saved, or
+        a loss or gradient that is not finite.
     """
     workdir = epath.Path(workdir)
+    config.check_trainable()
     mesh = make_mesh(config.mesh)
     check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
+    check_accumulation(config, mesh)
+    share = data_share(mesh)
+    if config.data.text_encoder is not None and share.count != jax.process_count():
+        raise UserError(
+            f"config.mesh.tensor={config.mesh.tensor} spreads over several processes, which config.data.text_encoder "
+            "does not: lower it, or encode beforehand with imagen-jax precompute"
+        )
     online = _online_text(config, mesh)
     check_data(config, online)
-    first = jax.process_index() == 0
-    if (workdir / "config.json").exists():
-        check_same_config(workdir, config)
+    first, loop = jax.process_index() == 0, config.train
     network = StageNetwork(config.stage)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    with contextlib.closing(Checkpoints(workdir, keep=config.train.keep_checkpoints)) as checkpoints:
-        if first:
-            write_config(workdir, config)
-        abstract = abstract_state(network, optimizer, mesh)
-        step, examples = checkpoints.latest_step(), 0
-        if step is None:
-            state, step = init_state(network, optimizer, config, mesh), 0
+    optimizer = make_optimizer(config.optimizer, loop.steps)
+    keep = Keep(
+        newest=loop.keep_checkpoints, every=loop.keep_every, best=loop.keep_best, best_is=loop.best_is
+    )
+    with (
+        _locked(config, workdir),
+        contextlib.closing(Checkpoints(workdir, keep=keep)) as checkpoints,
+    ):
+        abstract = abstract_state(network, optimizer, mesh, loop.ema_decays)
+        found = checkpoints.restore_newest(abstract)
+        if found is None:
+            state, examples, step = _start(config, network, optimizer, workdir, mesh, init_from), 0, 0
         else:
-            state, examples = checkpoints.restore(step, abstract)
+            check_record(workdir, init_from)
+            state, examples, step = found
         if first:
+            several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             print(
                 f"{config.stage.name}: {network.parameter_count() / 1e6:.2f} M parameters, "
-                f"{len(mesh.devices.flat)} device(s), step {step} of {config.train.steps}",
+                f"{len(mesh.devices.flat)} device(s){several}, step {step} of {loop.steps}",
                 flush=True,
             )
-        if step >= config.train.steps:
+        if step >= loop.steps:
             return state
         metrics = MetricsWriter(
             workdir,
             start_step=step,
-            steps=config.train.steps,
+            steps=loop.steps,
             batch_size=config.data.batch_size,
             enabled=first,
+            cost=cost,
+            wandb=WandbRun(project=wandb_project, config=to_dict(config)) if wandb_project else None,
         )
         with (
             contextlib.closing(metrics),
-            training_batches(config, online, examples) as batches,
+            contextlib.closing(Profiler(workdir, profile)) as profiler,
+            training_batches(config, online, examples, share) as batches,
         ):
-            run = _Run(config, workdir, network, mesh, checkpoints, metrics, online)
+            guard = watchdog or Watchdog()
+            run = _Run(config, workdir, network, mesh, checkpoints, metrics, online, profiler, guard, stop)
             return run.loop(state, step, make_train_step(network, optimizer, config, mesh, abstract), batches)
 
 
 class _Run:
-    """The loop and what happens between its steps, in one fixed order: step, log, sample, save."""
+    """The loop and what happens between its steps, in one fixed order: step, look, log, save, stop."""
 
     def __init__(
         self,
@@ -233,46 +329,124 @@ class _Run:
         checkpoints: Checkpoints,
         metrics: MetricsWriter,
         online: OnlineText | None,
+        profiler: Profiler,
+        watchdog: Watchdog,
+        stop: Callable[[int], bool] | None,
     ):
         self.config, self.workdir, self.network, self.mesh = config, workdir, network, mesh
-        self.checkpoints, self.metrics, self.online = checkpoints, metrics, online
+        self.checkpoints, self.metrics, self.online, self.profiler = checkpoints, metrics, online, profiler
+        self.watchdog, self.stop = watchdog, stop
+        self.health = Health(
+            config,
+            workdir,
+            read_batch=lambda step: whole_batch(config, online, step),
+            newest_checkpoint=checkpoints.latest_step,
+            say=metrics.say,
+            long_work=watchdog.long_work,
+        )
         self._grid: SampleGrid | None = None
+        self._held_out: HeldOutLoss | None = None
+        self._best: float | None = None  # newest value of the metric by which the best checkpoints are kept
 
     def loop(self, state: TrainState, step: int, train_step: Any, batches: Iterator[Any]) -> TrainState:
-        """Steps from `step` + 1 to the last; the last state is saved."""
-        loop = self.config.train
+        """Steps from `step` + 1 to the last, or until stopped; the last state is saved."""
+        loop, start = self.config.train, step
         # The next batch is put on the devices while they work on this one.
-        batch = device_batch(next(batches), self.mesh, self.online)
+        batch = self._next(step + 1, batches)
+        if jax.process_count() > 1:
+            # Processes of CPUs wait 30 s for each other in their first collective: less than their compilations
+            # may differ on a busy machine.
+            with self.watchdog.long_work(step):
+                train_step = train_step.lower(state, batch).compile()
+                gather("compiled")
         while step < loop.steps:
-            state, values = train_step(state, batch)
+            # The first step compiles.
+            self.watchdog.at(step + 1, Phase.STEP if step > start else Phase.LONG)
+            self.profiler.before(step + 1, state)
+            with self.metrics.clock.step():
+                state, values = train_step(state, batch)
             step += 1
-            last = step == loop.steps
+            stopping = self.stop is not None and self.stop(step)
+            last = step == loop.steps or stopping
             if not last:
-                batch = device_batch(next(batches), self.mesh, self.online)
+                batch = self._next(step + 1, batches)
+            self._check(step, state, values)
+            self.profiler.after(step, state)
             self.metrics.advance()
-            if step % loop.log_every == 0 or last:
-                self._log(step, values)
-            if loop.sample_every and (step % loop.sample_every == 0 or last):
-                self._sample(step, state)
+            seen = self._look(step, state, last) if not stopping else {}
+            if step % loop.log_every == 0 or last or seen:
+                self.watchdog.at(step + 1, Phase.LOG)
+                self._log(step, values, state, seen)
             if step % loop.checkpoint_every == 0 or last:
-                examples = step * self.config.data.batch_size
-                self.checkpoints.save(step, state, examples=examples, config=self.config)
-        self.checkpoints.wait()
+                self._save(step, state)
+            if stopping:
+                break
+        with self.watchdog.long_work(step):
+            self.checkpoints.wait()
         return state
 
-    def _log(self, step: int, values: Mapping[str, jax.Array]) -> None:
-        numbers = {name: float(value) for name, value in values.items()}
-        if not all(math.isfinite(number) for number in numbers.values()):
-            raise UserError(
-                f"{self.workdir}: {numbers} at step {step} is not finite; the newest checkpoint is from step "
-                f"{self.checkpoints.latest_step()}"
-            )
-        self.metrics.log(step, numbers)
+    def _next(self, step: int, batches: Iterator[Any]) -> dict[str, jax.Array]:
+        """The batch of a step, on its way to the devices."""
+        self.watchdog.at(step, Phase.DATA)
+        with self.metrics.clock.data():
+            batch = next(batches)
+        return device_batch(batch, self.mesh, self.online)
 
-    def _sample(self, step: int, state: TrainState) -> None:
-        if jax.process_count() > 1:
-            return  # the averaged weights are spread over processes
-        if self._grid is None:
-            self._grid = SampleGrid(self.config, self.network, self.workdir, self.online)
-        self.metrics.pictures(step, self._grid.draw(state))
-        self.metrics.pause()
+    def _check(self, step: int, state: TrainState, values: Mapping[str, jax.Array] | None = None) -> None:
+        """Looks whether steps were finite: with `values` at one some steps before, without at all up to this one."""
+        self.watchdog.at(step + 1, Phase.STEP)
+        with self.metrics.clock.step():
+            if values is None:
+                self.health.drain(state)
+            else:
+                self.health.note(step, dict(values), state)
+
+    def _log(
+        self, step: int, values: Mapping[str, jax.Array], state: TrainState, seen: dict[str, float]
+    ) -> None:
+        self._check(step, state)
+        scalars = ("loss", "grad_norm", "learning_rate", "skipped")
+        numbers = {name: values[name].item() for name in scalars}
+        numbers |= self.health.take_bins() | seen
+        self._best = numbers.get(self.config.train.best_metric, self._best)
+        self.metrics.log(step, numbers)
+        self.checkpoints.check()
+
+    def _save(self, step: int, state: TrainState) -> None:
+        """Begins to save; waits for the save before this one, if it is still going on."""
+        self._check(step, state)
+        examples = step * self.config.data.batch_size
+        with self.watchdog.long_work(step):
+            self.checkpoints.save(step, state, examples=examples, config=self.config, metric=self._best)
+
+    def _look(self, step: int, state: TrainState, last: bool) -> dict[str, float]:
+        """Held-out loss and sample grid where they are due; their figures. The time is no part of training."""
+        loop, seen = self.config.train, {}
+        evaluate = bool(loop.eval_every) and (step % loop.eval_every == 0 or last)
+        draw = bool(loop.sample_every) and (step % loop.sample_every == 0 or last)
+        if not evaluate and not draw:
+            return {}
+        self._check(step, state)
+        with self.metrics.clock.pause(), self.watchdog.long_work(step):
+            if evaluate:
+                self._held_out = self._held_out or self._make_held_out()
+                seen = self._held_out({name: state.ema[name] for name in state.params})
+            if draw:
+                self._grid = self._grid or SampleGrid(
+                    self.config, self.network, self.workdir, sample_batch(self.config), self.online
+                )
+                pictures, scores = self._grid.draw(state)
+                self.metrics.pictures(step, pictures)
+                seen |= scores
+        return seen
+
+    def _make_held_out(self) -> HeldOutLoss:
+        share = data_share(self.mesh)
+        return HeldOutLoss(
+            self.config,
+            self.network,
+            self.mesh,
+            pipeline_config(self.config),
+            lambda pipeline: training_batches(self.config, self.online, 0, share, pipeline),
+            lambda batch: device_batch(batch, self.mesh, self.online),
+        )

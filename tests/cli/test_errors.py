@@ -56,6 +56,10 @@ def train_fails(fails, config_file, tmp_path):
         ("--config.optimiser.kind=adam", ["config.optimiser ", "'optimizer'"]),
         ("--config.stage.network.chanels=[8]", ["config.stage.network.chanels ", "'channels'"]),
         ("--config.train.steps=many", ["config.train.steps ", "int", "'many'"]),
+        (
+            "--config.stage.network.param_dtype=bfloat16",
+            ["config.stage.network.param_dtype=bfloat16", "float32"],
+        ),
         ("--config.train.steps=1.5", ["config.train.steps ", "int", "1.5"]),
         ("--config.data.flip=1", ["config.data.flip ", "bool", "1"]),
         ("--config.optimizer.kind=sgd", ["config.optimizer.kind ", "adam, adafactor", "'sgd'"]),

@@ -86,14 +86,6 @@ def rotation(size):
     return np.linalg.qr(np.random.default_rng(size).standard_normal((size, size)))[0]
 
 
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    """There is a program for each sampler and number of steps, and little to compute in any."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="session")
 def plane():
     """Three overlapping ellipses in the plane."""

@@ -44,6 +44,14 @@ CONFIGS = {
         text_attention=(False, True),
         **TINY,
     ),
+    "efficient sr with concatenated skips": EfficientUNetConfig(
+        channels=(8, 16),
+        num_res_blocks=(1, 3),
+        self_attention=(False, True),
+        text_attention=(False, True),
+        concat_skips=(False, True),
+        **TINY,
+    ),
     "efficient base with patches": EfficientUNetConfig(
         channels=(8,),
         num_res_blocks=(1,),
@@ -272,18 +280,28 @@ def adm_body(config, p, h, embedding, attend):
 
 
 def efficient_body(config, p, h, embedding, attend):
-    def stack(name, h, level):
+    def stack(name, h, level, twins=None):
         h = h + linear(p, f"{name}.combine.project", silu(embedding))[:, None, None]
+        outputs = []
         for i in range(config.num_res_blocks[level]):
-            h = res_block(p, f"{name}.blocks.{i}", h, embedding)
-        return attend(name, h, level)
+            if twins is None:
+                h = res_block(p, f"{name}.blocks.{i}", h, embedding)
+            else:
+                h = np.concatenate([h, twins.pop() / np.sqrt(2)], axis=-1)
+                h = res_block(p, f"{name}.blocks.{i}.res", h, embedding)
+            outputs.append(h)
+        return attend(name, h, level), outputs
 
     first, skips, levels = h, [], len(config.channels)
     for level in range(levels):
-        h = stack(f"down.{level}.stack", conv(p, f"down.{level}.conv", h, stride=2), level)
-        skips.append(h)
+        h, outputs = stack(f"down.{level}.stack", conv(p, f"down.{level}.conv", h, stride=2), level)
+        skips.append((h, outputs))
     for step in range(levels):
-        h = stack(f"up.{step}.stack", (h + skips.pop()) / np.sqrt(2), levels - 1 - step)
+        level, (skip, outputs) = levels - 1 - step, skips.pop()
+        if config.concat_skips and config.concat_skips[level]:
+            h, _ = stack(f"up.{step}.stack", h, level, outputs)
+        else:
+            h, _ = stack(f"up.{step}.stack", (h + skip) / np.sqrt(2), level)
         h = conv(p, f"up.{step}.conv", h.repeat(2, axis=1).repeat(2, axis=2))
     return conv(p, "conv_out", (h + first) / np.sqrt(2))
 
@@ -392,11 +410,14 @@ def test_dblock_halves_first_and_ublock_doubles_before_its_last_convolution():
     config, side = CONFIGS["efficient sr"], 8
     rest = (jnp.zeros((1, 16)), jnp.zeros((1, LENGTH, 16)), jnp.ones((1, LENGTH), bool))
     down, params = random_module(lambda: DBlock(config, 8, 1, rngs=nnx.Rngs(0)))
-    found = convolutions(jax.make_jaxpr(down.__wrapped__)(params, jnp.zeros((1, side, side, 8)), *rest).jaxpr)
+    execution = config.execution(None)
+    call = functools.partial(down.__wrapped__, execution=execution)
+    found = convolutions(jax.make_jaxpr(call)(params, jnp.zeros((1, side, side, 8)), *rest).jaxpr)
     assert found == [(side, side // 2)] + 4 * [(side // 2, side // 2)]
     up, params = random_module(lambda: UBlock(config, 8, 1, rngs=nnx.Rngs(0)))
     skip = jnp.zeros((1, side, side, 16))
-    found = convolutions(jax.make_jaxpr(up.__wrapped__)(params, skip, skip, *rest).jaxpr)
+    call = functools.partial(up.__wrapped__, execution=execution)
+    found = convolutions(jax.make_jaxpr(call)(params, skip, skip, [], *rest).jaxpr)
     assert found == 4 * [(side, side)] + [(2 * side, 2 * side)]
 
 
@@ -415,6 +436,11 @@ def test_dblock_halves_first_and_ublock_doubles_before_its_last_convolution():
 def test_bad_configs(changes, message):
     with pytest.raises(ValueError, match=message):
         UNetConfig(**{**vars(CONFIGS["base"]), **changes})
+
+
+def test_concatenated_skips_are_given_for_every_level_or_none():
+    with pytest.raises(ValueError, match=r"concat_skips needs .* 2 levels or none, got \(True,\)"):
+        EfficientUNetConfig(**{**vars(CONFIGS["efficient sr"]), "concat_skips": (True,)})
 
 
 def test_bad_heads_and_inputs():

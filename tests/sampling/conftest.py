@@ -3,20 +3,11 @@
 import dataclasses
 import math
 
-import jax
 import numpy as np
 import pytest
 
 TEXT_WIDTH = 16
 PROMPTS = ("a red circle", "a blue square", "一个红色的圆形", "two green triangles")
-
-
-@pytest.fixture(scope="package", autouse=True)
-def quick_compilation():
-    """The networks are tiny: compiling them takes the time, not running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ def test_the_text_encoder_may_lie_elsewhere(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model")
     shutil.move(tmp_path / "model" / "text_encoder", tmp_path / "elsewhere")
     edit(tmp_path / "model" / "model_index.json", text_encoder=str(tmp_path / "elsewhere"))
-    assert Imagen.load(tmp_path / "model").encoder.width == 16
+    text, _ = Imagen.load(tmp_path / "model").encode(["red"], 4)
+    assert text.shape[-1] == 16
 
 
 # What is done to a copy of a good folder, and what the message must then say.

@@ -14,7 +14,7 @@ from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.models.stage import SamplingConfig, StageNetwork
-from imagen_jax.sampling.stage_sampler import StageSampler, guided_denoiser, override_sampling
+from imagen_jax.sampling.stage_sampler import StageSampler, guided_denoiser
 
 GENERATOR = np.random.default_rng(0)
 TEXT = GENERATOR.standard_normal((2, 8, 16)).astype(np.float32)
@@ -67,10 +67,10 @@ class Recorded(StageNetwork):
         super().__init__(config)
         self.sizes = []
 
-    def apply(self, params, x_t, log_snr, text, mask, *, low_res=None, aug_log_snr=None):
+    def apply_with_variance(self, params, x_t, log_snr, text, mask, *, low_res=None, aug_log_snr=None):
         jax.debug.callback(lambda size: self.sizes.append(int(size)), jnp.sum(jnp.ones(len(x_t))))
         ramp = jnp.arange(x_t[0].size, dtype=jnp.float32).reshape(x_t.shape[1:])
-        return text[:, :1, :1, None] * ramp
+        return text[:, :1, :1, None] * ramp, None
 
 
 def outputs(stage, guidance, weight=3.0, negative=None):
@@ -148,15 +148,3 @@ def test_settings_of_older_model_folders():
     assert build(SamplingConfig, to_dict(config), "sampling") == config
     grid = {"sampler": {"kind": "dpmpp", "grid": {"kind": "karras", "rho": 5}}}
     assert build(SamplingConfig, grid, "sampling").sampler.grid == GridConfig(kind=Grid.KARRAS, rho=5.0)
-
-
-def test_override_sampling(stages):
-    config = stages[0].sampling
-    assert override_sampling(config) == config
-    made = override_sampling(config, steps=7, guidance_weight=3.0, sampler="ddim")
-    assert (made.sampler.steps, made.guidance_weight, made.sampler.kind) == (7, 3.0, Sampler.DDIM)
-    assert dataclasses.replace(made, sampler=config.sampler, guidance_weight=2.0) == config
-    with pytest.raises(ValueError, match="got 0"):
-        override_sampling(config, steps=0)
-    with pytest.raises(ValueError, match="euler"):
-        override_sampling(config, sampler="euler")

@@ -1,3 +1,4 @@
+import importlib
 import itertools
 import json
 
@@ -169,7 +170,7 @@ def test_pipeline_folder_with_the_tokenizer_beside(folder, encoder, tmp_path):
 
 
 def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoder_module, "snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(
         UserError, match="text encoder google/t5: no such folder, and not to be had from the hub"
     ):
@@ -181,6 +182,7 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
     with pytest.raises(UserError, match="'clip' is not a T5 encoder"):
         TextEncoder.load(tmp_path)
+    importlib.import_module("transformers").AutoTokenizer  # noqa: B018 - loaded before a library is hidden from it
     monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda _: None)
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(UserError, match="pip install sentencepiece"):

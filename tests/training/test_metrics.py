@@ -1,11 +1,17 @@
 import json
+import sys
 
+import jax
 import numpy as np
+import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
 
 from imagen_jax.data.tfrecord import TFRecordReader
-from imagen_jax.training.metrics import MetricsWriter, trim_lines
+from imagen_jax.errors import UserError
+from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun, trim_lines
+
+MEMORY = {"host_peak_gib", "device_peak_gib"}
 
 
 def write(path, steps, tail=""):
@@ -54,24 +60,63 @@ def test_a_resumed_writer_leaves_one_line_a_step(tmp_path):
     second.close()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 9))
-    assert all(set(line) == {"step", "loss", "grad_norm", "images_per_s"} for line in lines)
+    figures = {"images_per_s", "images_per_s_per_device", "data_s", "step_s", "rest_s"}
+    assert all(set(line) - MEMORY == {"step", "loss", "grad_norm"} | figures for line in lines)
+    assert all(len(set(line) & MEMORY) == 1 for line in lines)
     assert [line["loss"] for line in lines] == [1.0 / step for step in range(1, 9)]
     assert all(line["images_per_s"] > 0 for line in lines)
 
 
 def test_images_per_second_counts_examples_and_leaves_pauses_out(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr("imagen_jax.training.metrics.time.monotonic", lambda: now[0])
-    metrics = writer(tmp_path, 0)
+    monkeypatch.setattr("imagen_jax.training.clock.time.monotonic", lambda: now[0])
+    metrics = writer(tmp_path, 0, cost=StepCost(flops=3e9, peak_flops=1e10))
     now[0] += 2.0
     metrics.log(5, {"loss": 1.0})  # 5 steps of 4 examples in 2 s
-    now[0] += 50.0
-    metrics.pause()
-    now[0] += 1.0
+    with metrics.clock.pause():
+        now[0] += 50.0
+    with metrics.clock.data():
+        now[0] += 0.25
+    now[0] += 0.75
     metrics.log(6, {"loss": 1.0})
     metrics.close()
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["images_per_s"] for line in lines] == [10.0, 4.0]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images_per_s"] for line in lines] == [10.0, 4.0]
+    devices = jax.device_count()
+    assert [line["images_per_s_per_device"] for line in lines] == [10.0 / devices, 4.0 / devices]
+    assert [line["mfu"] for line in lines] == [round(rate / devices * 0.3, 4) for rate in (10.0, 4.0)]
+    assert (lines[1]["data_s"], lines[1]["step_s"], lines[1]["rest_s"]) == (0.25, 0.0, 0.75)
+
+
+def test_a_value_that_is_not_finite_is_null(tmp_path):
+    metrics = writer(tmp_path, 0)
+    metrics.log(1, {"loss": float("nan"), "grad_norm": float("inf")})
+    metrics.close()
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)
+    assert line["loss"] is None and line["grad_norm"] is None
+    assert "loss" not in {value.tag for event in events_of(tmp_path) for value in event.summary.value}
+
+
+def test_wandb_is_loaded_when_asked_for_only(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    writer(tmp_path, 0).close()
+    with pytest.raises(UserError, match=r"--wandb needs the package wandb: pip install"):
+        writer(tmp_path, 0, wandb=WandbRun(project="p", config={}))
+
+
+def test_wandb_offline_goes_on_under_its_id(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for start in (0, 1):
+        metrics = writer(tmp_path, start, wandb=WandbRun(project="p", config={"seed": 1}))
+        metrics.log(start + 1, {"loss": 0.5, "grad_norm": 1.5})
+        metrics.pictures(start + 1, np.zeros((4, 4, 3), np.uint8))
+        metrics.close()
+        ids.append((tmp_path / "wandb_id.txt").read_text())
+    assert ids[0] == ids[1]
+    assert len(list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/*.wandb"))) == 2
 
 
 def test_a_disabled_writer_writes_nothing(tmp_path):
@@ -100,7 +145,8 @@ def test_tensorboard_events_hold_scalars_and_pictures(tmp_path):
     values = {
         value.tag: (event.step, value) for event in events_of(tmp_path) for value in event.summary.value
     }
-    assert values.keys() == {"loss", "grad_norm", "images_per_s", "samples"}
+    figures = {"images_per_s", "images_per_s_per_device", "data_s", "step_s", "rest_s"}
+    assert values.keys() - MEMORY == {"loss", "grad_norm", "samples"} | figures
     assert {step for step, _ in values.values()} == {3}
     assert values["loss"][1].simple_value == 0.5
     assert values["grad_norm"][1].simple_value == 1.5

@@ -134,7 +134,8 @@ def off_the_interval(generator, first, last):
     return generator.choice([step for step in range(first, last + 1) if step % SAVE_EVERY])
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+# On 8 devices: `make test-kill`. tests/training/test_processes.py kills runs of 2 processes × 4 devices in any case.
+@pytest.mark.parametrize("devices", [1, pytest.param(8, marks=pytest.mark.kill)])
 def test_killed_runs_go_on_bit_for_bit(devices, tmp_path, config_file, make_config, subprocess_env):
     env = subprocess_env(devices)
     mesh = ["--config.mesh.data=2", "--config.mesh.fsdp=2", "--config.mesh.tensor=2"] if devices == 8 else []

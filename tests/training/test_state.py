@@ -22,6 +22,8 @@ def test_learning_rate_follows_its_formula(decay, warmup):
             expected = peak * step / warmup
         elif decay is Decay.CONSTANT:
             expected = peak
+        elif decay is Decay.INVERSE_SQRT:
+            expected = peak * math.sqrt(max(1, warmup) / max(1, warmup, step))
         else:
             expected = peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
         np.testing.assert_allclose(float(rate(step)), expected, rtol=1e-5, atol=1e-9, err_msg=str(step))

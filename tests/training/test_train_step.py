@@ -11,8 +11,7 @@ from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerConfig
 from imagen_jax.training.state import init_state, make_optimizer
-from imagen_jax.training.train_step import batch_loss, draw, ema_update, make_train_step
-from imagen_jax.training.trainer import split_index
+from imagen_jax.training.train_step import batch_loss, draw, ema_update, make_train_step, split_index
 
 SHAPE, LOW_SHAPE = (4, 4, 3), (2, 2, 3)
 LENGTH, TEXT_WIDTH = 6, 16

@@ -1,0 +1,1 @@
+"""Configs that fine-tune DeepFloyd IF."""

@@ -1,0 +1,64 @@
+"""`imagen-jax plan`: what a stage needs on a TPU slice that is not here."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+
+EXAMPLE = """example:
+  imagen-jax plan --config=imagen/sr256.py --topology=v5e:16x16 --json=plan.json
+  imagen-jax plan --config=imagen/base64.py --topology=v4:8x8x4 --program=sample --batch_size=256
+  imagen-jax plan --config=imagen/base64.py --topology=v5p:4x4x8 --config.mesh.fsdp=32
+
+Compiles the stage's program with the TPU compiler (pip install libtpu; no TPU is needed) and prints what each chip
+keeps in memory, how long a step is predicted to take and where the time goes. Slices are chips along each axis:
+v4:2x2x1 and v5p:2x2x1 upwards, v5e:1x1 and v6e:1x1 to 16x16."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verb's flags."""
+    parser.epilog = EXAMPLE
+    parser.usage = (
+        "%(prog)s --config=FILE[:variant] --topology=CHIP:SHAPE [--program=train|sample] [--batch_size=N]\n"
+        "       [--json=FILE] [--config.some.field=value ...]"
+    )
+    parser.add_argument(
+        "--config",
+        required=True,
+        help="config file, or its path below the installed configs/, and its variant",
+    )
+    parser.add_argument("--topology", required=True, help="slice of v4, v5e, v5p or v6e chips, as v5e:16x16")
+    parser.add_argument(
+        "--program", choices=["train", "sample"], default="train", help="what is planned (default train)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, help="pictures over all chips; default: the config's data.batch_size"
+    )
+    parser.add_argument("--json", metavar="FILE", help="also writes the numbers here")
+
+
+def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Plans; `overrides` are the arguments --config.some.field=value."""
+    from imagen_jax.errors import UserError
+    from imagen_jax.plan.chips import parse_topology
+    from imagen_jax.plan.environment import find_compiler
+
+    topology = parse_topology(args.topology)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UserError(f"--batch_size={args.batch_size}: must be at least 1")
+    find_compiler()
+    from etils import epath
+
+    from imagen_jax.plan.compile import Program
+    from imagen_jax.plan.report import make_plan, to_json, to_text
+    from imagen_jax.training.config import load_config
+
+    config = load_config(args.config, overrides)
+    if args.batch_size is not None:
+        data = dataclasses.replace(config.data, batch_size=args.batch_size)
+        config = dataclasses.replace(config, data=data)
+    plan = make_plan(config, topology, Program(args.program), progress=True)
+    print(to_text(plan))
+    if args.json is not None:
+        epath.Path(args.json).write_text(json.dumps(to_json(plan), indent=2) + "\n")
+    return 0

@@ -1,0 +1,1 @@
+"""Ahead-of-time compilation for machines that are not here: memory and predicted time of a stage."""

@@ -1,0 +1,170 @@
+"""The TPU chips that can be planned for: published peak numbers, and what the compiler's cycles mean on each.
+
+Sources: the Cloud TPU documentation's page of each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e) for
+bfloat16 peak, HBM bandwidth and interconnect; arXiv 2304.01433 for v4's links of 50 GB/s.
+
+The clock that turns the compiler's `estimated_cycles` into seconds is not on those pages. It is taken from
+consistency: libtpu 0.0.51 estimates a 4096³ … 32768³ bfloat16 product at 115,000–127,000 FLOPs a cycle on v5e,
+236,000–252,000 on v5p, 230,000–253,000 on v4 (two cores as one device) and 369,000–456,000 on v6e: just below
+2^17, 2^18, 2^18 and 2^19, the FLOPs that the matrix units do in a cycle. The published peak over that power of two
+is the clock: 1.503, 1.751, 1.049 and 1.751 GHz. With it, adding a constant to a float32 array of 1 GiB reaches
+660, 1985, 945 and 1325 GB/s, 72–81 % of each chip's HBM bandwidth, so the same clock holds for memory.
+"""
+
+import dataclasses
+import enum
+import math
+
+from imagen_jax.errors import UserError
+
+_GIB = 2**30
+
+
+class Wrap(enum.Enum):
+    """Along which axes of a slice the interconnect closes to a ring."""
+
+    FULL_POD = "full pod"  # 2-D: an axis of all 16 chips
+    CUBES = "cubes"  # 3-D: all axes of a slice that is made of 4×4×4 cubes
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """One TPU chip, which is one JAX device."""
+
+    name: str  # as in --topology
+    peak_flops: float  # FLOP/s in bfloat16
+    flops_per_cycle: int  # bfloat16, of the clock of `estimated_cycles`; see the module's text
+    hbm_bytes: int  # bytes that a program may use: what libtpu 0.0.51 calls available, its reserve taken off
+    hbm_bandwidth: float  # bytes/s
+    link_bandwidth: float  # bytes/s of one interconnect link in one direction
+    axes: int  # of the interconnect's grid; two links each
+    wrap: Wrap
+    tensor_cores: int  # of a chip; they work as one device
+    config_name: str  # libtpu's chip_config_name that makes one device of a chip
+
+    @property
+    def clock_hz(self) -> float:
+        """Cycles a second of the compiler's estimates."""
+        return self.peak_flops / self.flops_per_cycle
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip(
+            name="v4",
+            peak_flops=275e12,
+            flops_per_cycle=2**18,
+            hbm_bytes=int(30.75 * _GIB),
+            hbm_bandwidth=1200e9,
+            link_bandwidth=50e9,
+            axes=3,
+            wrap=Wrap.CUBES,
+            tensor_cores=2,
+            config_name="megacore",
+        ),
+        Chip(
+            name="v5e",
+            peak_flops=197e12,
+            flops_per_cycle=2**17,
+            hbm_bytes=int(15.75 * _GIB),
+            hbm_bandwidth=819e9,
+            link_bandwidth=50e9,  # 400 GB/s, both directions of 4 links
+            axes=2,
+            wrap=Wrap.FULL_POD,
+            tensor_cores=1,
+            config_name="default",
+        ),
+        Chip(
+            name="v5p",
+            peak_flops=459e12,
+            flops_per_cycle=2**18,
+            hbm_bytes=int(95.73 * _GIB),
+            hbm_bandwidth=2765e9,
+            link_bandwidth=100e9,  # 4800 Gbit/s over 6 links
+            axes=3,
+            wrap=Wrap.CUBES,
+            tensor_cores=2,
+            config_name="megacore",
+        ),
+        Chip(
+            name="v6e",
+            peak_flops=918e12,
+            flops_per_cycle=2**19,
+            hbm_bytes=int(31.24 * _GIB),
+            hbm_bandwidth=1638e9,
+            link_bandwidth=100e9,  # 800 GB/s, both directions of 4 links
+            axes=2,
+            wrap=Wrap.FULL_POD,
+            tensor_cores=1,
+            config_name="default",
+        ),
+    )
+}
+
+
+# Peak FLOP/s in bfloat16 by what JAX calls a device (`device_kind`). GPUs: NVIDIA's data sheets, dense, SXM boards.
+_DEVICE_PEAKS = {
+    "TPU v4": CHIPS["v4"].peak_flops,
+    "TPU v5 lite": CHIPS["v5e"].peak_flops,
+    "TPU v5e": CHIPS["v5e"].peak_flops,
+    "TPU v5": CHIPS["v5p"].peak_flops,
+    "TPU v5p": CHIPS["v5p"].peak_flops,
+    "TPU v6 lite": CHIPS["v6e"].peak_flops,
+    "TPU v6e": CHIPS["v6e"].peak_flops,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def device_peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s in bfloat16 of a device that JAX runs on; None if it is not known here."""
+    return _DEVICE_PEAKS.get(device_kind)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Topology:
+    """A slice: a grid of equal chips."""
+
+    chip: Chip
+    sizes: tuple[int, ...]  # chips along each axis
+
+    @property
+    def name(self) -> str:
+        """Such as "v5e:16x16"."""
+        return f"{self.chip.name}:{'x'.join(map(str, self.sizes))}"
+
+    @property
+    def count(self) -> int:
+        """Number of chips."""
+        return math.prod(self.sizes)
+
+    def wraps(self, axis: int) -> bool:
+        """Whether the chips along an axis form a ring."""
+        if self.chip.wrap is Wrap.CUBES:
+            return all(size % 4 == 0 for size in self.sizes)
+        return self.sizes[axis] == 16
+
+
+def parse_topology(text: str) -> Topology:
+    """A slice by its name: the chip, a colon and the chips along each axis, such as "v5p:4x4x8".
+
+    Raises:
+      UserError: for an unknown chip or a shape that is none of its own, naming --topology.
+    """
+    name, _, shape = text.partition(":")
+    known = ", ".join(CHIPS)
+    chip = CHIPS.get(name)
+    if chip is None:
+        raise UserError(
+            f"--topology={text}: no chip {name!r}; known are {known}, as in v5e:16x16 or v5p:4x4x8"
+        )
+    example = "x".join(["4"] * chip.axes)
+    parts = shape.split("x")
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) != chip.axes:
+        raise UserError(
+            f"--topology={text}: a slice of {name} has {chip.axes} axes of chips, as in {name}:{example}"
+        )
+    return Topology(chip=chip, sizes=tuple(int(part) for part in parts))

@@ -1,0 +1,195 @@
+"""Compiles a stage's training step or its sampler for a slice that is not here."""
+
+import contextlib
+import dataclasses
+import enum
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import StageNetwork
+from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh
+from imagen_jax.plan.chips import Topology
+from imagen_jax.plan.memory import out_of_memory_bytes
+from imagen_jax.sampling.programs import ProgramSpec, lower
+from imagen_jax.training.config import TextDtype, TrainConfig
+from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
+from imagen_jax.training.train_step import make_train_step
+
+
+class Program(enum.StrEnum):
+    """What is planned."""
+
+    TRAIN = "train"  # one training step
+    SAMPLE = "sample"  # a batch of pictures, from noise to the last step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A program for a mesh of chips that are not here."""
+
+    mesh: Mesh
+    network: StageNetwork
+    state: TrainState | dict[str, Any]  # shapes with shardings; parameters alone when sampling
+    batch: Any  # shapes with shardings of the other arguments
+    program: Any | None  # None: the compiler refused it for want of memory
+    needed_bytes: int | None  # of a refused program, on each chip
+    seconds: float  # that lowering and compiling took
+
+
+def slice_devices(topology: Topology) -> list[Any]:
+    """The devices of a slice, to make a mesh of and to compile for.
+
+    Raises:
+      UserError: if libtpu knows no such slice, naming --topology.
+    """
+    try:
+        described = topologies.get_topology_desc(
+            topology_name=topology.name, platform="tpu", chip_config_name=topology.chip.config_name
+        )
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--topology={topology.name}: the TPU compiler has no such slice: {reason}"
+        ) from error
+    if len(described.devices) != topology.count:
+        raise UserError(
+            f"--topology={topology.name}: {topology.count} chips, but the TPU compiler makes "
+            f"{len(described.devices)} devices of them"
+        )
+    return list(described.devices)
+
+
+def training_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of what a training step reads, as `training.trainer.device_batch` puts it on the mesh."""
+    stage, n = config.stage, config.data.batch_size
+    online32 = config.data.text_encoder is not None and config.data.text_dtype is TextDtype.FLOAT32
+    side = stage.crop or stage.resolution
+    channels = stage.network.image_channels
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "image": ((n, side, side, channels), jnp.uint8),
+        "text": (
+            (n, stage.max_text_length, stage.network.text_width),
+            jnp.float32 if online32 else jnp.bfloat16,
+        ),
+        "text_mask": ((n, stage.max_text_length), jnp.bool_),
+        "index": ((n, 2), jnp.uint32),
+    }
+    if stage.padded_text:
+        shapes["null_text"] = (shapes["text"][0], jnp.float32)
+    if stage.low_resolution is not None:
+        low = side * stage.low_resolution // stage.resolution
+        shapes["low_res"] = ((n, low, low, channels), jnp.uint8)
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
+    }
+
+
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def compile_stage(config: TrainConfig, devices: list[Any], program: Program, *, progress: bool) -> Compiled:
+    """Compiles the very program that `train` or `sample` would run on the devices.
+
+    Args:
+      config: the stage, its mesh and `data.batch_size`, pictures over all devices.
+      devices: of a slice.
+      program: which of the two.
+      progress: whether to show on stderr how long it has taken.
+
+    Raises:
+      UserError: for a mesh or a batch that does not fit the devices.
+    """
+    if program is Program.TRAIN:
+        config.check_trainable()
+    mesh = make_mesh(config.mesh, devices)
+    check_batch_size(config.data.batch_size, mesh, "--batch_size")
+    network = StageNetwork(config.stage)
+    state: TrainState | dict[str, Any]
+    start = time.monotonic()
+    with elapsed(f"compiling {config.stage.name} for {len(devices)} chips", enabled=progress):
+        if program is Program.TRAIN:
+            optimizer = make_optimizer(config.optimizer, config.train.steps)
+            state, batch = abstract_state(network, optimizer, mesh), training_batch(config, mesh)
+            step: Any = make_train_step(network, optimizer, config, mesh, state)
+            lowered = step.lower(state, batch)
+        else:
+            spec = ProgramSpec(
+                stage=config.stage,
+                sampling=config.stage.sampling,
+                batch=config.data.batch_size,
+                negative=config.stage.padded_text,  # where the null text is a caption like any other
+                mesh=mesh,
+            )
+            shardings = spec.shardings(network.abstract_params)
+            if shardings is None:
+                raise AssertionError("a program on a mesh has shardings")
+            state = with_shardings(network.abstract_params, shardings[0])
+            batch = with_shardings(spec.arguments()[0], shardings[1])
+            lowered = lower(spec, network)
+        made, needed = _compile(lowered)
+    return Compiled(
+        mesh=mesh,
+        network=network,
+        state=state,
+        batch=batch,
+        program=made,
+        needed_bytes=needed,
+        seconds=time.monotonic() - start,
+    )
+
+
+def _compile(lowered: jax.stages.Lowered) -> tuple[Any | None, int | None]:
+    """The program, or None and the bytes that it would need."""
+    try:
+        return lowered.compile(), None
+    except jax.errors.JaxRuntimeError as error:
+        needed = out_of_memory_bytes(str(error))
+        if needed is None:
+            raise
+        return None, needed
+
+
+@contextlib.contextmanager
+def elapsed(what: str, *, enabled: bool) -> Iterator[None]:
+    """Shows on stderr how long something takes that cannot say how far it is.
+
+    On a terminal one line that counts seconds, else a line every half minute.
+    """
+    if not enabled:
+        yield
+        return
+    done, terminal = threading.Event(), sys.stderr.isatty()
+    start = time.monotonic()
+
+    def show() -> None:
+        while not done.wait(1.0 if terminal else 30.0):
+            line = f"{what}: {time.monotonic() - start:.0f} s"
+            print(
+                f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
+            )
+
+    thread = threading.Thread(target=show, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        ending = "\r" if terminal else ""
+        print(f"{ending}{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

@@ -1,0 +1,71 @@
+"""Prompts as embeddings: each is encoded once, and alone."""
+
+import collections
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from imagen_jax.text.encoder import TextEncoder
+
+MEMORY_BYTES = 2**30  # of embeddings that are kept
+
+
+class PromptEncoder:
+    """A text encoder that remembers what it encoded and can be put away in between.
+
+    A prompt is encoded in a batch of its own: in a larger one its embedding would depend, by a rounding error, on
+    the prompts beside it, and so would the picture.
+    """
+
+    def __init__(self, encoder: TextEncoder, load: Callable[[], TextEncoder] | None = None):
+        """`load` opens the encoder again after `release`; without it nothing is ever released."""
+        self._encoder: TextEncoder | None = encoder
+        self._load = load
+        self._known: collections.OrderedDict[tuple[str, int, bool], np.ndarray] = collections.OrderedDict()
+        self._bytes = 0
+        self.encoded = 0  # prompts that had to be encoded
+
+    def release(self) -> None:
+        """Frees the encoder's memory until a new prompt comes."""
+        if self._load is not None:
+            self._encoder = None
+
+    def _embed(self, prompt: str, length: int, padded: bool) -> Float[np.ndarray, "tokens width"]:
+        key = (prompt.lower().strip() if padded else prompt, length, padded)
+        if key not in self._known:
+            if self._encoder is None:
+                assert self._load is not None
+                self._encoder = self._load()
+            # Not rounded as records are: two values a rounding error apart could end a whole bfloat16 apart.
+            if padded:
+                (made,) = self._encoder.encode_padded([key[0]], length=length)
+            else:
+                (made,) = self._encoder.encode([prompt], max_length=length, dtype="float32")
+            self.encoded += 1
+            self._known[key] = made
+            self._bytes += made.nbytes
+            while self._bytes > MEMORY_BYTES and len(self._known) > 1:
+                self._bytes -= self._known.popitem(last=False)[1].nbytes
+        self._known.move_to_end(key)
+        return self._known[key]
+
+    def __call__(
+        self, prompts: Sequence[str], length: int, width: int, *, padded: bool = False
+    ) -> tuple[Float[np.ndarray, "prompts length width"], Bool[np.ndarray, "prompts length"]]:
+        """Embeddings, zero padded, and their mask.
+
+        Args:
+          prompts: any texts.
+          length: tokens kept of each.
+          width: of an embedding.
+          padded: whether the text is that of `StageConfig.padded_text`: prompts in lower case, and padding's
+            embeddings among the tokens.
+        """
+        text = np.zeros((len(prompts), length, width), np.float32)
+        mask = np.zeros((len(prompts), length), bool)
+        for i, prompt in enumerate(prompts):
+            tokens = self._embed(prompt, length, padded)
+            text[i, : len(tokens)] = tokens
+            mask[i, : len(tokens)] = True
+        return text, mask

@@ -1,0 +1,99 @@
+"""What a PNG says of itself: everything that is needed to make it again."""
+
+import dataclasses
+from typing import Any
+
+from etils import epath
+
+import imagen_jax
+from imagen_jax.config import build, differences, to_dict
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import SamplingConfig
+from imagen_jax.sampling.pictures import read_metadata
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """A stage that the picture went through."""
+
+    name: str
+    identity: str  # hash of its network and weights
+    sampling: SamplingConfig  # as it was used, flags included
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureRecord:
+    """How a picture was made."""
+
+    prompt: str
+    seed: int
+    stages: tuple[StageRecord, ...]  # up to the one that made the picture, base first
+    text_encoder: str  # hash of the encoder
+    model: str  # the model folder, as it was called then
+    negative_prompt: str | None = None
+    version: str = imagen_jax.__version__  # of this package
+    format: int = FORMAT
+
+    def to_metadata(self) -> dict[str, Any]:
+        """JSON types, as `save_png` takes them."""
+        return to_dict(self)
+
+    def same_picture(self, metadata: dict[str, Any] | None) -> bool:
+        """Whether the metadata are those of this very picture, wherever its model lay."""
+        if metadata is None:
+            return False
+        return {**metadata, "model": ""} == {**self.to_metadata(), "model": ""}
+
+
+def read_record(path: epath.PathLike) -> PictureRecord:
+    """How a PNG of `imagen-jax sample` was made.
+
+    Raises:
+      UserError: if it is missing, is no PNG of this program, or does not say enough.
+    """
+    path = epath.Path(path)
+    if not path.is_file():
+        raise UserError(f"--like {path}: there is no such file")
+    try:
+        metadata = read_metadata(path)
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors of a broken file
+        raise UserError(f"--like {path} is not a readable picture: {error}") from error
+    if metadata is None:
+        raise UserError(f"--like {path} does not say how it was made: it is not a PNG of imagen-jax sample")
+    if "stages" not in metadata:
+        raise UserError(f"--like {path} was made by a version that did not write its settings down")
+    return build(PictureRecord, metadata, f"--like {path}")
+
+
+def check_same_model(record: PictureRecord, stages: dict[str, str], text_encoder: str, model: str) -> None:
+    """Refuses to make a picture again with another model.
+
+    Args:
+      record: of the picture.
+      stages: hashes of the model's stages by name.
+      text_encoder: hash of the model's encoder.
+      model: what to call it.
+
+    Raises:
+      UserError: naming what differs.
+    """
+    made_with = {each.name: each.identity for each in record.stages} | {"text encoder": record.text_encoder}
+    here = {name: stages.get(name) for name in made_with} | {"text encoder": text_encoder}
+    other = [name for name, identity in made_with.items() if here[name] != identity]
+    if other:
+        raise UserError(
+            f"--model {model} is not the model that made the picture ({record.model}): "
+            f"{' and '.join(other)} differ{'s' * (len(other) == 1)}"
+        )
+
+
+def settings_differences(old: PictureRecord, new: PictureRecord) -> list[str]:
+    """Lines "stage.field: old → new" for the sampling settings in which two pictures differ."""
+    lines = []
+    names = {each.name: each for each in new.stages}
+    for each in old.stages:
+        if each.name in names:
+            lines += differences(to_dict(each.sampling), to_dict(names[each.name].sampling), each.name)
+    return lines

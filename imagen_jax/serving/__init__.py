@@ -1,0 +1,1 @@
+"""The browser page: one model, a queue, a gallery."""

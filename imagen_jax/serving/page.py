@@ -1,0 +1,304 @@
+"""The page in the browser, with NiceGUI: a form on the left, the gallery on the right."""
+
+import base64
+import io
+import secrets
+from collections.abc import Mapping
+from urllib.parse import quote
+
+import numpy as np
+from fastapi import FastAPI, HTTPException, Request, Response
+from nicegui import ui
+from PIL import Image
+
+from imagen_jax.diffusion.samplers import Sampler
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import StageConfig
+from imagen_jax.sampling.overrides import SamplingOverrides
+from imagen_jax.sampling.pictures import grid
+from imagen_jax.serving.request import (
+    MAX_IMAGES,
+    MAX_PROMPT,
+    MAX_SEED,
+    PictureRequest,
+    real_number,
+    whole_number,
+)
+from imagen_jax.serving.studio import Job, JobState, Shown, Studio
+
+TITLE = "imagen-jax"
+GALLERY_PICTURES = 200  # newest ones that a page shows
+_REFRESH_SECONDS = 0.25  # between two looks at the queue and the gallery
+_PREVIEW_SIDE = 128  # pixels, of one picture in a preview at most
+
+# NiceGUI brings its own fonts and scripts: nothing is asked of the network.
+_STYLE = """
+.picture { width: 14rem; }
+.picture img { width: 14rem; height: 14rem; object-fit: contain; background: #8881; border-radius: .4rem; }
+img.small { image-rendering: pixelated; }
+.preview { width: 100%; object-fit: contain; border-radius: .4rem; }
+.prompt { display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical; overflow: hidden; }
+"""
+
+
+def _data_address(pictures: np.ndarray) -> str:
+    """Pictures uint8 (n, side, side, 3) side by side as the address of an image."""
+    step = max(1, pictures.shape[1] // _PREVIEW_SIDE)
+    buffer = io.BytesIO()
+    Image.fromarray(grid(list(pictures[:, ::step, ::step]))).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _address(shown: Shown) -> str:
+    return f"/pictures/{quote(shown.name)}"
+
+
+class _StageFields:
+    """A stage's row of the form; what is left empty is as the stage has it."""
+
+    def __init__(self, stage: StageConfig, overrides: SamplingOverrides):
+        own, self._name = stage.sampling, stage.name
+        with ui.row().classes("w-full items-end gap-2 no-wrap"):
+            self._steps = (
+                ui.number(
+                    f"{stage.name} steps", value=overrides.steps, placeholder=str(own.sampler.steps), min=1
+                )
+                .props(f'stack-label hint="own: {own.sampler.steps}"')
+                .classes("flex-1")
+            )
+            self._guidance = (
+                ui.number(
+                    f"{stage.name} guidance",
+                    value=overrides.guidance_weight,
+                    placeholder=f"{own.guidance_weight:g}",
+                    step=0.25,
+                )
+                .props(f'stack-label hint="own: {own.guidance_weight:g}, 1 is off"')
+                .classes("flex-1")
+            )
+            choices: dict[str, str] = {"": f"{own.sampler.kind} (own)"}
+            choices |= {kind.value: kind.value for kind in Sampler if kind is not own.sampler.kind}
+            chosen = "" if overrides.sampler in (None, own.sampler.kind) else overrides.sampler.value
+            self._sampler = ui.select(choices, label=f"{stage.name} sampler", value=chosen)
+            self._sampler.props('hint=" "').classes("flex-1")
+
+    def overrides(self) -> SamplingOverrides:
+        """What the row says.
+
+        Raises:
+          UserError: for a number that is none, naming the field.
+        """
+        steps, guidance, sampler = self._steps.value, self._guidance.value, self._sampler.value
+        return SamplingOverrides(
+            steps=None if steps is None else whole_number(steps, f"{self._name} steps"),
+            guidance_weight=None if guidance is None else real_number(guidance, f"{self._name} guidance"),
+            sampler=Sampler(sampler) if sampler else None,
+        )
+
+
+class Page:
+    """One open page."""
+
+    def __init__(self, studio: Studio, query: Mapping[str, str]):
+        """Builds the page; `query` are the parameters of its link."""
+        self._studio = studio
+        self._job: Job | None = None
+        self._shown: tuple[str, ...] = ()
+        self._preview_call: tuple[str, int] | None = None
+        ui.add_css(_STYLE)
+        request, error = self._linked(query)
+        with ui.row().classes("w-full gap-6 items-start"):
+            with ui.column().classes("w-96 max-w-full gap-3"):
+                ui.label(f"{TITLE} · {studio.model.folder.path.name}").classes("text-lg font-medium")
+                self._build_form(request)
+                self._build_status()
+            self._gallery = ui.row().classes("flex-1 gap-4").props('role=list aria-label="Gallery"')
+        self._say(error)
+        self.refresh()
+        ui.timer(_REFRESH_SECONDS, self.refresh)
+
+    def _linked(self, query: Mapping[str, str]) -> tuple[PictureRequest | None, str]:
+        """The request of the link, and what is wrong with it."""
+        if not query:
+            return None, ""
+        try:
+            return PictureRequest.from_query(query, len(self._studio.model.stages)), ""
+        except UserError as error:
+            return None, str(error)
+
+    def _build_form(self, request: PictureRequest | None) -> None:
+        stages = self._studio.model.stages
+        overrides = (SamplingOverrides(),) * len(stages) if request is None else request.overrides
+        self._prompt = (
+            ui.textarea("Prompt", value=request.prompt if request else "")
+            .props(f"autogrow outlined autofocus maxlength={MAX_PROMPT}")
+            .classes("w-full")
+        )
+        self._negative = (
+            ui.input("Negative prompt", value=(request.negative_prompt or "") if request else "")
+            .props(f'maxlength={MAX_PROMPT} hint="what guidance leads away from"')
+            .classes("w-full")
+        )
+        with ui.row().classes("w-full items-center gap-2 no-wrap"):
+            seed = ui.number("Seed", value=request.seed if request else 0, min=0, max=MAX_SEED)
+            self._seed = seed.props('hint="of the first picture"').classes("flex-1")
+            ui.button("Random", icon="casino", on_click=self._random_seed).props("flat no-caps")
+            count = ui.number("Pictures", value=request.num_images if request else 1, min=1, max=MAX_IMAGES)
+            self._count = count.props('hint=" "').classes("w-20")
+        self._fields = [_StageFields(stage, each) for stage, each in zip(stages, overrides, strict=True)]
+
+    def _build_status(self) -> None:
+        with ui.row().classes("w-full gap-2 no-wrap"):
+            self._draw = ui.button("Draw", icon="brush", on_click=self._submit).classes("flex-1")
+            self._stop = ui.button("Stop", icon="stop", on_click=self._stop_job).props("outline")
+        self._error = ui.label().classes("w-full text-negative whitespace-pre-wrap").props("role=alert")
+        self._bar = ui.linear_progress(value=0.0, show_value=False).props(
+            'instant-feedback aria-label="Progress"'
+        )
+        self._status = ui.label().classes("text-sm opacity-80").props("role=status")
+        self._preview = ui.element("img").classes("preview small").props('alt="The pictures as they form"')
+
+    def _say(self, error: str) -> None:
+        self._error.text = error
+        self._error.visible = bool(error)
+
+    def _random_seed(self) -> None:
+        self._seed.value = secrets.randbelow(2**31)
+
+    def _request(self) -> PictureRequest:
+        """What the form says."""
+        return PictureRequest(
+            prompt=self._prompt.value or "",
+            negative_prompt=self._negative.value or None,
+            seed=whole_number(self._seed.value, "Seed"),
+            num_images=whole_number(self._count.value, "Pictures"),
+            overrides=tuple(fields.overrides() for fields in self._fields),
+        )
+
+    def _submit(self) -> None:
+        try:
+            self._job = self._studio.submit(self._request())
+            self._say("")
+        except UserError as error:
+            self._say(str(error))
+        self.refresh()
+
+    def _stop_job(self) -> None:
+        if self._job is not None:
+            self._job.stop()
+
+    def refresh(self) -> None:
+        """Brings the page up to date."""
+        job = self._job
+        busy = job is not None and not job.state.over
+        self._draw.set_enabled(not busy)
+        for element in (self._stop, self._bar):
+            element.visible = busy
+        self._status.text = "" if job is None else status_line(job, self._studio.before(job))
+        if job is not None:
+            self._bar.value = job.fraction
+            if job.state is JobState.FAILED:
+                self._say(job.message)
+        self._show_preview(job if busy else None)
+        self._show_gallery()
+
+    def _show_preview(self, job: Job | None) -> None:
+        preview = None if job is None else job.preview
+        self._preview.visible = preview is not None
+        call = None if preview is None else (preview.stage, preview.call)
+        if preview is not None and call != self._preview_call:
+            self._preview.props["src"] = _data_address(preview.pixels)
+            self._preview.update()
+        self._preview_call = call
+
+    def _show_gallery(self) -> None:
+        pictures = self._studio.gallery()[:GALLERY_PICTURES]
+        names = tuple(shown.name for shown in pictures)
+        if names == self._shown:
+            return
+        self._shown = names
+        self._gallery.clear()
+        with self._gallery:
+            for shown in pictures:
+                _card(shown, self._studio.model.stages[-1].resolution)
+
+
+def status_line(job: Job, before: int) -> str:
+    """How far a request has come, in words.
+
+    Args:
+      job: the request.
+      before: how many come before it.
+    """
+    seconds = f"{job.seconds:.0f} s"
+    match job.state:
+        case JobState.WAITING:
+            return f"waiting: {before} request{'s' * (before != 1)} before this one"
+        case JobState.RUNNING:
+            preview = job.preview
+            if preview is None:
+                return f"preparing · {seconds} (the first pictures with new settings wait for the compiler)"
+            if preview.call == preview.calls and job.fraction < 1.0:
+                return f"{preview.stage} is done, preparing what follows · {seconds}"
+            return f"{preview.stage}: step {preview.call} of {preview.calls} · {seconds}"
+        case JobState.DONE:
+            return f"{len(job.names)} picture{'s' * (len(job.names) != 1)} in {seconds}"
+        case JobState.STOPPED:
+            return f"stopped after {seconds}"
+        case JobState.FAILED:
+            return f"failed after {seconds}"
+
+
+def _card(shown: Shown, side: int) -> None:
+    address, record = _address(shown), shown.record
+    with ui.column().classes("picture gap-1").props("role=listitem"):
+        with ui.link(target=address, new_tab=True):
+            image = ui.element("img").classes("small" if side <= 256 else "")
+            image.props["src"], image.props["alt"], image.props["loading"] = address, record.prompt, "lazy"
+        text = record.prompt + (f" · not {record.negative_prompt}" if record.negative_prompt else "")
+        ui.label(text).classes("prompt text-sm").tooltip(text)
+        sampling = [each.sampling for each in record.stages]
+        steps = ", ".join(str(each.sampler.steps) for each in sampling)
+        weights = ", ".join(f"{each.guidance_weight:g}" for each in sampling)
+        ui.label(f"seed {record.seed} · steps {steps} · guidance {weights}").classes("text-xs opacity-70")
+        with ui.row().classes("gap-3 text-sm"):
+            ui.link("Download", f"{address}?download=1").props(f'download="{shown.name}"')
+            if shown.again is not None:
+                ui.link("Make it again", f"/?{shown.again.query()}")
+            ui.link("JSON", f"{address}/record", new_tab=True)
+
+
+def make_app(studio: Studio) -> FastAPI:
+    """The page as an ASGI application.
+
+    `/` is the page; `/pictures/NAME` a picture of the gallery, `/pictures/NAME/record` what made it, as JSON.
+    One application a process: NiceGUI's pages are global.
+    """
+    app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
+
+    def found(name: str) -> Shown:
+        shown = studio.find(name)
+        if shown is None:
+            raise HTTPException(404, f"there is no picture {name}")
+        return shown
+
+    @app.get("/pictures/{name}")
+    def picture(name: str, download: bool = False) -> Response:
+        shown = found(name)
+        # A name always stands for the same picture.
+        headers = {"Cache-Control": "private, max-age=86400"}
+        if download:
+            headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(shown.name)}"
+        content = (studio.folder / shown.name).read_bytes()
+        return Response(content, media_type="image/png", headers=headers)
+
+    @app.get("/pictures/{name}/record")
+    def record(name: str) -> dict:
+        return found(name).record.to_metadata()
+
+    @ui.page("/", title=TITLE)
+    def page(request: Request) -> None:
+        Page(studio, request.query_params)
+
+    ui.run_with(app, title=TITLE, dark=None, show_welcome_message=False)
+    return app

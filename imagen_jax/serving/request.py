@@ -1,0 +1,115 @@
+"""What somebody asks the page for, as a form and as a link."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+from imagen_jax.config import nearest
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import SamplingConfig, StageConfig
+from imagen_jax.sampling.cascade import MAX_SEED
+from imagen_jax.sampling.overrides import SamplingOverrides, override_all, parse_overrides
+
+MAX_IMAGES = 64  # of a request: a slip of the finger must not keep the machine busy for a day
+MAX_PROMPT = 4000  # characters
+
+# Flag of `imagen-jax sample`, and parameter of a link → field of the overrides. These are what the form has.
+STAGE_FLAGS = {"steps": "steps", "guidance": "guidance_weight", "sampler": "sampler"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PictureRequest:
+    """Pictures of one prompt; image j has seed + j."""
+
+    prompt: str
+    negative_prompt: str | None = None  # None: the null text
+    seed: int = 0
+    num_images: int = 1
+    overrides: tuple[SamplingOverrides, ...]  # of each stage, base first; None in them: the stage's own
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise UserError("the prompt is empty: say what the picture shows")
+        for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt or "")):
+            if len(text) > MAX_PROMPT:
+                raise UserError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are read")
+        if not 1 <= self.num_images <= MAX_IMAGES:
+            raise UserError(f"the number of pictures must be 1 to {MAX_IMAGES}, got {self.num_images}")
+        if self.seed < 0 or self.seed + self.num_images - 1 > MAX_SEED:
+            raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {self.seed}")
+
+    def wanted(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each picture."""
+        return [(self.prompt, self.seed + j) for j in range(self.num_images)]
+
+    def sampling(self, stages: tuple[StageConfig, ...]) -> dict[str, SamplingConfig]:
+        """How to sample each stage, by its name.
+
+        Raises:
+          UserError: for a value out of range.
+        """
+        made = override_all([stage.sampling for stage in stages], self.overrides)
+        return {stage.name: config for stage, config in zip(stages, made, strict=True)}
+
+    def query(self) -> str:
+        """The request as the query of a link, spelt as the flags of `imagen-jax sample` are."""
+        values: dict[str, str] = {"prompt": self.prompt, "seed": str(self.seed)}
+        if self.negative_prompt is not None:
+            values["negative_prompt"] = self.negative_prompt
+        if self.num_images != 1:
+            values["num_images"] = str(self.num_images)
+        for flag, field in STAGE_FLAGS.items():
+            chosen = [getattr(each, field) for each in self.overrides]
+            if any(each is not None for each in chosen):
+                values[flag] = ",".join("" if each is None else str(each) for each in chosen)
+        return urlencode(values)
+
+    @classmethod
+    def from_query(cls, values: Mapping[str, str], stages: int) -> "PictureRequest":
+        """The request of a link.
+
+        Args:
+          values: parameters of the query.
+          stages: how many the model has.
+
+        Raises:
+          UserError: for an unknown parameter or a value that does not fit, naming it.
+        """
+        known = ("prompt", "negative_prompt", "seed", "num_images", *STAGE_FLAGS)
+        for name in values:
+            if name not in known:
+                raise UserError(f"the link has an unknown parameter {name!r}{nearest(name, known)}")
+        return cls(
+            prompt=values.get("prompt", ""),
+            negative_prompt=values.get("negative_prompt") or None,
+            seed=whole_number(values.get("seed", "0"), "seed"),
+            num_images=whole_number(values.get("num_images", "1"), "number of pictures"),
+            overrides=tuple(parse_overrides({flag: values.get(flag) for flag in STAGE_FLAGS}, stages)),
+        )
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A field of the form or a parameter of a link as a whole number.
+
+    Raises:
+      UserError: if it is none, naming it.
+    """
+    return _number(value, name, int, "a whole number")
+
+
+def real_number(value: Any, name: str) -> float:
+    """Like `whole_number`, for any finite number."""
+    return _number(value, name, float, "a number")
+
+
+def _number(value: Any, name: str, kind: Callable[[Any], Any], meaning: str) -> Any:
+    try:
+        number = kind(value)
+        # int(1.5) is 1, which nobody asked for.
+        if not math.isfinite(number) or (not isinstance(value, str) and number != value):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} {value!r} is not {meaning}") from None
+    return number

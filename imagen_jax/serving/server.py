@@ -1,0 +1,64 @@
+"""Serving the page."""
+
+import errno
+import ipaddress
+import socket
+from contextlib import closing
+
+import uvicorn
+
+from imagen_jax.errors import UserError
+from imagen_jax.serving.page import make_app
+from imagen_jax.serving.studio import Studio
+
+_SHUTDOWN_SECONDS = 3  # that open pages get when the server ends
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens at the address.
+
+    Args:
+      host: name or address.
+      port: 0: any that is free.
+
+    Raises:
+      UserError: if the port is taken or not allowed, or there is no such host, naming the flag.
+    """
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: must be 0 (any that is free) to 65535")
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UserError(
+                f"--port {port}: in use by another program; give another, or 0 for any"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise UserError(f"--port {port}: not allowed for this user; give one above 1023") from error
+        raise UserError(f"--host {host}: cannot listen there: {error.strerror or error}") from error
+
+
+def address(listener: socket.socket) -> str:
+    """The URL of a listening socket; one that listens everywhere is reached as localhost."""
+    host, port = listener.getsockname()[:2]
+    if ipaddress.ip_address(host).is_unspecified:
+        host = "localhost"
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def is_local(listener: socket.socket) -> bool:
+    """Whether only this machine reaches it."""
+    return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
+
+
+def serve(studio: Studio, listener: socket.socket) -> None:
+    """Serves the page until the process is interrupted; what is being drawn then ends.
+
+    Raises:
+      KeyboardInterrupt: at Ctrl-C.
+    """
+    config = uvicorn.Config(
+        make_app(studio), log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, lifespan="on"
+    )
+    with closing(studio):
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,269 @@
+"""Draws what is asked for, one request at a time, and keeps the pictures."""
+
+import collections
+import dataclasses
+import enum
+import itertools
+import math
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+from etils import epath
+
+from imagen_jax.errors import UserError
+from imagen_jax.sampling.cascade import Imagen, Preview
+from imagen_jax.sampling.output import Place, find_place, save_picture
+from imagen_jax.sampling.overrides import SamplingOverrides
+from imagen_jax.sampling.record import PictureRecord, read_record
+from imagen_jax.serving.request import PictureRequest
+
+T = TypeVar("T")
+
+
+class JobState(enum.Enum):
+    """How far a request has come."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    DONE = "done"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more comes."""
+        return self not in (JobState.WAITING, JobState.RUNNING)
+
+
+class _Stopped(BaseException):
+    """Leaves the sampling loop; no error, so that nothing on the way takes it for one."""
+
+
+class Job:
+    """A request on its way. Fields are written by the thread that draws and read by the pages."""
+
+    def __init__(self, number: int, request: PictureRequest, total_calls: int):
+        self.number, self.request = number, request
+        self.state = JobState.WAITING
+        self.message = ""  # one line, where it failed
+        self.names: list[str] = []  # files of its pictures, as they come
+        self.preview: Preview | None = None
+        self._total, self._finished = total_calls, 0  # network calls; those of completed runs of a stage
+        self._stop = threading.Event()
+        self._started: float | None = None
+        self._ended: float | None = None
+
+    @property
+    def fraction(self) -> float:
+        """Share of the network calls that are made."""
+        if self.state is JobState.DONE:
+            return 1.0
+        call = 0 if self.preview is None else self.preview.call
+        return min(1.0, (self._finished + call) / max(1, self._total))
+
+    @property
+    def seconds(self) -> float:
+        """Since drawing began, without the time in the queue."""
+        if self._started is None:
+            return 0.0
+        return (self._ended or time.monotonic()) - self._started
+
+    def stop(self) -> None:
+        """Asks it to end before the next network call."""
+        self._stop.set()
+
+    def start(self) -> None:
+        """Its turn has come."""
+        if self._stop.is_set():
+            raise _Stopped
+        self._started, self.state = time.monotonic(), JobState.RUNNING
+
+    def watch(self, preview: Preview) -> None:
+        """Called by the sampling loop."""
+        if self._stop.is_set():
+            raise _Stopped
+        last = self.preview
+        # Stages and batches follow each other in an order of the cascade's own: a new one begins with a low call.
+        if last is not None and (preview.stage != last.stage or preview.call <= last.call):
+            self._finished += last.calls
+        self.preview = preview
+
+    def finish(self, future: "Future[None]") -> None:
+        """Says how it ended; an error that is no user's also goes to the terminal with its traceback."""
+        self._ended = time.monotonic()
+        error = None if future.cancelled() else future.exception()
+        if future.cancelled() or isinstance(error, _Stopped):
+            self.state = JobState.STOPPED
+        elif error is None:
+            self.state = JobState.DONE
+        else:
+            self.message = _one_line(error)
+            self.state = JobState.FAILED
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    first = lines[0] if lines else type(error).__name__
+    if "RESOURCE_EXHAUSTED" in first:
+        return "the device's memory is too small for this: ask for fewer pictures, or start with a smaller --batch_size"
+    if isinstance(error, (UserError, OSError)):
+        return first
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {first} (the terminal shows more)"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shown:
+    """A picture of the gallery."""
+
+    name: str  # of its file
+    record: PictureRecord
+    again: PictureRequest | None  # what makes it again on the page; None: made with settings the page lacks
+
+
+class Studio:
+    """A model, the queue before it and the folder of its pictures."""
+
+    def __init__(self, model: Imagen, folder: epath.Path, *, batch_size: int = 4):
+        """Takes up the pictures that lie in `folder`.
+
+        Args:
+          model: draws.
+          folder: gets the pictures, as `imagen-jax sample` writes them.
+          batch_size: pictures drawn together.
+
+        Raises:
+          UserError: if batch_size is out of range.
+        """
+        model.check(batch_size=batch_size)
+        self.model, self.folder, self._batch_size = model, folder, batch_size
+        self._numbers = itertools.count(1)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
+        self._waiting: collections.OrderedDict[int, Job] = collections.OrderedDict()
+        self._shown: dict[str, Shown] = {}  # oldest first
+        self._lock = threading.Lock()
+        found = sorted(folder.glob("*.png"), key=lambda path: (path.stat().mtime, path.name))
+        for path in found:
+            try:
+                self._show(path.name, read_record(path))
+            except UserError:  # a grid, or a picture from elsewhere: no part of the gallery
+                continue
+
+    def _sampling_calls(self, request: PictureRequest) -> int:
+        batches = math.ceil(request.num_images / self._batch_size)
+        configs = request.sampling(self.model.stages).values()
+        return batches * sum(config.sampler.network_calls for config in configs)
+
+    def submit(self, request: PictureRequest) -> Job:
+        """Puts a request at the end of the queue.
+
+        Raises:
+          UserError: if it cannot be drawn.
+        """
+        sampling = request.sampling(self.model.stages)
+        self.model.check(negative_prompt=request.negative_prompt, sampling=sampling)
+        with self._lock:
+            job = Job(next(self._numbers), request, self._sampling_calls(request))
+            self._waiting[job.number] = job
+            future = self._worker.submit(self._draw, job)
+        future.add_done_callback(lambda done: self._end(job, done))
+        return job
+
+    def _end(self, job: Job, future: "Future[None]") -> None:
+        job.finish(future)
+        with self._lock:
+            self._waiting.pop(job.number)
+
+    def before(self, job: Job) -> int:
+        """How many requests come before this one."""
+        with self._lock:
+            return sum(number < job.number for number in self._waiting)
+
+    def _draw(self, job: Job) -> None:
+        job.start()
+        request = job.request
+        sampling = request.sampling(self.model.stages)
+        places = []
+        for prompt, seed in request.wanted():
+            record = self.model.record(
+                prompt, seed, negative_prompt=request.negative_prompt, sampling=sampling
+            )
+            places.append(find_place(self.folder, 0, record))
+        for place in places:
+            if place.there:  # asked for before: the same picture would come out
+                self._done(job, place)
+        missing = [place for place in places if not place.there]
+        made = self.model.draw(
+            [(place.record.prompt, place.record.seed) for place in missing],
+            batch_size=self._batch_size,
+            negative_prompt=request.negative_prompt,
+            sampling=sampling,
+            preview=job.watch,
+        )
+        for place, picture in zip(missing, made, strict=True):
+            save_picture(place, picture.pixels)
+            self._done(job, place)
+
+    def _done(self, job: Job, place: Place) -> None:
+        self._show(place.path.name, place.record)
+        job.names.append(place.path.name)
+
+    def _show(self, name: str, record: PictureRecord) -> None:
+        shown = Shown(name=name, record=record, again=self._request_of(record))
+        with self._lock:
+            self._shown.pop(name, None)  # asked for again: to the front
+            self._shown[name] = shown
+
+    def _request_of(self, record: PictureRecord) -> PictureRequest | None:
+        """The request that makes a picture again; None if the page or this model cannot."""
+        if [each.name for each in record.stages] != [stage.name for stage in self.model.stages]:
+            return None
+        overrides = tuple(
+            SamplingOverrides(
+                steps=_unless(each.sampling.sampler.steps, stage.sampling.sampler.steps),
+                sampler=_unless(each.sampling.sampler.kind, stage.sampling.sampler.kind),
+                guidance_weight=_unless(each.sampling.guidance_weight, stage.sampling.guidance_weight),
+            )
+            for each, stage in zip(record.stages, self.model.stages)
+        )
+        try:
+            request = PictureRequest(
+                prompt=record.prompt,
+                negative_prompt=record.negative_prompt,
+                seed=record.seed,
+                overrides=overrides,
+            )
+            sampling = request.sampling(self.model.stages)
+        except UserError:
+            return None
+        again = self.model.record(
+            record.prompt, record.seed, negative_prompt=record.negative_prompt, sampling=sampling
+        )
+        return request if again.same_picture(record.to_metadata()) else None
+
+    def gallery(self) -> Sequence[Shown]:
+        """The pictures, newest first."""
+        with self._lock:
+            return list(reversed(self._shown.values()))
+
+    def find(self, name: str) -> Shown | None:
+        """A picture of the gallery by its file's name."""
+        with self._lock:
+            return self._shown.get(name)
+
+    def close(self) -> None:
+        """Ends what is being drawn and what waits."""
+        with self._lock:
+            jobs = list(self._waiting.values())
+        for job in jobs:
+            job.stop()
+        self._worker.shutdown(wait=True, cancel_futures=True)
+
+
+def _unless(value: T, own: T) -> T | None:
+    """None for the stage's own value."""
+    return None if value == own else value

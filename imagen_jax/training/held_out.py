@@ -1,0 +1,143 @@
+"""What a run sees of its own quality: the loss of held-out records, and pictures of fixed captions with a score."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from imagen_jax.data import shapes
+from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_count
+from imagen_jax.errors import UserError
+from imagen_jax.evaluation import oracle
+from imagen_jax.models.stage import Params, StageNetwork
+from imagen_jax.parallel.mesh import replicated
+from imagen_jax.sampling.pictures import grid, save_png
+from imagen_jax.sampling.stage_sampler import StageSampler
+from imagen_jax.training.config import Scorer, TrainConfig
+from imagen_jax.training.online import OnlineText, TokenizedBatches
+from imagen_jax.training.state import TrainState
+from imagen_jax.training.train_step import batch_loss
+
+# pictures uint8 (n, R, R, 3), their captions → named figures
+ScorePictures = Callable[[np.ndarray, list[str]], dict[str, float]]
+
+
+def _oracle_score(pictures: np.ndarray, captions: list[str]) -> dict[str, float]:
+    scores = oracle.score(list(pictures), captions)
+    count = scores.pop("captions")
+    return scores | {"fulfilled": scores["fulfilled"] / count}
+
+
+SCORERS: dict[Scorer, ScorePictures] = {Scorer.ORACLE: _oracle_score}
+
+
+def check_scorer(scorer: Scorer, resolution: int, captions: list[str]) -> None:
+    """Raises UserError where pictures of that side, or of those captions, cannot be judged."""
+    if scorer is not Scorer.ORACLE:
+        return
+    if resolution < oracle.MIN_RESOLUTION:
+        raise UserError(
+            f"config.train.sample_score=oracle reads pictures of {oracle.MIN_RESOLUTION} pixels and more; the "
+            f"stage makes {resolution}"
+        )
+    for caption in captions:
+        try:
+            shapes.parse(caption)
+        except ValueError as error:
+            raise UserError(
+                f"config.train.sample_score=oracle knows the embedded data's captions only: {error}"
+            ) from error
+
+
+class HeldOutLoss:
+    """The loss of a fixed set of records, whole captions and noise fixed by index, under the averaged weights.
+
+    Args:
+      config: the run.
+      network: the stage's network.
+      mesh: where it runs.
+      pipeline: of the training.
+      open_batches: opens this process's share of the batches of a pipeline, with what their text is made of.
+      place: puts a batch onto the devices.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: StageNetwork,
+        mesh: Mesh,
+        pipeline: PipelineConfig,
+        open_batches: Callable[[PipelineConfig], Batches | TokenizedBatches],
+        place: Callable[[Batch], Any],
+    ):
+        count = record_count(config.data.path, config.train.eval_split)
+        self._batches = min(config.train.eval_batches, -(-count // config.data.batch_size))
+        self._pipeline = dataclasses.replace(
+            pipeline, split=config.train.eval_split, shuffle=False, flip=False
+        )
+        self._open, self._place = open_batches, place
+        with_text = dataclasses.replace(config, train=dataclasses.replace(config.train, text_dropout=0.0))
+        self._loss = jax.jit(
+            lambda params, batch: batch_loss(network, with_text, params, batch, mesh=mesh),
+            out_shardings=replicated(mesh),
+        )
+
+    def __call__(self, params: Params) -> dict[str, float]:
+        """{"held_out_loss": mean over the set}."""
+        with self._open(self._pipeline) as batches:
+            losses = [self._loss(params, self._place(next(batches))) for _ in range(self._batches)]
+        return {"held_out_loss": float(np.mean(jax.device_get(losses)))}
+
+
+class SampleGrid:
+    """Pictures of the same captions and seeds, drawn now and then with the averaged weights.
+
+    Args:
+      config: the run.
+      network: the stage's network.
+      workdir: of the run.
+      batch: the examples whose captions, and low-resolution pictures, are used.
+      online: the encoder of their captions, if they hold no text.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        network: StageNetwork,
+        workdir: epath.Path,
+        batch: Batch,
+        online: OnlineText | None,
+    ):
+        self._batch, self._scorer = dict(batch), config.train.sample_score
+        if self._scorer is not Scorer.NONE:
+            check_scorer(self._scorer, config.stage.resolution, self._batch["caption"])
+        if online is not None:
+            self._batch["text"], self._batch["text_mask"] = online.encode(self._batch["caption"])
+        null = None if online is None else online.null_text
+        self._null = None if null is None else np.broadcast_to(null, self._batch["text"].shape)
+        self._seeds = np.arange(len(self._batch["text_mask"]), dtype=np.uint32)
+        self._sampler = StageSampler(network)
+        self._folder = workdir / "samples"
+
+    def draw(self, state: TrainState) -> tuple[np.ndarray, dict[str, float]]:
+        """Writes WORKDIR/samples/STEP.png; returns the grid, and the pictures' scores if the run asks for them."""
+        pictures = self._sampler(
+            {name: state.ema[name] for name in state.params},
+            seeds=self._seeds,
+            text=self._batch["text"].astype(np.float32),
+            mask=self._batch["text_mask"],
+            low_res=self._batch.get("low_res"),
+            negative=None if self._null is None else (self._null, self._batch["text_mask"]),
+        )
+        result = grid(list(pictures))
+        if jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            save_png(self._folder / f"{int(state.step):08d}.png", result)
+        if self._scorer is Scorer.NONE:
+            return result, {}
+        scores = SCORERS[self._scorer](pictures, self._batch["caption"])
+        return result, {f"{self._scorer.value}/{name}": float(value) for name, value in scores.items()}

@@ -1,0 +1,130 @@
+"""Starting a run from weights that another run, or a model folder, holds."""
+
+import json
+
+from etils import epath
+from jax.sharding import Mesh
+
+from imagen_jax.config import build, differences, to_dict
+from imagen_jax.data.files import write_text
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import Params, StageConfig, StageNetwork
+from imagen_jax.parallel.mesh import make_mesh, state_shardings
+from imagen_jax.parallel.processes import on_first
+from imagen_jax.sampling.model_folder import INDEX, ModelFolder, read_json
+from imagen_jax.training.checkpoint import Checkpoints, read_config
+from imagen_jax.training.config import TrainConfig
+from imagen_jax.training.state import abstract_state, ema_of, make_optimizer
+
+RECORD = "init_from.json"  # in the work directory: where its weights come from
+
+
+def check_stage(source: str, theirs: StageConfig, ours: StageConfig) -> list[str]:
+    """Compares the stage that weights were made for with the one that is to start from them.
+
+    Returns:
+      Lines "config.stage.x: theirs → ours" of what differs and may: schedule, augmentation, crop, text length.
+
+    Raises:
+      UserError: the networks or what their outputs mean differ.
+    """
+    lines = differences(to_dict(theirs), to_dict(ours), "config.stage")
+    # What the network computes in, and what is said of sampling, the weights do not depend on.
+    free = ("config.stage.name", "config.stage.sampling", "config.stage.network.dtype")
+    lines = [line for line in lines if not line.startswith(free)]
+    fixed = ("config.stage.network", "config.stage.prediction", "config.stage.low_resolution")
+    wrong = [line for line in lines if line.startswith(fixed)]
+    if wrong:
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        raise UserError(f"--init_from {source}: its weights do not fit this config: {wrong[0]}{more}")
+    return lines
+
+
+def _from_workdir(
+    source: epath.Path, ours: StageConfig, mesh: Mesh, decay: float | None
+) -> tuple[Params, StageConfig, str]:
+    config = build(TrainConfig, read_config(source), f"{source}/config.json")
+    check_stage(str(source), config.stage, ours)
+    checkpoints = Checkpoints(source)
+    try:
+        step = checkpoints.latest_step()
+        if step is None:
+            raise UserError(f"--init_from {source}: no complete checkpoint in {checkpoints.folder}")
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        network = StageNetwork(config.stage)
+        state, _ = checkpoints.restore(
+            step, abstract_state(network, optimizer, mesh, config.train.ema_decays)
+        )
+    finally:
+        checkpoints.close()
+    try:
+        params = ema_of(state, config.train, decay)
+    except ValueError as error:
+        raise UserError(f"--init_from {source}: {error}") from error
+    return params, config.stage, f"step {step}, average {config.train.ema_decay if decay is None else decay}"
+
+
+def _from_model(source: epath.Path, ours: StageConfig, mesh: Mesh) -> tuple[Params, StageConfig, str]:
+    model = ModelFolder(source)
+    found = [stage for stage in model.stages if stage.resolution == ours.resolution]
+    if not found:
+        sizes = ", ".join(f"{stage.name} ({stage.resolution})" for stage in model.stages)
+        raise UserError(f"--init_from {source}: no stage makes {ours.resolution} pixels, only {sizes}")
+    check_stage(str(source), found[0], ours)
+    network = StageNetwork(found[0])
+    params = model.params(network, state_shardings(network.abstract_params, mesh))
+    return params, found[0], f"stage {found[0].name}"
+
+
+def initial_params(
+    spec: str, config: TrainConfig, mesh: Mesh | None = None
+) -> tuple[Params, dict[str, object]]:
+    """Weights to start from, and a record of where they come from.
+
+    Args:
+      spec: a work directory, whose newest checkpoint's averaged weights are taken ("DIR@0.999": the average with
+        that decay, "DIR@0": the weights as they are), or a model folder, whose stage of the same resolution is.
+      config: of the run that starts.
+      mesh: where they are to lie; None: the config's.
+
+    Raises:
+      UserError: there are no such weights, or they are of another network or prediction.
+    """
+    mesh = mesh or make_mesh(config.mesh)
+    place, _, decay_text = spec.partition("@")
+    try:
+        decay = float(decay_text) if decay_text else None
+    except ValueError:
+        raise UserError(f"--init_from {spec}: {decay_text!r} is no decay; give DIR or DIR@DECAY") from None
+    source = epath.Path(place)
+    if (source / INDEX).exists():
+        params, theirs, which = _from_model(source, config.stage, mesh)
+    else:
+        params, theirs, which = _from_workdir(source, config.stage, mesh, decay)
+    changed = check_stage(place, theirs, config.stage)
+    return params, {"init_from": spec, "weights": which, "changed": changed}
+
+
+def recorded_source(workdir: epath.Path) -> str | None:
+    """What the run of a work directory was told to start from, if it was."""
+    path = workdir / RECORD
+    return read_json(path)["init_from"] if path.exists() else None
+
+
+def check_record(workdir: epath.Path, spec: str | None) -> None:
+    """Checks a resumed run's --init_from against what the run did start from.
+
+    Raises:
+      UserError: it started from something else.
+    """
+    began = recorded_source(workdir)
+    if spec is not None and began != spec:
+        raise UserError(
+            f"--init_from {spec}: the run in {workdir} started from {began or 'fresh weights'}; "
+            "leave the flag out to go on, or take another --workdir"
+        )
+
+
+def write_record(workdir: epath.Path, record: dict[str, object]) -> None:
+    """Writes WORKDIR/init_from.json, on the first process."""
+    on_first(lambda: write_text(workdir / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n"))

@@ -1,0 +1,102 @@
+"""The attention kernels, interpreted, against plain attention, and which of both is taken."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from imagen_jax.models.attention import Attention, attend
+from imagen_jax.models.flash_attention import flash_attention, supports
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+
+
+def inputs(queries, keys, channels, seed=0):
+    generator = np.random.default_rng(seed)
+    shapes = [(8, queries, channels), (8, keys, channels), (8, keys, channels)]
+    arrays = [jnp.asarray(generator.standard_normal(shape), jnp.float32) for shape in shapes]
+    mask = np.arange(keys) < generator.integers(1, keys + 1, (8, 1))
+    mask[0] = np.arange(keys) == 0
+    return arrays, jnp.asarray(mask)
+
+
+def with_gradients(function, arrays):
+    """Output and the gradients of its product with fixed numbers."""
+    weights = jnp.asarray(np.random.default_rng(9).standard_normal(arrays[0].shape), jnp.float32)
+    output, pull = jax.vjp(function, *arrays)
+    return [output, *pull(weights)]
+
+
+def reference(query, key, value, mask, heads):
+    """In float64, one example and one head at a time; masked keys are left out."""
+    made = np.zeros(query.shape)
+    for n in range(len(query)):
+        q, k, v = (np.split(np.asarray(x[n], np.float64), heads, axis=-1) for x in (query, key, value))
+        real = np.asarray(mask[n])
+        for h, columns in enumerate(np.split(np.arange(query.shape[-1]), heads)):
+            logits = q[h] @ k[h][real].T / np.sqrt(q[h].shape[-1])
+            weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
+            made[n][:, columns] = weights / weights.sum(axis=-1, keepdims=True) @ v[h][real]
+    return made
+
+
+# Two heads in the lanes of a register, and one; several blocks of queries; keys that need padding.
+@pytest.mark.parametrize(
+    ("queries", "keys", "channels", "head"), [(16, 21, 256, 64), (1024, 600, 128, 128), (64, 128, 128, 32)]
+)
+def test_kernels_are_plain_attention(queries, keys, channels, head):
+    arrays, mask = inputs(queries, keys, channels)
+    kernels, plain = (
+        jax.jit(
+            lambda *arrays, kind=kind: with_gradients(
+                lambda q, k, v: attend(q, k, v, mask, heads=channels // head, kind=kind), arrays
+            )
+        )(*arrays)
+        for kind in (Attention.FLASH, Attention.XLA)
+    )
+    for made, expected in zip(kernels, plain):
+        np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(kernels[0], reference(*arrays, mask, channels // head), atol=1e-5)
+
+
+def test_kernels_in_bfloat16_keep_statistics_in_float32():
+    arrays, mask = inputs(64, 128, 128)
+    rounded = [each.astype(jnp.bfloat16) for each in arrays]
+    made = flash_attention(*rounded, mask, head_channels=64, interpret=True)
+    assert made.dtype == jnp.bfloat16
+    expected = reference(*(each.astype(jnp.float32) for each in rounded), mask, 2)
+    np.testing.assert_allclose(made.astype(jnp.float32), expected, atol=0.03)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_kernels_on_a_mesh_see_their_own_examples_and_heads(sizes):
+    mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
+    arrays, mask = inputs(16, 24, 256)
+
+    def run(kind, mesh):
+        return jax.jit(
+            lambda *arrays: with_gradients(
+                lambda q, k, v: attend(q, k, v, mask, heads=4, kind=kind, mesh=mesh), arrays
+            )
+        )(*arrays)
+
+    for made, expected in zip(run(Attention.FLASH, mesh), run(Attention.XLA, None)):
+        np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-4)
+
+
+def kernels(kind, mesh, channels=128):
+    arrays, mask = inputs(16, 24, channels)
+    traced = jax.make_jaxpr(lambda *arrays: attend(*arrays, mask, heads=2, kind=kind, mesh=mesh))(*arrays)
+    return str(traced).count("pallas_call")
+
+
+def test_automatic_choice_looks_at_the_mesh_and_not_at_this_machine():
+    here = make_mesh(MeshConfig())
+    assert kernels(Attention.AUTO, here) == kernels(Attention.AUTO, None) == 0
+    assert kernels(Attention.XLA, here) == 0 and kernels(Attention.FLASH, here) == 1
+    assert supports(1024, 1024, 64) and supports(64, 2048, 64)
+    assert not supports(1024, 96, 32) and not supports(8, 128, 64) and not supports(64, 128, 48)
+
+
+def test_shapes_that_the_kernels_do_not_take_are_refused():
+    with pytest.raises(ValueError, match="got 16 positions and 96 channels in 2 heads"):
+        kernels(Attention.FLASH, None, channels=96)

@@ -1,0 +1,79 @@
+"""Programs that libtpu really compiles, in a process of its own; prints what is predicted of them as JSON."""
+
+import json
+import sys
+
+from imagen_jax.plan.environment import find_compiler
+
+find_compiler()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.experimental import pallas as pl  # noqa: E402
+from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
+from jax.sharding import PartitionSpec as P  # noqa: E402
+
+from imagen_jax.plan.chips import parse_topology  # noqa: E402
+from imagen_jax.plan.compile import slice_devices  # noqa: E402
+from imagen_jax.plan.estimate import estimate  # noqa: E402
+
+SIDE = 4096
+
+
+def predict(name, function, specs, shapes, count=1):
+    """The estimate of a function of bfloat16 matrices on some chips of a slice."""
+    topology = parse_topology(name)
+    devices = slice_devices(topology)[:count]
+    mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
+    args = [
+        jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
+        for shape, spec in zip(shapes, specs, strict=True)
+    ]
+    compiled = jax.jit(function).lower(*args).compile()
+    found = estimate(compiled, topology, devices)
+    return {
+        "seconds": found.seconds,
+        "kernel_s": found.kernel_s,
+        "sources": [origin.source for origin, _ in found.operations],
+        "collectives": [(each.kind.value, each.chips, each.received_bytes) for each in found.collectives],
+        "unknown_loops": found.unknown_loops,
+    }
+
+
+def product(a, b):
+    return a @ b
+
+
+def repeated(length):
+    return lambda a, b: jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=length)[0]
+
+
+def added(a):
+    def kernel(x, out):
+        out[...] = x[...] + 1
+
+    return pl.pallas_call(
+        kernel,
+        out_shape=a,
+        grid=(8,),
+        in_specs=[pl.BlockSpec((SIDE // 8, SIDE), lambda i: (i, 0))],
+        out_specs=pl.BlockSpec((SIDE // 8, SIDE), lambda i: (i, 0)),
+        cost_estimate=pl.CostEstimate(flops=SIDE**2, transcendentals=0, bytes_accessed=4 * SIDE**2),
+    )(a)
+
+
+def main():
+    square = (SIDE, SIDE)
+    slices = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
+    results = {name: predict(name, product, [P(), P()], [square] * 2) for name in slices}
+    for length in (7, 14):
+        results[f"scan{length}"] = predict("v5e:2x2", repeated(length), [P(), P()], [square] * 2)
+    results["kernel"] = predict("v5e:2x2", added, [P()], [square])
+    # Both factors are split along what is summed over: every chip has a part of each sum.
+    results["split"] = predict("v5e:2x2", product, [P(None, "x"), P("x", None)], [square] * 2, count=4)
+    json.dump(results, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

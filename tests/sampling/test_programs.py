@@ -1,0 +1,143 @@
+"""Compiled stages: in one call or several, kept from one process to the next."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import StageNetwork
+from imagen_jax.sampling import programs
+from imagen_jax.sampling.cache import VARIABLE, cache_folder, load_program, save_program
+from imagen_jax.sampling.programs import ProgramSpec, lower, prepare
+from imagen_jax.sampling.stage_sampler import StageInputs, StageSampler, to_pixels
+
+GENERATOR = np.random.default_rng(0)
+INPUTS = StageInputs(
+    seeds=np.array([3, 4], np.uint32),
+    text=GENERATOR.standard_normal((2, 8, 16)).astype(np.float32),
+    mask=np.arange(8) < np.array([[4], [6]]),
+)
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return cache_folder(str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def spec(stages):
+    return ProgramSpec(stage=stages[0], sampling=stages[0].sampling, batch=2)
+
+
+def run(program, params, *stops):
+    state, first = program.empty_state(), 0
+    for last in stops:
+        state, first = program(params, program.place(INPUTS), state, first, last), last
+    return np.asarray(state[1])
+
+
+def test_parts_of_the_way_are_the_whole_way_bit_for_bit(spec, random_params, cache, monkeypatch):
+    params = jax.device_put(random_params(spec.stage))
+    made = prepare(spec, cache)
+    whole = run(made, params, 3)
+    np.testing.assert_array_equal(run(made, params, 1, 2, 3), whole)
+    # The program of the trainer's sample grids is another one, and draws the same.
+    sampler = StageSampler(StageNetwork(spec.stage))
+    pixels = sampler(params, seeds=INPUTS.seeds, text=INPUTS.text, mask=INPUTS.mask)
+    np.testing.assert_allclose(pixels.astype(int), to_pixels(whole).astype(int), atol=1)
+    # From the cache the network is neither built nor traced.
+    monkeypatch.setattr(programs, "StageNetwork", None)
+    monkeypatch.setattr(programs, "draw", None)
+    again = prepare(spec, cache)
+    np.testing.assert_array_equal(run(again, params, 3), whole)
+    assert again.abstract_params.keys() == params.keys()
+
+
+def test_a_program_is_found_by_all_that_decides_it(spec, stages, monkeypatch):
+    quicker = dataclasses.replace(spec.sampling, sampler=dataclasses.replace(spec.sampling.sampler, steps=2))
+    network = dataclasses.replace(spec.stage.network, channels=(8,))
+    others = [
+        dataclasses.replace(spec, batch=3),
+        dataclasses.replace(spec, negative=True),
+        dataclasses.replace(spec, sampling=quicker),
+        dataclasses.replace(spec, stage=dataclasses.replace(spec.stage, network=network)),
+        ProgramSpec(stage=stages[1], sampling=spec.sampling, batch=2),
+    ]
+    keys = {each.key() for each in [spec, *others]}
+    assert len(keys) == 6
+    # What a stage says of its sampling by default has no say once settings are chosen.
+    same = dataclasses.replace(spec, stage=dataclasses.replace(spec.stage, sampling=quicker))
+    assert same.key() == spec.key()
+    monkeypatch.setattr("imagen_jax.sampling.cache._code_hash", lambda: "changed")
+    assert spec.key() not in keys
+
+
+def test_a_damaged_program_is_none(cache):
+    save_program(cache, "name", b"program")
+    assert load_program(cache, "name") == b"program"
+    path = cache / "programs" / "name"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert load_program(cache, "name") is None and load_program(cache, "other") is None
+    assert [each.name for each in path.parent.iterdir()] == ["name"]
+
+
+def test_where_the_cache_lies(tmp_path, monkeypatch):
+    monkeypatch.setenv(VARIABLE, "off")
+    assert cache_folder() is None
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "asked"))
+    assert cache_folder() == tmp_path / "asked" and cache_folder("off") is None
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "imagen_jax"
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"cache folder {tmp_path / 'file' / 'below'}"):
+        cache_folder(str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_folder() is None  # nobody asked for this one: sampling goes on without it
+
+
+def test_the_compiler_knows_the_number_of_calls_of_a_plan(spec):
+    text = lower(spec).compile().as_text()
+    assert 'known_trip_count":{"n":"3"}' in text.replace(" ", "")
+
+
+CODE = """
+import json, sys
+import jax
+from imagen_jax.cli.main import main
+counts = {"cache_hits": 0, "cache_misses": 0}
+def count(event, **_):
+    name = event.rsplit("/", 1)[-1]
+    if name in counts:
+        counts[name] += 1
+jax.monitoring.register_event_listener(count)
+code = main(sys.argv[1:])
+print(json.dumps(counts))
+sys.exit(code)
+"""
+
+
+def test_a_second_process_compiles_nothing(model_folder, tmp_path, subprocess_env):
+    """Another prompt of the same shape: every program comes from the cache."""
+    counts = []
+    environment = {
+        **subprocess_env(),
+        VARIABLE: str(tmp_path / "cache"),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    for number, prompt in enumerate(("a red circle", "a blue square")):
+        flags = ["sample", prompt, f"--model={model_folder}", f"--out={tmp_path / str(number)}"]
+        done = subprocess.run(
+            [sys.executable, "-c", CODE, *flags], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr
+        counts.append(json.loads(done.stdout.splitlines()[-1]))
+    assert counts[0]["cache_misses"] >= 3 and counts[0]["cache_hits"] == 0
+    # The text encoder and both stages; what building their networks took is not needed again.
+    assert counts[1] == {"cache_hits": 3, "cache_misses": 0}
+    assert not [path for path in model_folder.rglob("*") if "cache" in path.name]

@@ -1,0 +1,266 @@
+"""The page in the system's Chromium, as somebody uses it: `make test-browser`."""
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from imagen_jax.cli.main import main
+from imagen_jax.sampling.pictures import METADATA_KEY
+
+pytestmark = pytest.mark.browser
+
+PATIENCE = 300_000  # milliseconds: the first picture waits for the compiler
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert found, f"none of {', '.join(BROWSERS)} is installed"
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not run as root, which continuous integration often is.
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def start(model_folder, subprocess_env, cache):
+    """start(flag, …) → (process, URL) of a server that has just begun."""
+    running = []
+
+    def begin(*flags, model=model_folder):
+        command = [sys.executable, "-m", "imagen_jax", "serve", f"--model={model}", "--port=0"]
+        environment = {**subprocess_env(), "IMAGEN_JAX_CACHE": str(cache)}
+        process = subprocess.Popen(
+            [*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        running.append(process)
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+", line)
+        assert found, line + process.stderr.read()
+        return process, found[0]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gallery")
+
+
+@pytest.fixture(scope="module")
+def url(start, folder):
+    return start(f"--out={folder}")[1]
+
+
+@pytest.fixture
+def page(browser, url):
+    """An empty page; whatever it asks for beyond the server, and every error of its scripts, fails the test."""
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, accept_downloads=True, base_url=url
+    )
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    strange, errors = [], []
+
+    def look(request):
+        if (
+            urlsplit(request.url).scheme not in ("data", "blob")
+            and urlsplit(request.url).netloc not in served
+        ):
+            strange.append(request.url)
+
+    served = {urlsplit(url).netloc}
+    page.on("request", look)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.goto(url)
+    yield page
+    context.close()
+    assert not strange and not errors
+
+
+def draw(page, prompt=PROMPT, **fields):
+    """Fills in the form, clicks and waits for the end; the line below the button."""
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    for label, value in fields.items():
+        page.get_by_label(label.replace("_", " "), exact=True).fill(str(value))
+    page.get_by_role("button", name="Draw").click()
+    status = page.get_by_role("status").filter(has_text=re.compile(r"pictures? in |failed|stopped"))
+    status.wait_for()
+    return status.inner_text()
+
+
+def pixels(page, locator):
+    """A picture as the browser has it."""
+    address = locator.evaluate("image => image.decode().then(() => image.src)")
+    return np.asarray(Image.open(io.BytesIO(page.request.get(address).body())).convert("RGB"))
+
+
+def cards(page):
+    return page.get_by_role("list", name="Gallery").get_by_role("listitem")
+
+
+def test_a_prompt_a_click_and_pictures(page, folder):
+    """The picture on the page is the one that `imagen-jax sample` makes of the same prompt and seed."""
+    assert draw(page, Seed=5, Pictures=2).startswith("2 pictures in ")
+    assert cards(page).count() == 2
+    shown = cards(page).locator("img")
+    assert [shown.nth(i).evaluate("image => image.naturalWidth") for i in range(2)] == [16, 16]
+    assert "seed 6" in cards(page).nth(0).inner_text() and "seed 5" in cards(page).nth(1).inner_text()
+    files = sorted(folder.glob("*.png"))
+    assert len(files) == 2
+    for i, file in enumerate(reversed(files)):
+        np.testing.assert_array_equal(pixels(page, shown.nth(i)), np.asarray(Image.open(file)))
+    screenshot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
+    box = shown.nth(0).bounding_box()
+    top, left = int(box["y"]) + 8, int(box["x"]) + 8
+    assert screenshot[top : top + 200, left : left + 200].std() > 10  # something is drawn there
+
+
+def test_the_download_is_the_file_that_sample_writes(page, model_folder, tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("IMAGEN_JAX_CACHE", str(cache))
+    draw(page, Seed=7)
+    with page.expect_download() as download:
+        cards(page).first.get_by_text("Download").click()
+    assert main(["sample", PROMPT, f"--model={model_folder}", "--seed=7", f"--out={tmp_path}"]) == 0
+    (expected,) = tmp_path.glob("00000-*.png")
+    assert download.value.suggested_filename == expected.name
+    got, wanted = Image.open(download.value.path()), Image.open(expected)
+    np.testing.assert_allclose(np.asarray(got, int), np.asarray(wanted, int), atol=1)
+    assert json.loads(got.info[METADATA_KEY]) == json.loads(wanted.info[METADATA_KEY])
+    record = page.request.get(cards(page).first.locator("img").get_attribute("src") + "/record")
+    assert record.json() == json.loads(wanted.info[METADATA_KEY])
+
+
+def test_settings_change_the_picture_and_the_link_makes_it_again(page, folder):
+    draw(page, Seed=11)
+    plain = pixels(page, cards(page).first.locator("img"))
+    draw(page, "a blue square", Seed=11)
+    other = pixels(page, cards(page).first.locator("img"))
+    fields = {"base_steps": 3, "sr_guidance": 4, "Negative_prompt": "two green triangles"}
+    draw(page, "a blue square", Seed=11, **fields)
+    changed = pixels(page, cards(page).first.locator("img"))
+    assert "steps 3, 2 · guidance 1.35, 4" in cards(page).first.inner_text()
+    for a, b in ((plain, other), (other, changed), (plain, changed)):
+        assert np.abs(a.astype(int) - b).mean() > 1  # of 255
+    before = len(list(folder.glob("*.png")))
+    cards(page).first.get_by_text("Make it again").click()
+    page.wait_for_url(re.compile("seed=11"))
+    assert page.get_by_label("Prompt", exact=True).input_value() == "a blue square"
+    assert page.get_by_label("base steps").input_value() == "3"
+    assert page.get_by_label("base guidance").input_value() == ""
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_role("status").filter(has_text="1 picture in").wait_for()
+    np.testing.assert_array_equal(pixels(page, cards(page).first.locator("img")), changed)
+    assert len(list(folder.glob("*.png"))) == before
+
+
+def test_a_random_seed(page):
+    seeds = []
+    for _ in range(2):
+        old = page.get_by_label("Seed", exact=True).input_value()
+        page.get_by_role("button", name="Random").click()
+        page.wait_for_function(
+            "old => document.activeElement && [...document.querySelectorAll('input')]"
+            ".some(input => input.ariaLabel === 'Seed' && input.value !== old)",
+            arg=old,
+        )
+        seeds.append(page.get_by_label("Seed", exact=True).input_value())
+    assert seeds[0] != seeds[1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "fields", "message"),
+    [
+        ("", {}, "the prompt is empty"),
+        (PROMPT, {"base_steps": 0}, "steps must be at least 1, got 0"),
+        (PROMPT, {"base_steps": 1.5}, "base steps 1.5 is not a whole number"),
+        (PROMPT, {"Pictures": 65}, "the number of pictures must be 1 to 64, got 65"),
+        (PROMPT, {"base_guidance": 1, "sr_guidance": 1, "Negative_prompt": "x"}, "needs guidance"),
+    ],
+)
+def test_an_error_is_one_line_in_the_page(page, prompt, fields, message):
+    before = cards(page).count()
+    page.get_by_label("Prompt", exact=True).fill(prompt)
+    for label, value in fields.items():
+        page.get_by_label(label.replace("_", " "), exact=True).fill(str(value))
+    page.get_by_role("button", name="Draw").click()
+    alert = page.get_by_role("alert").filter(has_text=message)
+    alert.wait_for()
+    assert "\n" not in alert.inner_text() and cards(page).count() == before
+    assert draw(page, base_steps="", base_guidance="", sr_guidance="", Negative_prompt="", Pictures=1, Seed=0)
+    assert not page.get_by_role("alert").is_visible()
+
+
+def test_a_broken_link_says_so(page, url):
+    page.goto(f"{url}/?prompt=x&steps=many")
+    page.get_by_role("alert").filter(has_text="--steps many: 'many' is not a whole number").wait_for()
+
+
+def test_one_after_the_other_and_stop(page, browser, url):
+    """A long request in one page, a second page that waits for it, and the button that ends the first."""
+    page.get_by_label("Prompt", exact=True).fill(PROMPT)
+    page.get_by_label("base steps").fill("200000")
+    page.get_by_role("button", name="Draw").click()
+    page.get_by_role("status").filter(has_text="base: step").wait_for()
+    assert page.get_by_role("img", name="as they form").evaluate("image => image.naturalWidth") == 12
+    other = browser.new_page()
+    other.goto(url)
+    other.get_by_label("Prompt", exact=True).fill("a blue square")
+    other.get_by_role("button", name="Draw").click()
+    other.get_by_role("status").filter(has_text="waiting: 1 request before this one").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("status").filter(has_text="stopped after").wait_for(timeout=PATIENCE)
+    other.get_by_role("status").filter(has_text="1 picture in").wait_for(timeout=PATIENCE)
+    other.close()
+
+
+def test_the_gallery_outlives_page_and_server(start, folder, page):
+    names = [card.get_attribute("src") for card in cards(page).locator("img").all()]
+    assert len(names) > 3
+    page.reload()
+    cards(page).first.wait_for()
+    assert [card.get_attribute("src") for card in cards(page).locator("img").all()] == names
+    _, again = start(f"--out={folder}")
+    response = page.request.get(again + names[0])
+    assert response.headers["content-type"] == "image/png"
+    assert response.body() == (folder / Path(names[0]).name).read_bytes()
+    assert page.request.get(f"{again}/pictures/..%2f..%2fetc%2fpasswd").status == 404
+
+
+def test_it_listens_to_this_machine_only_and_ends_at_an_interrupt(start):
+    process, address = start()
+    port = urlsplit(address).port
+    assert urlsplit(address).hostname == "127.0.0.1"
+    addresses = {each[4][0] for each in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
+    for other in addresses - {"127.0.0.1"}:
+        with pytest.raises(OSError):
+            socket.create_connection((other, port), timeout=2)
+    os.kill(process.pid, signal.SIGINT)
+    assert process.wait(timeout=60) == 0
+    assert "Traceback" not in process.stderr.read()

@@ -1,0 +1,150 @@
+"""The queue and the gallery, without a browser and without a network: a model that is driven by hand."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+from etils import epath
+
+from imagen_jax.errors import UserError
+from imagen_jax.sampling.cascade import Imagen, Picture, Preview
+from imagen_jax.sampling.overrides import SamplingOverrides
+from imagen_jax.sampling.pictures import read_metadata
+from imagen_jax.serving.request import PictureRequest
+from imagen_jax.serving.studio import JobState, Studio
+
+
+class HandDriven(Imagen):
+    """Records and checks as the real one; draws one call at a time, when it may."""
+
+    def __init__(self, model):
+        self.__dict__.update(model.__dict__)
+        self.go, self.failure, self.active, self.drawn = threading.Semaphore(0), None, 0, []
+
+    def draw(self, wanted, *, preview=None, **options):
+        self.check(**options)
+        return self._by_hand(wanted, preview)
+
+    def _by_hand(self, wanted, preview):
+        self.active += 1
+        assert self.active == 1  # one at a time
+        try:
+            for stage in ("base", "sr") if wanted else ():
+                for call in (1, 2):
+                    self.go.acquire()
+                    if self.failure is not None:
+                        raise self.failure
+                    pixels = np.zeros((len(wanted), 8, 8, 3), np.uint8)
+                    preview(Preview(stage=stage, call=call, calls=2, pixels=pixels))
+            for prompt, seed in wanted:
+                self.drawn.append((prompt, seed))
+                yield Picture(prompt=prompt, seed=seed, pixels=np.full((16, 16, 3), seed, np.uint8))
+        finally:
+            self.active -= 1
+
+
+@pytest.fixture
+def model(model_folder):
+    return HandDriven(Imagen.load(model_folder, cache="off"))
+
+
+@pytest.fixture
+def studio(model, tmp_path):
+    made = Studio(model, epath.Path(tmp_path))
+    yield made
+    model.go.release(100)
+    made.close()
+
+
+def request(prompt="a red circle", **fields):
+    return PictureRequest(**{"prompt": prompt, "overrides": (SamplingOverrides(),) * 2, **fields})
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def test_requests_are_drawn_one_after_the_other_and_say_how_far_they_are(studio, model, tmp_path):
+    first, second = studio.submit(request(seed=3, num_images=2)), studio.submit(request("a blue square"))
+    until(lambda: first.state is JobState.RUNNING)
+    assert (second.state, studio.before(first), studio.before(second)) == (JobState.WAITING, 0, 1)
+    seen = []
+    for calls in range(1, 4):
+        model.go.release()
+        until(lambda: first.fraction == calls / 4)  # noqa: B023
+        seen.append((first.preview.stage, first.preview.call))
+    assert seen == [("base", 1), ("base", 2), ("sr", 1)]
+    assert second.state is JobState.WAITING
+    model.go.release(5)
+    until(lambda: second.state is JobState.DONE)
+    assert first.state is JobState.DONE and first.fraction == 1.0
+    assert model.drawn == [("a red circle", 3), ("a red circle", 4), ("a blue square", 0)]
+    shown = studio.gallery()
+    assert [(each.record.prompt, each.record.seed) for each in shown] == model.drawn[::-1]
+    assert [each.name for each in shown][:0:-1] == first.names
+    for each in shown:
+        assert read_metadata(tmp_path / each.name) == each.record.to_metadata()
+        assert studio.find(each.name) == each
+    assert studio.find("../secret") is None
+
+
+def test_a_stopped_request_leaves_the_queue(studio, model):
+    running, waiting, last = (studio.submit(request(seed=seed)) for seed in range(3))
+    until(lambda: running.state is JobState.RUNNING)
+    waiting.stop()
+    running.stop()
+    model.go.release(5)
+    until(lambda: last.state is JobState.DONE)
+    assert running.state is waiting.state is JobState.STOPPED
+    assert [seed for _, seed in model.drawn] == [2]
+
+
+def test_a_failure_is_one_line_and_the_next_request_is_drawn(studio, model, capsys):
+    job = studio.submit(request())
+    model.failure = RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nwith a long story")
+    model.go.release()
+    until(lambda: job.state is JobState.FAILED)
+    assert "memory is too small" in job.message and "\n" not in job.message
+    assert capsys.readouterr().err == ""
+    model.failure = KeyError("something else")
+    broken = studio.submit(request())
+    model.go.release()
+    until(lambda: broken.state is JobState.FAILED)
+    assert broken.message.startswith("KeyError: 'something else'")
+    assert "Traceback" in capsys.readouterr().err
+    model.failure = None
+    model.go.release(4)
+    last = studio.submit(request())
+    until(lambda: last.state is JobState.DONE)
+
+
+def test_what_cannot_be_drawn_is_refused_at_once(studio):
+    off = (SamplingOverrides(guidance_weight=1.0),) * 2
+    with pytest.raises(UserError, match="needs guidance"):
+        studio.submit(request(negative_prompt="x", overrides=off))
+    with pytest.raises(UserError, match="steps must be at least 1"):
+        studio.submit(request(overrides=(SamplingOverrides(steps=0), SamplingOverrides())))
+    assert studio.gallery() == []
+
+
+def test_a_picture_that_is_there_is_not_drawn_again(studio, model, tmp_path):
+    model.go.release(100)
+    changed = request(seed=5, overrides=(SamplingOverrides(steps=7), SamplingOverrides()))
+    for each in (request(seed=5), changed, request(seed=5)):
+        job = studio.submit(each)
+        until(lambda: job.state.over)  # noqa: B023
+        assert job.state is JobState.DONE and len(job.names) == 1
+    assert len(model.drawn) == 2 and len(list(tmp_path.iterdir())) == 2
+    front, other = studio.gallery()
+    assert (front.again, other.again) == (request(seed=5), changed)
+    # Another server over the same folder shows the same, and passes over what is no picture of its own.
+    (tmp_path / "broken.png").write_bytes(b"none")
+    again = Studio(model, epath.Path(tmp_path))
+    assert {each.name: each.again for each in again.gallery()} == {
+        each.name: each.again for each in studio.gallery()
+    }
+    again.close()

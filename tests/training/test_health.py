@@ -1,0 +1,103 @@
+"""A record that is not finite: what is said, what is saved, and what stays intact."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from imagen_jax.cli.main import main
+from imagen_jax.data import pipeline
+from imagen_jax.errors import UserError
+from imagen_jax.models.stage import StageNetwork
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+from imagen_jax.training.checkpoint import Checkpoints
+from imagen_jax.training.health import LAG, bin_name, load_batch
+from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.trainer import train, whole_batch
+
+BAD = 4  # step whose batch holds the bad record
+
+
+@pytest.fixture
+def bad_key(make_config, monkeypatch):
+    """The key of a record whose embedding holds a NaN."""
+    key = str(whole_batch(make_config("base"), None, BAD)["key"][3])
+    make = pipeline._MakeExample.__call__
+
+    def broken(self, index, stored):
+        example = make(self, index, stored)
+        if example["key"] == key:
+            example["embedding"] = example["embedding"].copy()  # of the record's bytes, which are read-only
+            example["embedding"][0, 0] = np.nan
+        return example
+
+    monkeypatch.setattr(pipeline._MakeExample, "__call__", broken)
+    return key
+
+
+def state_at(workdir, step, config):
+    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
+    checkpoints = Checkpoints(workdir)
+    abstract = abstract_state(network, optimizer, make_mesh(MeshConfig(), jax.devices()[:1]))
+    state, examples = checkpoints.restore(step, abstract)
+    checkpoints.close()
+    assert examples == step * config.data.batch_size
+    return jax.device_get(state)
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_a_bad_record_is_named_and_skipped_or_reproduced(make_config, bad_key, tmp_path, capsys):
+    base = ("train.steps=8", "train.text_dropout=0", "train.keep_checkpoints=9", "mesh.data=8")
+    # Nothing but the lag looks at the step: the steps after it have run when it is noticed.
+    stopping = make_config("base", *base, "train.log_every=100", "train.checkpoint_every=3")
+    stopped, folder = tmp_path / "stopped", tmp_path / "stopped" / "nonfinite" / str(BAD)
+    with pytest.raises(UserError) as caught:
+        train(stopping, stopped)
+    message = str(caught.value)
+    for part in (
+        f"step {BAD}: loss not finite, gradient norm not finite",
+        f"records {bad_key};",
+        "inputs that are not finite: text;",
+        "gradients that are not finite: ",
+        "newest checkpoint: step 3;",
+        f"--reproduce={folder}",
+    ):
+        assert part in message, message
+    assert "\n" not in message and LAG < 8 - BAD + 1
+    report = json.loads((folder / "report.json").read_text())
+    assert report["records"] == [bad_key] and report["step"] == BAD and report["loss"] is None
+    assert len(report["batch"]) == 8 and len(report["gradients"]) > 10
+    saved = load_batch(epath.Path(folder))
+    assert [key for key, text in zip(saved["key"], saved["text"]) if not np.isfinite(text).all()] == [bad_key]
+
+    skipping = make_config("base", *base, "train.on_nonfinite=skip", "train.checkpoint_every=1")
+    skipped = tmp_path / "skipped"
+    final = train(skipping, skipped)
+    lines = [json.loads(line) for line in (skipped / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["loss"] is None for line in lines] == [step == BAD for step in range(1, 9)]
+    assert [line["skipped"] for line in lines] == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert int(final.step) == 8
+    before, at, after = (state_at(skipped, step, skipping) for step in (3, 4, 5))
+    assert same(before[1:], at[1:]) and not same(at.params, after.params)
+    assert not (skipped / "nonfinite" / str(BAD) / "batch.npz").exists()
+    assert json.loads((skipped / "nonfinite" / str(BAD) / "report.json").read_text())["records"] == [bad_key]
+
+    # The newest checkpoint is good, and so is the state that was saved with the batch.
+    assert same(state_at(stopped, 3, stopping), before) and same(state_at(folder, 3, stopping), before)
+    assert not (stopped / "checkpoints" / "6").exists()
+    capsys.readouterr()
+    assert main(["train", f"--reproduce={folder}"]) == 0
+    said = capsys.readouterr().out
+    assert f"step {BAD}: loss not finite" in said and f"records {bad_key}" in said
+    assert main(["train", f"--reproduce={skipped}"]) == 1
+    assert "has no batch.npz" in capsys.readouterr().err
+
+
+def test_names_of_bins():
+    assert [bin_name(i) for i in (0, 3, 7)] == ["loss_log_snr/..-9", "loss_log_snr/-3..0", "loss_log_snr/9.."]
