@@ -75,6 +75,9 @@ def run(args: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
         with suppress(KeyboardInterrupt):  # which is how a server is ended
-            print(f"{args.model} is at {address(listener)} · Ctrl-C ends it", flush=True)
-            serve(studio, listener)
+            serve(
+                studio,
+                listener,
+                ready=lambda: print(f"{args.model} is at {address(listener)} · Ctrl-C ends it", flush=True),
+            )
     return 0

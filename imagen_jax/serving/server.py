@@ -3,6 +3,7 @@
 import errno
 import ipaddress
 import socket
+from collections.abc import Callable
 from contextlib import closing
 
 import uvicorn
@@ -51,8 +52,26 @@ def is_local(listener: socket.socket) -> bool:
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
-def serve(studio: Studio, listener: socket.socket) -> None:
+class _Server(uvicorn.Server):
+    """Says when it answers; from before then on it is what an interrupt ends."""
+
+    def __init__(self, config: uvicorn.Config, ready: Callable[[], None]):
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to answer."""
+        await super().startup(sockets=sockets)
+        self._ready()
+
+
+def serve(studio: Studio, listener: socket.socket, *, ready: Callable[[], None]) -> None:
     """Serves the page until the process is interrupted; what is being drawn then ends.
+
+    Args:
+      studio: draws.
+      listener: where.
+      ready: called when the page can be opened.
 
     Raises:
       KeyboardInterrupt: at Ctrl-C.
@@ -61,4 +80,4 @@ def serve(studio: Studio, listener: socket.socket) -> None:
         make_app(studio), log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, lifespan="on"
     )
     with closing(studio):
-        uvicorn.Server(config).run(sockets=[listener])
+        _Server(config, ready).run(sockets=[listener])
