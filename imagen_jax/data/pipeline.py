@@ -332,4 +332,7 @@ def open_batches(
     examples = dataset.slice(slice(first, None, process_count))
     chunks = examples.batch(chunk, drop_remainder=True, batch_fn=list).to_iter_dataset(read_options)
     collate = functools.partial(_collate, max_text_length=config.max_text_length)
-    return Batches(iter(chunks.batch(local_batch // chunk, batch_fn=collate)))
+    batches = chunks.batch(local_batch // chunk, batch_fn=collate)
+    # Put together in a thread of their own: else the training loop would do it between two steps.
+    ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
+    return Batches(iter(ahead))
