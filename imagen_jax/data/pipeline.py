@@ -92,6 +92,9 @@ class RecordSource:
 
     def __init__(self, path: epath.PathLike, split: str):
         """Reads the folder's JSON files; shards are opened and indexed when first touched."""
+        # By one thread: imported by several that read, TFDS's lazy modules and Python's import locks can wait for
+        # each other for ever.
+        records.example_class()
         info = records.read_folder_info(path)
         self.path = info.path
         self.encoder = info.encoder

@@ -129,7 +129,7 @@ def shard_name(name: str, split: str, shard: int, num_shards: int) -> str:
     return f"{name}-{split}.tfrecord-{shard:05d}-of-{num_shards:05d}"
 
 
-def _example_class() -> Any:
+def example_class() -> Any:
     """`tf.train.Example`. TFDS takes a third of a second to import; what only encodes text needs none of it."""
     from tensorflow_datasets.proto import tf_example_pb2
 
@@ -138,7 +138,7 @@ def _example_class() -> Any:
 
 def serialize(record: Record) -> bytes:
     """The record as a `tf.train.Example`; equal records give equal bytes."""
-    example = _example_class()()
+    example = example_class()()
     features = example.features.feature
     if record.image is not None:
         features[IMAGE].bytes_list.value.append(record.image)
@@ -163,7 +163,7 @@ def parse(data: bytes, width: int, where: str, *, images: bool = True) -> Record
       UserError: not such a record; names `where`.
     """
     try:
-        features = _example_class().FromString(data).features.feature
+        features = example_class().FromString(data).features.feature
 
         def field(name: str) -> bytes:
             if name not in features or len(features[name].bytes_list.value) != 1:
