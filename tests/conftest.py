@@ -1,18 +1,19 @@
 """Eight fake CPU devices for every test, and the small things that several of them train on."""
 
+import math
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-# Compiling takes most of the time of tests with tiny networks: LLVM's optimizations cost more than they save. (But
-# without them bfloat16 is ten times as slow: the fixture `optimizations` turns them on.)
-COMPILE_FLAGS = "--xla_backend_optimization_level=0"
 # Read when JAX first makes its devices, which no import of the package does.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["IMAGEN_JAX_CACHE"] = "off"  # tests leave nothing in the user's cache folder
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+# Compiling takes most of the time of tests with tiny networks: LLVM's optimizations cost more than they save. (But
+# without them bfloat16 is ten times as slow: the fixture `optimizations` turns them on.)
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "true"
 
 ROOT = Path(__file__).parents[1]
@@ -140,7 +141,7 @@ def subprocess_env():
     """subprocess_env(devices) → the environment of a command on that many fake devices."""
 
     def make(devices=1):
-        flags = f"--xla_force_host_platform_device_count={devices} {COMPILE_FLAGS}"
+        flags = f"--xla_force_host_platform_device_count={devices}"
         path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         return {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
 
@@ -150,3 +151,22 @@ def subprocess_env():
 def pytest_collection_modifyitems(items):
     places = {str(ROOT / "tests" / name): place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(str(item.path), len(places)))
+
+
+@pytest.fixture(scope="session")
+def random_params():
+    """random_params(stage) → parameters of which none is zero."""
+    from imagen_jax.models.stage import StageNetwork
+
+    def make(stage):
+        generator = np.random.default_rng(0)
+        params = {}
+        for name, leaf in StageNetwork(stage).abstract_params.items():
+            draw = generator.standard_normal(leaf.shape).astype(np.float32)
+            if name.endswith("kernel"):
+                params[name] = draw * math.prod(leaf.shape[:-1]) ** -0.5
+            else:
+                params[name] = name.endswith("scale") + np.float32(0.2) * draw
+        return params
+
+    return make

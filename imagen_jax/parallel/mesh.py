@@ -159,9 +159,8 @@ def gather_shard(
         shard = shard.astype(dtype)
     spec = parameter_spec(shape, mesh)
     dim = spec.index("fsdp") if "fsdp" in spec else None
-    shared = [
-        axis for axis in ("data", "fsdp") if mesh.shape[axis] > 1 and not (axis == "fsdp" and dim is not None)
-    ]
+    summed = ("data", "fsdp") if dim is None else ("data",)
+    shared = [axis for axis in summed if mesh.shape[axis] > 1]
 
     @jax.custom_vjp
     def gather(shard: jax.Array) -> jax.Array:

@@ -113,7 +113,7 @@ def compile_stage(config: TrainConfig, devices: list[Any], program: Program, *, 
       progress: whether to show on stderr how long it has taken.
 
     Raises:
-      UserError: for a mesh or a batch that does not fit the devices.
+      UserError: for a mesh or a batch that does not fit the devices, or a network that cannot be trained.
     """
     if program is Program.TRAIN:
         config.check_trainable()

@@ -16,7 +16,13 @@ from imagen_jax.diffusion.process import diffuse
 from imagen_jax.errors import UserError
 from imagen_jax.models.execution import Gather
 from imagen_jax.models.stage import Params, StageNetwork, drop_text, unit_pictures
-from imagen_jax.parallel.mesh import batch_sharding, parameter_spec, replicated, state_shardings
+from imagen_jax.parallel.mesh import (
+    batch_sharding,
+    parameter_spec,
+    replicated,
+    state_shardings,
+    works_locally,
+)
 from imagen_jax.training.config import LoopConfig, OnNonfinite, TrainConfig
 from imagen_jax.training.state import TrainState, ema_name, learning_rate, updates_done
 
@@ -155,6 +161,8 @@ def check_accumulation(config: TrainConfig, mesh: Mesh) -> None:
 
 def split_batch(batch: Batch, parts: int, mesh: Mesh) -> dict[str, Array]:
     """Arrays (N, …) as (parts, N / parts, …), each part having examples of every device: nothing is moved."""
+    if works_locally():
+        return {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     sharding = NamedSharding(mesh, P(None, ("data", "fsdp")))
 
@@ -176,11 +184,11 @@ def batch_gradients(
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if config.stage.network.gather is not Gather.ONCE or mesh.shape["tensor"] > 1 or devices == 1:
-        return _gradients(network, config, params, batch, mesh, local=False)
+        return _gradients(network, config, params, batch, mesh)
     specs = {name: parameter_spec(value.shape, mesh) for name, value in network.abstract_params.items()}
     examples = P(("data", "fsdp"))
     run = jax.shard_map(
-        lambda params, batch: _gradients(network, config, params, batch, mesh, local=True),
+        lambda params, batch: _gradients(network, config, params, batch, mesh),
         mesh=mesh,
         in_specs=(specs, examples),
         out_specs=(specs, examples, examples),
@@ -190,16 +198,16 @@ def batch_gradients(
 
 
 def _gradients(
-    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, mesh: Mesh, *, local: bool
+    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, mesh: Mesh
 ) -> tuple[Params, Losses, UInt32[Array, "batch 2"]]:
-    """`batch_gradients`; `local`: each device on its own part of the arrays."""
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    """`batch_gradients`, of whole arrays or, where the code works locally, of one device's part of them."""
+    # Of all devices' means, each adds its share.
+    share = 1 / (mesh.shape["data"] * mesh.shape["fsdp"]) if works_locally() else 1.0
 
     def gradients_of(part: Batch) -> tuple[Params, Losses]:
         def loss(params: Params) -> tuple[Array, Losses]:
             losses = example_losses(network, config, params, part, mesh=mesh)
-            mean = losses.loss.mean()
-            return mean / devices if local else mean, losses
+            return losses.loss.mean() * share, losses
 
         return jax.grad(loss, has_aux=True)(params)
 
@@ -211,10 +219,7 @@ def _gradients(
         gradients, losses = gradients_of(part)
         return jax.tree.map(lambda a, b: a + b / parts, total, gradients), losses
 
-    if local:
-        split = {name: array.reshape(parts, -1, *array.shape[1:]) for name, array in batch.items()}
-    else:
-        split = split_batch(batch, parts, mesh)
+    split = split_batch(batch, parts, mesh)
     total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
     flat = jax.tree.map(lambda each: each.reshape(-1), losses)
     return total, flat, split["index"].reshape(-1, 2)

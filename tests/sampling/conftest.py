@@ -1,9 +1,7 @@
 """A tiny cascade in a model folder, with random weights: fresh ones would draw nothing but zeros."""
 
 import dataclasses
-import math
 
-import numpy as np
 import pytest
 
 TEXT_WIDTH = 16
@@ -47,25 +45,6 @@ def stages():
         ),
     )
     return base, sr
-
-
-@pytest.fixture(scope="session")
-def random_params():
-    """random_params(stage) → parameters of which none is zero."""
-    from imagen_jax.models.stage import StageNetwork
-
-    def make(stage):
-        generator = np.random.default_rng(0)
-        params = {}
-        for name, leaf in StageNetwork(stage).abstract_params.items():
-            draw = generator.standard_normal(leaf.shape).astype(np.float32)
-            if name.endswith("kernel"):
-                params[name] = draw * math.prod(leaf.shape[:-1]) ** -0.5
-            else:
-                params[name] = name.endswith("scale") + np.float32(0.2) * draw
-        return params
-
-    return make
 
 
 @pytest.fixture(scope="session")

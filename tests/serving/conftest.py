@@ -1,30 +1,13 @@
 """A tiny cascade with random weights: fresh ones would draw the same picture of every prompt."""
 
-import math
-
-import numpy as np
 import pytest
 
 TEXT_WIDTH = 16
 PROMPTS = ("a red circle", "a blue square", "two green triangles")
 
 
-def random_params(stage):
-    from imagen_jax.models.stage import StageNetwork
-
-    generator = np.random.default_rng(0)
-    params = {}
-    for name, leaf in StageNetwork(stage).abstract_params.items():
-        draw = generator.standard_normal(leaf.shape).astype(np.float32)
-        if name.endswith("kernel"):
-            params[name] = draw * math.prod(leaf.shape[:-1]) ** -0.5
-        else:
-            params[name] = name.endswith("scale") + np.float32(0.2) * draw
-    return params
-
-
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory):
+def model_folder(tmp_path_factory, random_params):
     """A model folder of two guided stages of 2 steps each, "base" (8×8) and "sr" (16×16)."""
     from imagen_jax.config import build
     from imagen_jax.models.stage import StageConfig
