@@ -70,6 +70,8 @@ setup(
         "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43"],
         # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
         "plan": ["libtpu>=0.0.42,<0.0.52"],
+        # The plots of benchmarks.
+        "plot": ["matplotlib>=3.10,<4"],
         "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.usage = (
         "%(prog)s --config=FILE[:variant] --topology=CHIP:SHAPE [--program=train|sample] [--batch_size=N]\n"
-        "       [--json=FILE] [--config.some.field=value ...]"
+        "       [--rows=N] [--json=FILE] [--config.some.field=value ...]"
     )
     parser.add_argument(
         "--config",
@@ -33,6 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--batch_size", type=int, help="pictures over all chips; default: the config's data.batch_size"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=1,
+        help="with --program=sample: devices over which the rows of a picture are split, of the mesh's data (1)",
     )
     parser.add_argument("--json", metavar="FILE", help="also writes the numbers here")
 
@@ -57,7 +63,7 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
     if args.batch_size is not None:
         data = dataclasses.replace(config.data, batch_size=args.batch_size)
         config = dataclasses.replace(config, data=data)
-    plan = make_plan(config, topology, Program(args.program), progress=True)
+    plan = make_plan(config, topology, Program(args.program), rows=args.rows, progress=True)
     print(to_text(plan))
     if args.json is not None:
         epath.Path(args.json).write_text(json.dumps(to_json(plan), indent=2) + "\n")

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh
+from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.memory import out_of_memory_bytes
 from imagen_jax.sampling.programs import ProgramSpec, lower
@@ -103,21 +104,28 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
     )
 
 
-def compile_stage(config: TrainConfig, devices: list[Any], program: Program, *, progress: bool) -> Compiled:
+def compile_stage(
+    config: TrainConfig, devices: list[Any], program: Program, *, rows: int = 1, progress: bool = False
+) -> Compiled:
     """Compiles the very program that `train` or `sample` would run on the devices.
 
     Args:
       config: the stage, its mesh and `data.batch_size`, pictures over all devices.
       devices: of a slice.
       program: which of the two.
+      rows: devices over which each picture's rows are split, when sampling.
       progress: whether to show on stderr how long it has taken.
 
     Raises:
-      UserError: for a mesh or a batch that does not fit the devices, or a network that cannot be trained.
+      UserError: for a mesh, rows or a batch that do not fit the devices, or a network that cannot be trained.
     """
+    mesh = make_mesh(config.mesh, devices)
+    if rows != 1:
+        if program is Program.TRAIN:
+            raise UserError(f"--rows={rows}: rows are split when sampling; add --program=sample")
+        mesh = split_rows(mesh, rows)
     if program is Program.TRAIN:
         config.check_trainable()
-    mesh = make_mesh(config.mesh, devices)
     check_batch_size(config.data.batch_size, mesh, "--batch_size")
     network = StageNetwork(config.stage)
     state: TrainState | dict[str, Any]

@@ -4,7 +4,6 @@ import dataclasses
 import importlib.metadata
 from typing import Any
 
-from imagen_jax.parallel.mesh import AXES
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.compile import Compiled, Program, compile_stage, slice_devices
 from imagen_jax.plan.estimate import Estimate, estimate
@@ -70,20 +69,23 @@ class Plan:
         return lines
 
 
-def make_plan(config: TrainConfig, topology: Topology, program: Program, *, progress: bool = False) -> Plan:
+def make_plan(
+    config: TrainConfig, topology: Topology, program: Program, *, rows: int = 1, progress: bool = False
+) -> Plan:
     """Compiles a stage's program for a slice and predicts what it needs.
 
     Args:
       config: the stage, its mesh and batch size.
       topology: the slice.
       program: what of the stage.
+      rows: devices over which each picture's rows are split, when sampling.
       progress: whether to show on stderr how long compiling takes.
 
     Raises:
-      UserError: for a slice that there is not, or a mesh or batch that does not fit it.
+      UserError: for a slice that there is not, or a mesh, rows or batch that do not fit it.
     """
     devices = slice_devices(topology)
-    compiled = compile_stage(config, devices, program, progress=progress)
+    compiled = compile_stage(config, devices, program, rows=rows, progress=progress)
     memory = _memory(compiled, program, topology)
     stage = config.stage
     train = program is Program.TRAIN
@@ -95,7 +97,7 @@ def make_plan(config: TrainConfig, topology: Topology, program: Program, *, prog
         stage=stage.name,
         program=program,
         topology=topology,
-        mesh={axis: int(compiled.mesh.shape[axis]) for axis in AXES},
+        mesh={axis: int(size) for axis, size in compiled.mesh.shape.items()},
         batch_size=config.data.batch_size,
         params=compiled.network.parameter_count(),
         memory=memory,

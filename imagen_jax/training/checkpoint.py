@@ -226,11 +226,13 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
-        """Turns the failure of a save into one line."""
+        """Turns the failure of a save into one line; that of another process or of a device goes on as it is."""
         try:
             yield
         except Exception as error:
             self._failed = True
+            if isinstance(_root(error), jax.errors.JaxRuntimeError):
+                raise
             intact = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
             newest = f"the newest complete one is from step {max(intact)}" if intact else "there is none yet"
             raise UserError(
@@ -244,10 +246,16 @@ class Checkpoints:
             self._manager.close()
 
 
-def _fault(error: BaseException) -> str:
-    """The reason at the bottom of a failure, in a line of bearable length."""
+def _root(error: BaseException) -> BaseException:
+    """What is at the bottom of a failure."""
     while error.__cause__ is not None:
         error = error.__cause__
+    return error
+
+
+def _fault(error: BaseException) -> str:
+    """The reason at the bottom of a failure, in a line of bearable length."""
+    error = _root(error)
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
     return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"

@@ -5,6 +5,7 @@ import re
 import jax
 import pytest
 
+from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.plan import compile as compile_module
@@ -180,3 +181,19 @@ def test_stages_whose_null_text_is_a_caption_are_traced(program, monkeypatch):
     assert config.stage.padded_text
     compiled = compile_stage(config, jax.devices(), program, progress=False)
     assert compiled.needed_bytes > 1000
+
+
+def test_rows_are_split_over_the_copies(make_config):
+    config = make_config("sr", "mesh.data=8", "mesh.fsdp=1", "data.batch_size=2")
+    compiled = compile_stage(config, jax.devices(), Program.SAMPLE, rows=4)
+    assert dict(compiled.mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 1, "rows": 4}
+    pictures = jax.tree.leaves(compiled.program.output_shardings)[0]
+    assert pictures.shard_shape((2, 16, 16, 3)) == (1, 4, 16, 3)
+
+
+def test_rows_are_for_sampling_and_divide_the_copies(make_config):
+    config = make_config("sr", "mesh.data=8", "mesh.fsdp=1")
+    with pytest.raises(UserError, match=r"--rows=4.*--program=sample"):
+        compile_stage(config, jax.devices(), Program.TRAIN, rows=4)
+    with pytest.raises(UserError, match="over 3 devices"):
+        compile_stage(config, jax.devices(), Program.SAMPLE, rows=3)

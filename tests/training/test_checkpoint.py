@@ -163,6 +163,23 @@ def test_an_error_lets_go_of_the_work_directory(make_config, tmp_path):
     lock.close()
 
 
+def test_a_lost_process_is_no_fault_of_the_folder(make_config, tmp_path, monkeypatch):
+    """The launcher starts again after the one, not after the other."""
+    checkpoints, config = Checkpoints(tmp_path, keep=Keep()), make_config("base")
+
+    def fail(*args, **kwargs):
+        raise ValueError("Exception while saving") from cause
+
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    cause: Exception = jax.errors.JaxRuntimeError("UNKNOWN: Gloo AllGather failed: Connection reset by peer")
+    with pytest.raises(ValueError, match="while saving") as caught:
+        checkpoints.save(1, state_of(1), examples=8, config=config)
+    assert not isinstance(caught.value, UserError)
+    cause = OSError("No space left on device")
+    with pytest.raises(UserError, match="No space left on device"):
+        checkpoints.save(1, state_of(1), examples=8, config=config)
+
+
 # Without the capability that lets root write anywhere; others do not have it.
 UNPRIVILEGED = """
 import ctypes, sys

@@ -328,6 +328,19 @@ def test_killed_processes_go_on_bit_for_bit(whole_run, start_job, tmp_path, make
     kill_and_compare(3, 1, whole_run, start_job, tmp_path / "killed", make_config("sr", *NETWORK))
 
 
+def test_two_processes_encode_captions_as_one_does(start_job, tmp_path, text_encoder):
+    """Captions encoded beside the training: each process encodes its own."""
+    losses = []
+    for processes, devices in ((2, 4), (1, 8)):
+        workdir = tmp_path / str(processes)
+        overrides = ("train.steps=6", f"data.text_encoder={text_encoder}")
+        job = start_job(workdir, *overrides, processes=processes, devices=devices)
+        assert job.finish() == 0, job.text[-3000:]
+        losses.append([line["loss"] for line in lines_of(workdir)])
+    assert len(losses[0]) == 6
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
 @pytest.mark.kill
 def test_forty_kills(whole_run, start_job, tmp_path, make_config):
     kill_and_compare(40, 7, whole_run, start_job, tmp_path / "killed", make_config("sr", *NETWORK))
