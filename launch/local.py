@@ -27,7 +27,7 @@ from types import FrameType
 FINAL_CODES = (1, 2, 130)
 EXIT_RESTART = 75
 # Seconds that the others have to notice a dead process, before they are killed.
-SURVIVORS_SECONDS = 20.0
+SURVIVORS_SECONDS = 14.0
 
 
 def parse_arguments() -> argparse.Namespace:

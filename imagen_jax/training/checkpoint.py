@@ -64,13 +64,15 @@ def _score(metrics: Mapping[str, float]) -> float:
 
 
 class _NoEchoes(logging.Filter):
-    """Drops what asyncio says of the other tasks of a save or restore that has failed, and raised, already."""
+    """Drops what orbax's threads and asyncio print of a save or restore that has failed: it is raised as well."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return "exception was never retrieved" not in record.getMessage()
+        from_orbax = record.exc_info is not None and "orbax" in record.pathname
+        return not from_orbax and "exception was never retrieved" not in record.getMessage()
 
 
-logging.getLogger("asyncio").addFilter(_NoEchoes())
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_NoEchoes())
 
 
 class Checkpoints:
@@ -88,11 +90,13 @@ class Checkpoints:
         """Opens WORKDIR/checkpoints; without `keep` for reading only, also while a run writes there."""
         self.folder = epath.Path(workdir).resolve() / "checkpoints"
         self._keep, self._failed = keep or Keep(), False
+        self._echoes = contextlib.ExitStack()
         if keep is None:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, best_fn=_score)
         else:
             on_first(self._check_writable)
             options = keep.options()
+            self._echoes.enter_context(_no_late_answers())
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=options,
@@ -242,8 +246,9 @@ class Checkpoints:
 
     def close(self) -> None:
         """Finishes saves under way and frees the manager's threads."""
-        if not self._failed:  # else it would raise the same again
-            self._manager.close()
+        with self._echoes:
+            if not self._failed:  # else it would raise the same again
+                self._manager.close()
 
 
 def _root(error: BaseException) -> BaseException:
@@ -259,6 +264,22 @@ def _fault(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text.partition(" [tensorstore_spec")[0].partition(" [source locations")[0]
     return text if len(text) <= 300 else f"{text[:150]} … {text[-150:]}"
+
+
+@contextlib.contextmanager
+def _no_late_answers() -> Iterator[None]:
+    """Keeps off the terminal what tensorstore prints when it answers a save that has failed already."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 @contextlib.contextmanager

@@ -167,8 +167,8 @@ def test_local_ends_processes_that_do_not_notice_a_dead_one(tmp_path):
     )
     script = tmp_path / "local.py"
     text = (LAUNCH / "local.py").read_text()
-    assert "SURVIVORS_SECONDS = 20.0" in text
-    script.write_text(text.replace("SURVIVORS_SECONDS = 20.0", "SURVIVORS_SECONDS = 0.5"))
+    assert "SURVIVORS_SECONDS = 14.0" in text
+    script.write_text(text.replace("SURVIVORS_SECONDS = 14.0", "SURVIVORS_SECONDS = 0.5"))
     done = subprocess.run(
         [sys.executable, str(script), "--processes=2", "--restarts=1", "--", "--x"],
         cwd=tmp_path,

@@ -272,14 +272,14 @@ class Killer:
         seconds = line.when - killed
         print(f"  {line.text} after {seconds:.1f} s", flush=True)
         assert all(f"process {victim} ended with -9" in line.text for victim in victims)
+        assert seconds < 15.0
+        self.slowest = max(self.slowest, seconds)
         if kind == "start":
             return  # before they know each other it is the launcher that ends the others
         # A survivor ended by itself: by its watchdog, or by JAX's own abort where process 0 has gone.
         codes = [int(code) for code in re.findall(r"ended with (-?\d+)", line.text)]
         own = (75, -6) if 0 in victims else (75,)
         assert all(code in (-9, *own) for code in codes) and codes.count(-9) == len(victims)
-        assert seconds < 15.0
-        self.slowest = max(self.slowest, seconds)
 
     def _wait(self, kind, number, target, delay):
         self.job.until(lambda: len(self.job.starts()) == number)
