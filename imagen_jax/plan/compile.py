@@ -20,7 +20,7 @@ from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.memory import out_of_memory_bytes
-from imagen_jax.sampling.programs import ProgramSpec, lower
+from imagen_jax.sampling.programs import ProgramSpec, compile_program, lower
 from imagen_jax.training.config import TextDtype, TrainConfig
 from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
 from imagen_jax.training.train_step import make_train_step
@@ -150,7 +150,7 @@ def compile_stage(
             state = with_shardings(network.abstract_params, shardings[0])
             batch = with_shardings(spec.arguments()[0], shardings[1])
             lowered = lower(spec, network)
-        made, needed = _compile(lowered)
+        made, needed = _compile(lowered, mesh, program)
     return Compiled(
         mesh=mesh,
         network=network,
@@ -162,10 +162,10 @@ def compile_stage(
     )
 
 
-def _compile(lowered: jax.stages.Lowered) -> tuple[Any | None, int | None]:
+def _compile(lowered: jax.stages.Lowered, mesh: Mesh, program: Program) -> tuple[Any | None, int | None]:
     """The program, or None and the bytes that it would need."""
     try:
-        return lowered.compile(), None
+        return lowered.compile() if program is Program.TRAIN else compile_program(lowered, mesh), None
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory_bytes(str(error))
         if needed is None:

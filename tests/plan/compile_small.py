@@ -17,12 +17,13 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from imagen_jax.plan.chips import parse_topology  # noqa: E402
 from imagen_jax.plan.compile import slice_devices  # noqa: E402
 from imagen_jax.plan.estimate import estimate  # noqa: E402
+from imagen_jax.sampling import programs  # noqa: E402
 
 SIDE = 4096
 
 
-def predict(name, function, specs, shapes, count=1):
-    """The estimate of a function of bfloat16 matrices on some chips of a slice."""
+def predict(name, function, specs, shapes, count=1, sampling=False):
+    """The estimate of a function of bfloat16 arrays on some chips of a slice; `sampling`: compiled as a stage is."""
     topology = parse_topology(name)
     devices = slice_devices(topology)[:count]
     mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
@@ -30,7 +31,8 @@ def predict(name, function, specs, shapes, count=1):
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(shapes, specs, strict=True)
     ]
-    compiled = jax.jit(function).lower(*args).compile()
+    lowered = jax.jit(function).lower(*args)
+    compiled = programs.compile_program(lowered, mesh) if sampling else lowered.compile()
     found = estimate(compiled, topology, devices)
     return {
         "seconds": found.seconds,
@@ -47,6 +49,14 @@ def product(a, b):
 
 def repeated(length):
     return lambda a, b: jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=length)[0]
+
+
+def convolved(x, kernel):
+    for _ in range(2):
+        x += jax.lax.conv_general_dilated(
+            jax.nn.silu(x), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+    return x
 
 
 def added(a):
@@ -72,6 +82,11 @@ def main():
     results["kernel"] = predict("v5e:2x2", added, [P()], [square])
     # Both factors are split along what is summed over: every chip has a part of each sum.
     results["split"] = predict("v5e:2x2", product, [P(None, "x"), P("x", None)], [square] * 2, count=4)
+    pictures = ("v5e:2x2", convolved, [P(), P()], [(2, 64, 64, 256), (3, 3, 256, 256)])
+    results["strips"] = predict(*pictures)
+    results["whole"] = predict(*pictures, sampling=True)
+    programs._TPU_OPTIONS["xla_tpu_that_there_is_not"] = "false"
+    results["unknown option"] = predict(*pictures, sampling=True)
     json.dump(results, sys.stdout)
 
 

@@ -54,6 +54,12 @@ def test_partial_sums_are_exchanged(small):
     )  # reduced and gathered, in bfloat16 or float32
 
 
+def test_pictures_of_a_small_batch_are_left_whole_when_sampling(small):
+    strips, whole, unknown = (small[name]["seconds"] for name in ("strips", "whole", "unknown option"))
+    assert whole < 0.7 * strips
+    assert unknown == strips  # a compiler without the options still compiles
+
+
 def test_operations_name_their_line(small):
     assert any("compile_small.py:" in source for source in small["v5e:2x2"]["sources"])
 

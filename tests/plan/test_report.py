@@ -176,7 +176,7 @@ def test_chips_with_enough_memory_are_named(refused):
 
 @pytest.mark.parametrize("program", list(Program))
 def test_stages_whose_null_text_is_a_caption_are_traced(program, monkeypatch):
-    monkeypatch.setattr(compile_module, "_compile", lambda lowered: (None, len(lowered.as_text())))
+    monkeypatch.setattr(compile_module, "_compile", lambda lowered, *_: (None, len(lowered.as_text())))
     config = load_config("deepfloyd/stage1.py:tiny", ["--config.data.batch_size=8"])
     assert config.stage.padded_text
     compiled = compile_stage(config, jax.devices(), program, progress=False)
