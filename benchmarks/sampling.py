@@ -4,8 +4,8 @@ pip install -e '.[benchmark_sampling]'
 python benchmarks/sampling.py
 
 Theirs is a U-Net of 64 channels, multiples 1, 2, 4, two blocks a level, attention at the second and third one, on
-32×32 pictures with 32 tokens of width 512; ours an ADM-style U-Net of the same levels whose channels make its
-forward pass cost as much (the ratio is reported). Both draw a batch of 8 with classifier-free guidance, in float32,
+32×32 pictures with 32 tokens of width 512; ours an ADM-style U-Net of the same levels and channels whose blocks make
+its forward pass cost as much (the ratio is reported), on a device a core, as `imagen-jax sample` runs it. Both draw a batch of 8 with classifier-free guidance, in float32,
 with the same number of threads, turn by turn, so that a busy machine slows both alike:
   step     one guided step: theirs `p_sample`, thresholding included; ours a step of the compiled stage
   batch    a finished batch: our 16 steps of DPM-Solver++, their 256 (so many times the measured step, or
@@ -30,19 +30,20 @@ import torch
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.models.stage import SamplingConfig, StageConfig, StageNetwork
 from imagen_jax.models.unet import UNetConfig
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh, use_cpu_devices
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
 from imagen_jax.sampling.stage_sampler import StageInputs
 
 BATCH, SIDE, TOKENS, WIDTH, GUIDANCE = 8, 32, 32, 512, 3.0
 OUR_STEPS, THEIR_STEPS = 16, 256
 # Chosen so that a forward pass costs as many FLOPs as theirs; the report says how near it is.
-CHANNELS = (64, 128, 256)
+CHANNELS, BLOCKS = (64, 128, 256), (2, 1, 2)
 
 
 def our_stage() -> StageConfig:
     network = UNetConfig(
         channels=CHANNELS,
-        num_res_blocks=(2, 2, 2),
+        num_res_blocks=BLOCKS,
         self_attention=(False, True, True),
         text_attention=(False, True, True),
         text_width=WIDTH,
@@ -80,7 +81,8 @@ class Ours:
 
     def __init__(self) -> None:
         stage = our_stage()
-        spec = ProgramSpec(stage=stage, sampling=stage.sampling, batch=BATCH)
+        mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
+        spec = ProgramSpec(stage=stage, sampling=stage.sampling, batch=BATCH, mesh=mesh)
         self.program: StageProgram = prepare(spec)
         generator = np.random.default_rng(0)
         params = {}
@@ -89,7 +91,7 @@ class Ours:
             params[name] = (generator.standard_normal(leaf.shape) * scale + name.endswith("scale")).astype(
                 np.float32
             )
-        self.params = jax.device_put(params)
+        self.params = jax.device_put(params, self.program.parameter_shardings)
         self.inputs = self.program.place(
             StageInputs(
                 seeds=np.arange(BATCH, dtype=np.uint32),
@@ -107,10 +109,22 @@ class Ours:
 def _without_their_text_encoder() -> None:
     """Their package asks the model hub for a T5 when it is imported; sampling from embeddings needs none."""
     module = types.ModuleType("imagen_pytorch.t5")
-    module.t5_encode_text = None  # type: ignore[attr-defined]
+    module.t5_encode_text = lambda *_, **__: None  # type: ignore[attr-defined]
     module.get_encoded_dim = lambda _: WIDTH  # type: ignore[attr-defined]
     module.DEFAULT_T5_NAME = "none"  # type: ignore[attr-defined]
     sys.modules["imagen_pytorch.t5"] = module
+
+
+def _with_torchvision() -> torch.library.Library:
+    """Beside a CPU build of PyTorch, torchvision's own operators do not load: it is told their names, to be imported.
+
+    imagen-pytorch uses none of them. What is given back has to stay alive.
+    """
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
 
 
 class Theirs:
@@ -118,6 +132,7 @@ class Theirs:
 
     def __init__(self) -> None:
         _without_their_text_encoder()
+        self._library = _with_torchvision()
         import imagen_pytorch
 
         torch.manual_seed(0)
@@ -194,6 +209,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    use_cpu_devices(args.threads)
     ours, theirs = Ours(), Theirs()
     report: dict[str, Any] = {"threads": args.threads, "rounds": args.rounds}
     report["our_forward_gflop"] = our_forward_flops(our_stage()) / 1e9
