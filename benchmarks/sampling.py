@@ -5,8 +5,9 @@ python benchmarks/sampling.py
 
 Theirs is a U-Net of 64 channels, multiples 1, 2, 4, two blocks a level, attention at the second and third one, on
 32×32 pictures with 32 tokens of width 512; ours an ADM-style U-Net of the same levels and channels whose blocks make
-its forward pass cost as much (the ratio is reported), on a device a core, as `imagen-jax sample` runs it. Both draw a batch of 8 with classifier-free guidance, in float32,
-with the same number of threads, turn by turn, so that a busy machine slows both alike:
+its forward pass cost as much (the ratio is reported), on a device a core, as `imagen-jax sample` runs it. Both draw a
+batch of 8 with classifier-free guidance, in float32, with the same number of threads, turn by turn, so that a busy
+machine slows both alike:
   step     one guided step: theirs `p_sample`, thresholding included; ours a step of the compiled stage
   batch    a finished batch: our 16 steps of DPM-Solver++, their 256 (so many times the measured step, or
            --whole: really all of them)
