@@ -3,11 +3,11 @@
 pip install -e '.[plot]'
 python benchmarks/sampler_scores.py --model=runs/quickstart/model --out=DIR
 
-Both samplers draw the same held-out captions from the same seeds, every stage with so many steps; the oracle says what
+All samplers draw the same held-out captions from the same seeds, every stage with so many steps; the oracle says what
 each picture has of its caption. Then `--sweep_seeds` pictures are drawn at each guidance weight of the base stage and
 of the other stages, with the few steps; DIR/guidance.png shows how many are wholly right, with standard errors. The
-last line is one JSON object: findings in per cent, differences in points (few − many), their standard errors over the
-pairs, and the sweep. An interrupted run goes on where it was.
+last line is one JSON object: findings in per cent, differences in points (few − many) of DPM-Solver++ (2M) and of its
+SDE variant, their standard errors over the pairs, and the sweep. An interrupted run goes on where it was.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from paired_scores import compared, findings, percent
@@ -89,16 +90,23 @@ def main() -> None:
     use_cpu_devices()
     model = Imagen.load(args.model, mesh=make_mesh(MeshConfig()))
     few = with_sampler(model, Sampler.DPMPP, args.few)
-    rows = findings(model, args.seeds, args.out / f"dpmpp_{args.few}.npy", few)
-    print("dpmpp", percent(rows), flush=True)
     shares = sweep(model, few, args.sweep_seeds, args.out)
     weights = [stage.sampling.guidance_weight for stage in model.stages]
     own = {"base": weights[0], "super-resolution": weights[1]}
     plot(shares, own, args.sweep_seeds, args.out / "guidance.png")
-    others = findings(
-        model, args.seeds, args.out / f"ddpm_{args.many}.npy", with_sampler(model, Sampler.DDPM, args.many)
-    )
-    report = {"seeds": args.seeds, "few": percent(rows), "many": percent(others), **compared(rows, others)}
+    found = {}
+    for kind, steps in (
+        (Sampler.DPMPP, args.few),
+        (Sampler.DPMPP_SDE, args.few),
+        (Sampler.DDPM, args.many),
+    ):
+        name = f"{kind.value}_{steps}"
+        settings = with_sampler(model, kind, steps)
+        found[name] = findings(model, args.seeds, args.out / f"{name}.npy", settings)
+    report: dict[str, Any] = {"seeds": args.seeds, **{name: percent(rows) for name, rows in found.items()}}
+    *few_steps, many_steps = found
+    for name in few_steps:
+        report[f"{name} - {many_steps}"] = compared(found[name], found[many_steps])
     print(json.dumps(report | {"sweep": shares}))
 
 
