@@ -89,20 +89,21 @@ def main() -> None:
     args = parser.parse_args()
     use_cpu_devices()
     model = Imagen.load(args.model, mesh=make_mesh(MeshConfig()))
-    few = with_sampler(model, Sampler.DPMPP, args.few)
-    shares = sweep(model, few, args.sweep_seeds, args.out)
-    weights = [stage.sampling.guidance_weight for stage in model.stages]
-    own = {"base": weights[0], "super-resolution": weights[1]}
+    settings = {
+        f"{kind.value}_{steps}": with_sampler(model, kind, steps)
+        for kind, steps in (
+            (Sampler.DPMPP, args.few),
+            (Sampler.DPMPP_SDE, args.few),
+            (Sampler.DDPM, args.many),
+        )
+    }
+    shares = sweep(model, settings[f"dpmpp_{args.few}"], args.sweep_seeds, args.out)
+    base, second, *_ = (stage.sampling.guidance_weight for stage in model.stages)
+    own = {"base": base, "super-resolution": second}
     plot(shares, own, args.sweep_seeds, args.out / "guidance.png")
-    found = {}
-    for kind, steps in (
-        (Sampler.DPMPP, args.few),
-        (Sampler.DPMPP_SDE, args.few),
-        (Sampler.DDPM, args.many),
-    ):
-        name = f"{kind.value}_{steps}"
-        settings = with_sampler(model, kind, steps)
-        found[name] = findings(model, args.seeds, args.out / f"{name}.npy", settings)
+    found = {
+        name: findings(model, args.seeds, args.out / f"{name}.npy", each) for name, each in settings.items()
+    }
     report: dict[str, Any] = {"seeds": args.seeds, **{name: percent(rows) for name, rows in found.items()}}
     *few_steps, many_steps = found
     for name in few_steps:
