@@ -39,7 +39,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
                     "gather": "once",
-                    "scan": 2,
+                    "scan": 0,
                 },
                 "schedule": {"kind": "cosine"},  # [P]
                 "prediction": "epsilon",  # [P]
@@ -62,8 +62,9 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "steps": 2_500_000,  # [P]
                 "text_dropout": 0.1,  # [P]
                 "ema_decay": 0.9999,  # as in NeMo
+                "tpu_operation_kib": 8192,  # docs/performance.md
             },
-            "mesh": {"data": 1, "fsdp": -1},
+            "mesh": {"data": 1, "fsdp": -1, "fsdp_limit": 32},
         }
     )
     if variant == "v_prediction":

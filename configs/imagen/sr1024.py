@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
                     "gather": "once",
-                    "scan": 8,
+                    "scan": 0,
                 },
                 "schedule": {"kind": "linear"},  # [P] 1000 steps, β from 1e-4 to 0.02
                 "prediction": "epsilon",  # [P]
@@ -74,7 +74,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "text_dropout": 0.1,  # [P]
                 "ema_decay": 0.9999,  # as in NeMo
             },
-            "mesh": {"data": 1, "fsdp": -1},
+            "mesh": {"data": 1, "fsdp": -1, "fsdp_limit": 32},
         }
     )
     if variant == "v_prediction":

@@ -76,7 +76,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "text_dropout": 0.1,  # [P]
                 "ema_decay": 0.9999,  # as in NeMo
             },
-            "mesh": {"data": 1, "fsdp": -1},
+            "mesh": {"data": 1, "fsdp": -1, "fsdp_limit": 32},
         }
     )
     if variant == "v_prediction":

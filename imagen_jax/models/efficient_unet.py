@@ -19,6 +19,7 @@ from imagen_jax.models.layers import (
     upsample_nearest,
     with_low_res,
 )
+from imagen_jax.models.normalisation import add_everywhere
 from imagen_jax.models.unet import UNetConfig, level_attention
 
 
@@ -61,7 +62,7 @@ class CombineEmbeddings(nnx.Module):
 
     def __call__(self, x: Array, embedding: Array) -> Array:
         """Adds the embedding's projection to x."""
-        return x + self.project(nnx.silu(embedding))[:, None, None, :]
+        return add_everywhere(x, self.project(nnx.silu(embedding)))
 
 
 class SkipBlock(nnx.Module):
@@ -74,7 +75,7 @@ class SkipBlock(nnx.Module):
 
     def __call__(self, x: Array, embedding: Array, skip: Array) -> Array:
         """Maps x and skip (N, H, W, C) → (N, H, W, C)."""
-        return self.res(jnp.concatenate([x, skip * 2**-0.5], axis=-1), embedding)
+        return self.res(x, embedding, skip)
 
 
 class Stack(nnx.Module):
@@ -200,7 +201,7 @@ class EfficientUNet(nnx.Module):
         execution = self.config.execution(mesh)
         embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
         rest = (embedding, tokens, mask)
-        h = execution.run(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
+        h = execution.run_first(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
         first, skips = h, []
         for block in self.down:
             h, outputs = block(h, *rest, execution=execution)

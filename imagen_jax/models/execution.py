@@ -76,6 +76,10 @@ class Execution:
         # A scan's loop already keeps the compiler from merging both computations.
         return state, jax.checkpoint(call, policy=policy, prevent_cse=not scanned)
 
+    def run_first(self, module: nnx.Module, *args: Any) -> Any:
+        """`run` of a module that reads what the network is given, of which nothing is worth computing again."""
+        return dataclasses.replace(self, remat=Remat.NONE).run(module, *args)
+
     def run(self, module: nnx.Module, *args: Any, **fixed: Any) -> Any:
         """`module(*args, **fixed)`; what is fixed is no array."""
         state, call = self._call(module, False, fixed)

@@ -212,9 +212,12 @@ class ResNetBlock(nnx.Module):
         self,
         x: Float[Array, "batch height width inputs"],
         embedding: Float[Array, "batch width_e"] | None = None,
+        skip: Float[Array, "batch height width inputs2"] | None = None,
     ) -> Float[Array, "batch height2 width2 outputs"]:
-        """`embedding` is the time and pooled-text embedding, before its activation."""
-        h = self.activation(self.norm1(x))
+        """`embedding` is the time and pooled-text embedding, before its activation; a skip is seen beside x."""
+        parts = (x,) if skip is None else (x, skip)
+        x = jnp.concatenate(parts, axis=-1)
+        h = self.activation(self.norm1(x, parts=parts))
         if self.resample == "up":
             h, x = upsample_nearest(h), upsample_nearest(x)
         elif self.resample == "down":

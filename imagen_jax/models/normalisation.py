@@ -1,11 +1,14 @@
-"""Sums over a picture's positions, and GroupNorm made of them.
+"""GroupNorm, and additions whose gradients are sums over a picture's positions.
 
-In bfloat16 a sum over positions is a product with a row of ones: the matrix unit adds in float32 and at its own
-speed, where the vector unit would take several times as long (docs/performance.md). In float32 it is a plain sum:
-the matrix unit would round what it adds. Gradients are written out, so that theirs are such sums too.
+How such sums are written decides what they cost on TPU (docs/performance.md). Those of what a convolution has just
+made are plain sums of float32, which the compiler adds up while it writes the picture, for nothing; but only if they
+depend on nothing else of that picture. Other sums of bfloat16 are products with rows of ones: the matrix unit adds in
+float32 and at its own speed, where the vector unit would take ten times as long.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +18,21 @@ from jaxtyping import Array, Float
 
 Picture = Float[Array, "batch height width channels"]
 PerChannel = Float[Array, "batch channels"]
+Part = Float[Array, "batch height width _"]  # some of a picture's channels
 
 
-def position_sums(x: Picture, dtype: jnp.dtype) -> PerChannel:
-    """Sums over height and width, float32; terms are rounded to `dtype`."""
-    if dtype == jnp.float32:
-        return x.astype(jnp.float32).sum(axis=(1, 2))
+# Rows of ones in a sum, of which one is used: a product with a single row the TPU compiler turns back into a
+# reduction on the vector unit.
+_ROWS = 8
+
+
+def position_sums(x: Picture) -> PerChannel:
+    """Sums over height and width, float32."""
+    if x.dtype == jnp.float32:
+        return x.sum(axis=(1, 2))  # a matrix unit would round what it adds
     n, height, width, channels = x.shape
-    terms = x.astype(dtype).reshape(n, height * width, channels)
-    return jnp.einsum(
-        "np,npc->nc", jnp.ones((n, height * width), dtype), terms, preferred_element_type=jnp.float32
-    )
+    ones, terms = jnp.ones((n, _ROWS, height * width), x.dtype), x.reshape(n, height * width, channels)
+    return jnp.einsum("nrp,npc->nrc", ones, terms, preferred_element_type=jnp.float32)[:, 0]
 
 
 def _spread(values: PerChannel) -> Float[Array, "batch 1 1 channels"]:
@@ -38,11 +45,10 @@ def moments(x: Picture, shift: PerChannel) -> tuple[PerChannel, PerChannel]:
 
     Args:
       x: a picture.
-      shift: near its mean, so that a large mean cancels before anything is squared; a constant to gradients.
+      shift: near its mean, where a large mean must cancel before anything is squared; a constant to gradients.
     """
     less = x.astype(jnp.float32) - _spread(shift)
-    count = x.shape[1] * x.shape[2]
-    return position_sums(less, x.dtype) / count, position_sums(jnp.square(less), x.dtype) / count
+    return less.mean(axis=(1, 2)), jnp.square(less).mean(axis=(1, 2))
 
 
 def _moments_forward(x: Picture, shift: PerChannel) -> tuple:
@@ -77,8 +83,8 @@ def _scale_shift_backward(residuals: tuple, gradient: Picture) -> tuple:
     return (
         (full * _spread(factor)).astype(x.dtype),
         jnp.zeros_like(shift),
-        position_sums(full * less, x.dtype),
-        position_sums(gradient, x.dtype),
+        (full * less).sum(axis=(1, 2)),
+        full.sum(axis=(1, 2)),
     )
 
 
@@ -98,10 +104,23 @@ def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
 def _add_bias_backward(_: None, gradient: Array) -> tuple[Array, Array]:
     # Examples apart: as one long sum the matrix unit would be predicted to take three times as long.
     rows = gradient.reshape(gradient.shape[0], -1, 1, gradient.shape[-1])
-    return gradient, position_sums(rows, gradient.dtype).sum(axis=0)
+    return gradient, position_sums(rows).sum(axis=0)
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@jax.custom_vjp
+def add_everywhere(x: Picture, values: PerChannel) -> Picture:
+    """X + values at every position; both have the same dtype."""
+    return x + _spread(values)
+
+
+def _add_everywhere_backward(_: None, gradient: Picture) -> tuple[Picture, PerChannel]:
+    return gradient, position_sums(gradient).astype(gradient.dtype)
+
+
+add_everywhere.defvjp(lambda x, values: (add_everywhere(x, values), None), _add_everywhere_backward)
 
 
 class GroupNorm(nnx.Module):
@@ -112,7 +131,8 @@ class GroupNorm(nnx.Module):
     Statistics are taken per channel in float32 and then shared within groups: the picture is never reshaped to
     a short last axis, which is slow on CPU and TPU alike. They take one pass over the picture: sums of the
     values less one of them, and of its square; the channels' means and variances are then combined exactly
-    (Chan, Golub and LeVeque 1983, equation 2.1).
+    (Chan, Golub and LeVeque 1983, equation 2.1). In bfloat16 nothing is subtracted: a mean whose square takes
+    the variance's digits in float32 has long taken those of the values themselves.
     """
 
     def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5, groups: int | None = None):
@@ -130,6 +150,14 @@ class GroupNorm(nnx.Module):
         means = values.reshape(n, self.groups, c // self.groups).mean(axis=-1)
         return jnp.repeat(means, c // self.groups, axis=-1)
 
+    def _moments(self, parts: Sequence[Part], shift: PerChannel) -> tuple[PerChannel, PerChannel]:
+        """`moments` of pictures whose channels are side by side."""
+        ends = list(itertools.accumulate(part.shape[-1] for part in parts))
+        shifts = jnp.split(shift, ends[:-1], axis=-1)
+        each = [moments(part.astype(self.dtype), own) for part, own in zip(parts, shifts)]
+        first, second = (jnp.concatenate(values, axis=-1) for values in zip(*each))
+        return first, second
+
     def __call__(
         self,
         x: Picture,
@@ -137,6 +165,7 @@ class GroupNorm(nnx.Module):
         shift: PerChannel | None = None,
         *,
         bias: Float[Array, " channels"] | float = 0.0,
+        parts: Sequence[Part] = (),
     ) -> Picture:
         """Normalises over height, width and the channels of a group.
 
@@ -146,11 +175,14 @@ class GroupNorm(nnx.Module):
           shift: and is added to that.
           bias: of x, of the convolution before: it goes into the statistics and is never added to the picture,
             nor is its gradient a sum over one.
+          parts: what x is a concatenation of, if it is one: sums are then taken of what made it.
         """
         x = x.astype(self.dtype)
         # Of one position, so that it costs nothing; the result does not depend on it.
         pixel = jax.lax.stop_gradient(x[:, 0, 0].astype(jnp.float32))
-        first, second = checkpoint_name(moments(x, pixel), "statistics")
+        if x.dtype != jnp.float32:
+            pixel = jnp.zeros_like(pixel)
+        first, second = checkpoint_name(self._moments(parts or (x,), pixel), "statistics")
         channel_mean = first + pixel + bias
         mean = self._share(channel_mean)
         within = jnp.maximum(second - jnp.square(first), 0.0)

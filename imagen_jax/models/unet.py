@@ -197,7 +197,7 @@ class Block(nnx.Module):
         mesh: Mesh | None = None,
     ) -> Array:
         """Maps x, and beside it the skip, (N, H, W, C) → (N, H, W, channels of the level)."""
-        x = self.res(x if skip is None else jnp.concatenate([x, skip], axis=-1), embedding)
+        x = self.res(x, embedding, skip)
         return x if self.attention is None else self.attention(x, text, mask, mesh=mesh)
 
 
@@ -270,7 +270,7 @@ class UNet(nnx.Module):
         execution = self.config.execution(mesh)
         embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
         rest = (embedding, tokens, mask)
-        h = execution.run(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
+        h = execution.run_first(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
         skips = [h]
         for level, blocks in enumerate(self.down):
             h, outputs = execution.chain(list(blocks), h, *rest, keep=True, mesh=mesh)

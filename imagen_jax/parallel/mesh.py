@@ -28,11 +28,16 @@ class MeshConfig:
     data: int = -1  # copies of the model that share the batch
     fsdp: int = 1  # devices that share the batch and split the parameters
     tensor: int = 1  # devices that split the features of each layer
+    fsdp_limit: int = (
+        0  # with data 1 and fsdp −1: split over at most so many, as copies over the others; 0: none
+    )
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
         if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh axes must be positive, at most one of them -1; got {sizes}")
+        if self.fsdp_limit < 0:
+            raise ValueError(f"fsdp_limit must be 0 or positive, got {self.fsdp_limit}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -45,7 +50,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     sizes = [config.data, config.fsdp, config.tensor]
     known = math.prod(size for size in sizes if size != -1)
     if -1 in sizes:
-        sizes[sizes.index(-1)] = len(devices) // known
+        sizes[sizes.index(-1)] = left = len(devices) // known
+        if (config.data, config.fsdp) == (1, -1) and config.fsdp_limit:
+            sizes[1] = max(size for size in range(1, config.fsdp_limit + 1) if left % size == 0)
+            sizes[0] = left // sizes[1]
     if math.prod(sizes) != len(devices):
         shown = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
         raise UserError(f"config.mesh: {shown} does not make the {len(devices)} devices that there are")

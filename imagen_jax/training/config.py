@@ -135,6 +135,9 @@ class LoopConfig:
     )
     eval_split: str = "test"  # their split
     eval_batches: int = 4  # batches of data.batch_size, the same examples and noise every time
+    tpu_operation_kib: int = (
+        0  # of a TPU's on-chip memory for one operation, less compiles faster; 0: as libtpu has it
+    )
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_count")
@@ -143,7 +146,8 @@ class LoopConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"keep_every must be at least 1 or None, got {self.keep_every}")
-        for name in ("keep_best", "watchdog_seconds", "sample_every", "eval_every", "max_skipped"):
+        not_negative = ("keep_best", "watchdog_seconds", "sample_every", "eval_every", "max_skipped")
+        for name in (*not_negative, "tpu_operation_kib"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("text_dropout", "ema_decay"):

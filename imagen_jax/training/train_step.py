@@ -232,6 +232,13 @@ def bin_losses(losses: Losses) -> tuple[Float[Array, " bins"], Float[Array, " bi
     return jnp.where(inside, losses.loss[:, None], 0.0).sum(0), inside.astype(jnp.float32).sum(0)
 
 
+def compiler_options(config: LoopConfig, mesh: Mesh) -> dict[str, str] | None:
+    """What the compiler is told of a training step; None: nothing."""
+    if not config.tpu_operation_kib or mesh.devices.flat[0].platform != "tpu":
+        return None
+    return {"xla_tpu_scoped_vmem_limit_kib": str(config.tpu_operation_kib)}
+
+
 def make_train_step(
     network: StageNetwork,
     optimizer: optax.GradientTransformation,
@@ -292,4 +299,5 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(config.train, mesh),
     )

@@ -11,6 +11,7 @@ from flax import nnx
 
 from imagen_jax.models import layers
 from imagen_jax.models.efficient_unet import DBlock, EfficientUNet, EfficientUNetConfig, UBlock
+from imagen_jax.models.normalisation import add_bias, add_everywhere, position_sums
 from imagen_jax.models.unet import UNet, UNetConfig
 from imagen_jax.models.weights import flatten_names
 
@@ -287,7 +288,7 @@ def efficient_body(config, p, h, embedding, attend):
             if twins is None:
                 h = res_block(p, f"{name}.blocks.{i}", h, embedding)
             else:
-                h = np.concatenate([h, twins.pop() / np.sqrt(2)], axis=-1)
+                h = np.concatenate([h, twins.pop()], axis=-1)
                 h = res_block(p, f"{name}.blocks.{i}.res", h, embedding)
             outputs.append(h)
         return attend(name, h, level), outputs
@@ -384,6 +385,43 @@ def test_group_norm_shares_within_groups():
     x = np.random.default_rng(0).standard_normal((2, 4, 4, 96)) * np.arange(1, 97) + 50
     expected = group_norm(lambda name: params[name[1:]], "", x)  # 4 groups of 24 channels
     np.testing.assert_allclose(apply(params, x.astype(np.float32)), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("spread", [1.0, 1 / 30])  # of the channels' values, whose means are about 1
+def test_group_norm_in_bfloat16(spread):
+    """Of values that bfloat16 has, as exact as its result can be: sums are taken in float32."""
+    apply, params = random_module(lambda: layers.GroupNorm(96, dtype=jnp.dtype("bfloat16")))
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 96)) * spread + 1
+    x = np.asarray(jnp.asarray(x, jnp.bfloat16), np.float64)
+    expected = group_norm(lambda name: params[name[1:]], "", x)
+    made = apply(params, jnp.asarray(x, jnp.bfloat16))
+    assert made.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(made, np.float64), expected, rtol=2**-8, atol=2e-3)
+
+
+def test_sums_over_positions_in_bfloat16():
+    """The gradients of what is added everywhere: sums whose terms are bfloat16 and which are float32."""
+    x = np.random.default_rng(0).standard_normal((2, 16, 16, 8)) + 1
+    x = jnp.asarray(x, jnp.bfloat16)
+    exact = np.asarray(x, np.float64).sum((1, 2))
+    np.testing.assert_allclose(position_sums(x), exact, rtol=1e-5)
+    _, pull = jax.vjp(add_bias, jnp.zeros_like(x), jnp.zeros(8))
+    gradient, bias = pull(x)
+    np.testing.assert_array_equal(gradient, x)
+    np.testing.assert_allclose(bias, exact.sum(0), rtol=1e-5)
+    _, pull = jax.vjp(add_everywhere, jnp.zeros_like(x), jnp.zeros((2, 8), jnp.bfloat16))
+    gradient, values = pull(x)
+    np.testing.assert_array_equal(gradient, x)
+    np.testing.assert_allclose(np.asarray(values, np.float64), exact, rtol=2**-8)
+
+
+def test_doubling():
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 5, 4)), jnp.float32)
+    made, pull = jax.vjp(layers.upsample_nearest, x)
+    np.testing.assert_array_equal(made, np.asarray(x).repeat(2, axis=1).repeat(2, axis=2))
+    gradient = jnp.asarray(np.random.default_rng(1).standard_normal(made.shape), jnp.float32)
+    expected = np.asarray(gradient).reshape(2, 3, 2, 5, 2, 4).sum((2, 4))
+    np.testing.assert_allclose(pull(gradient)[0], expected, rtol=1e-6, atol=1e-6)
 
 
 def test_patches():

@@ -228,6 +228,10 @@ def test_make_mesh_takes_what_is_left():
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert dict(make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2)).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(MeshConfig(), jax.devices()[:3]).shape) == {"data": 3, "fsdp": 1, "tensor": 1}
+    limited = MeshConfig(data=1, fsdp=-1, fsdp_limit=4)
+    assert dict(make_mesh(limited).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(limited, jax.devices()[:6]).shape) == {"data": 2, "fsdp": 3, "tensor": 1}
+    assert dict(make_mesh(limited, jax.devices()[:2]).shape) == {"data": 1, "fsdp": 2, "tensor": 1}
 
 
 @pytest.mark.parametrize(

@@ -14,16 +14,22 @@ from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from imagen_jax.models.normalisation import moments, position_sums  # noqa: E402
 from imagen_jax.plan.chips import parse_topology  # noqa: E402
 from imagen_jax.plan.compile import slice_devices  # noqa: E402
 from imagen_jax.plan.estimate import estimate  # noqa: E402
 from imagen_jax.sampling import programs  # noqa: E402
+from imagen_jax.training.config import LoopConfig  # noqa: E402
+from imagen_jax.training.train_step import compiler_options  # noqa: E402
 
 SIDE = 4096
 
 
-def predict(name, function, specs, shapes, count=1, sampling=False):
-    """The estimate of a function of bfloat16 arrays on some chips of a slice; `sampling`: compiled as a stage is."""
+def predict(name, function, specs, shapes, count=1, sampling=False, training=None):
+    """The estimate of a function of bfloat16 arrays on some chips of a slice.
+
+    `sampling`: compiled as a stage is; `training`: as its training step is, with a LoopConfig's fields.
+    """
     topology = parse_topology(name)
     devices = slice_devices(topology)[:count]
     mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
@@ -31,7 +37,8 @@ def predict(name, function, specs, shapes, count=1, sampling=False):
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(shapes, specs, strict=True)
     ]
-    lowered = jax.jit(function).lower(*args)
+    options = None if training is None else compiler_options(LoopConfig(steps=1, **training), mesh)
+    lowered = jax.jit(function, compiler_options=options).lower(*args)
     compiled = programs.compile_program(lowered, mesh) if sampling else lowered.compile()
     found = estimate(compiled, topology, devices)
     return {
@@ -57,6 +64,20 @@ def convolved(x, kernel):
             jax.nn.silu(x), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
     return x
+
+
+def normalised(x, kernel):
+    """A convolution and the statistics of what it makes."""
+    made = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    return made, moments(made, jnp.zeros(made.shape[::3], jnp.float32))
+
+
+def summed(x):
+    return position_sums(x)
+
+
+def plainly_summed(x):
+    return x.astype(jnp.float32).sum((1, 2))
 
 
 def added(a):
@@ -87,6 +108,12 @@ def main():
     results["whole"] = predict(*pictures, sampling=True)
     programs._TPU_OPTIONS["xla_tpu_that_there_is_not"] = "false"
     results["unknown option"] = predict(*pictures, sampling=True)
+    level = ("v5e:2x2", normalised, [P(), P()], [(8, 128, 128, 128), (3, 3, 128, 128)])
+    results["with sums"] = predict(*level)
+    results["without sums"] = predict("v5e:2x2", lambda *args: normalised(*args)[0], *level[2:])
+    results["small operations"] = predict(*level, training={"tpu_operation_kib": 1024})
+    for function in (summed, plainly_summed):
+        results[function.__name__] = predict("v5e:2x2", function, [P()], [(8, 128, 128, 128)])
     json.dump(results, sys.stdout)
 
 

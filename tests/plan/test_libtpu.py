@@ -60,6 +60,18 @@ def test_pictures_of_a_small_batch_are_left_whole_when_sampling(small):
     assert unknown == strips  # a compiler without the options still compiles
 
 
+def test_statistics_of_a_convolution_cost_nothing(small):
+    assert small["with sums"]["seconds"] < 1.1 * small["without sums"]["seconds"]
+
+
+def test_other_sums_are_made_on_the_matrix_unit(small):
+    assert small["summed"]["seconds"] < 0.5 * small["plainly_summed"]["seconds"]
+
+
+def test_a_training_step_may_limit_the_memory_of_an_operation(small):
+    assert small["small operations"]["seconds"] != small["with sums"]["seconds"]
+
+
 def test_operations_name_their_line(small):
     assert any("compile_small.py:" in source for source in small["v5e:2x2"]["sources"])
 

@@ -11,7 +11,14 @@ from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerConfig
 from imagen_jax.training.state import init_state, make_optimizer
-from imagen_jax.training.train_step import batch_loss, draw, ema_update, make_train_step, split_index
+from imagen_jax.training.train_step import (
+    batch_loss,
+    compiler_options,
+    draw,
+    ema_update,
+    make_train_step,
+    split_index,
+)
 
 SHAPE, LOW_SHAPE = (4, 4, 3), (2, 2, 3)
 LENGTH, TEXT_WIDTH = 6, 16
@@ -35,6 +42,11 @@ def test_draws_depend_on_seed_and_index_only():
     other_seed = draws_of(17, seed=1)
     for name, array in alone._asdict().items():
         assert not np.array_equal(array, other_seed._asdict()[name]), name
+
+
+def test_only_the_tpu_compiler_is_told_about_a_tpu():
+    config, mesh = LoopConfig(steps=1, tpu_operation_kib=8192), make_mesh(MeshConfig())
+    assert compiler_options(config, mesh) is None
 
 
 def test_draws_of_different_indices_differ():
