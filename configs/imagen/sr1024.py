@@ -88,7 +88,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
         config.stage.network.update(
             channels=[32, 64],
             num_res_blocks=[1, 2],
-            scan=2,
             self_attention=[False, False],
             text_attention=[False, True],
             head_channels=32,
