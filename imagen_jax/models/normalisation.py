@@ -179,9 +179,8 @@ class GroupNorm(nnx.Module):
         """
         x = x.astype(self.dtype)
         # Of one position, so that it costs nothing; the result does not depend on it.
-        pixel = jax.lax.stop_gradient(x[:, 0, 0].astype(jnp.float32))
-        if x.dtype != jnp.float32:
-            pixel = jnp.zeros_like(pixel)
+        pixel = x[:, 0, 0] if self.dtype == jnp.float32 else jnp.zeros((x.shape[0], x.shape[-1]))
+        pixel = jax.lax.stop_gradient(pixel)
         first, second = checkpoint_name(self._moments(parts or (x,), pixel), "statistics")
         channel_mean = first + pixel + bias
         mean = self._share(channel_mean)

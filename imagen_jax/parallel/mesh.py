@@ -28,9 +28,7 @@ class MeshConfig:
     data: int = -1  # copies of the model that share the batch
     fsdp: int = 1  # devices that share the batch and split the parameters
     tensor: int = 1  # devices that split the features of each layer
-    fsdp_limit: int = (
-        0  # with data 1 and fsdp −1: split over at most so many, as copies over the others; 0: none
-    )
+    fsdp_limit: int = 0  # where data is 1 and fsdp −1: most devices that split one copy; 0: no limit
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)

@@ -135,9 +135,7 @@ class LoopConfig:
     )
     eval_split: str = "test"  # their split
     eval_batches: int = 4  # batches of data.batch_size, the same examples and noise every time
-    tpu_operation_kib: int = (
-        0  # of a TPU's on-chip memory for one operation, less compiles faster; 0: as libtpu has it
-    )
+    tpu_operation_kib: int = 0  # on-chip memory of a TPU operation, less compiles faster; 0: libtpu's
 
     def __post_init__(self) -> None:
         at_least_one = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_count")

@@ -65,7 +65,7 @@ def test_statistics_of_a_convolution_cost_nothing(small):
 
 
 def test_other_sums_are_made_on_the_matrix_unit(small):
-    assert small["summed"]["seconds"] < 0.5 * small["plainly_summed"]["seconds"]
+    assert small["summed"]["seconds"] < 0.5 * small["plainly summed"]["seconds"]
 
 
 def test_a_training_step_may_limit_the_memory_of_an_operation(small):
