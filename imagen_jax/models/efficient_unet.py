@@ -16,7 +16,6 @@ from imagen_jax.models.layers import (
     conv3x3,
     from_patches,
     to_patches,
-    upsample_nearest,
     with_low_res,
 )
 from imagen_jax.models.normalisation import add_everywhere
@@ -139,7 +138,8 @@ class UBlock(nnx.Module):
     def __init__(self, config: EfficientUNetConfig, outputs: int, level: int, *, rngs: nnx.Rngs):
         self.concatenate = config.concatenates(level)
         self.stack = Stack(config, level, concatenate=self.concatenate, rngs=rngs)
-        self.conv = conv3x3(config.channels[level], outputs, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        dtype = jnp.dtype(config.dtype)
+        self.conv = conv3x3(config.channels[level], outputs, upsample=True, dtype=dtype, rngs=rngs)
 
     def __call__(
         self,
@@ -157,7 +157,7 @@ class UBlock(nnx.Module):
             h, _ = self.stack(x, embedding, text, mask, execution=execution, twins=twins)
         else:
             h, _ = self.stack((x + skip) * 2**-0.5, embedding, text, mask, execution=execution)
-        return execution.run(self.conv, upsample_nearest(h))
+        return execution.run(self.conv, h)
 
 
 class EfficientUNet(nnx.Module):

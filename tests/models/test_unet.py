@@ -424,6 +424,30 @@ def test_doubling():
     np.testing.assert_allclose(pull(gradient)[0], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2**-6)])
+def test_convolution_of_a_doubled_picture(dtype, tolerance):
+    """Against the plain composition, in float32."""
+    rng = np.random.default_rng(0)
+    x, kernel, gradient = (
+        jnp.asarray(rng.standard_normal(shape), dtype)
+        for shape in ((2, 3, 5, 4), (3, 3, 4, 6), (2, 6, 10, 6))
+    )
+
+    def plain(x, kernel):
+        doubled = x.repeat(2, axis=1).repeat(2, axis=2)
+        return jax.lax.conv_general_dilated(
+            doubled, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    expected, pull = jax.vjp(plain, x.astype("float32"), kernel.astype("float32"))
+    made, pull_made = jax.vjp(layers.upsampled_convolution, x, kernel)
+    wanted = (expected, *pull(gradient.astype("float32")))
+    for ours, theirs in zip((made, *pull_made(gradient)), wanted, strict=True):
+        assert ours.dtype == dtype
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(np.asarray(ours, np.float64) / scale, theirs / scale, atol=tolerance)
+
+
 def test_patches():
     x = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
     patches = layers.to_patches(jnp.asarray(x), 2)

@@ -14,7 +14,9 @@ from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from imagen_jax.models.layers import upsample_nearest, upsampled_convolution  # noqa: E402
 from imagen_jax.models.normalisation import moments, position_sums  # noqa: E402
+from imagen_jax.parallel.mesh import MeshConfig, gather_shard, make_mesh  # noqa: E402
 from imagen_jax.plan.chips import parse_topology  # noqa: E402
 from imagen_jax.plan.compile import slice_devices  # noqa: E402
 from imagen_jax.plan.estimate import estimate  # noqa: E402
@@ -25,14 +27,14 @@ from imagen_jax.training.train_step import compiler_options  # noqa: E402
 SIDE = 4096
 
 
-def predict(name, function, specs, shapes, count=1, sampling=False, training=None):
-    """The estimate of a function of bfloat16 arrays on some chips of a slice.
+def predict(name, function, specs, shapes, count=1, sampling=False, training=None, mesh=None):
+    """The estimate of a function of bfloat16 arrays on some chips of a slice, or on those of a mesh.
 
     `sampling`: compiled as a stage is; `training`: as its training step is, with a LoopConfig's fields.
     """
     topology = parse_topology(name)
     devices = slice_devices(topology)[:count]
-    mesh = Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
+    mesh = mesh or Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
     args = [
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(shapes, specs, strict=True)
@@ -58,18 +60,38 @@ def repeated(length):
     return lambda a, b: jax.lax.scan(lambda c, _: (jnp.tanh(c @ b), None), a, length=length)[0]
 
 
+def convolve(x, kernel):
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
 def convolved(x, kernel):
     for _ in range(2):
-        x += jax.lax.conv_general_dilated(
-            jax.nn.silu(x), kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        x += convolve(jax.nn.silu(x), kernel)
     return x
 
 
 def normalised(x, kernel):
     """A convolution and the statistics of what it makes."""
-    made = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    made = convolve(x, kernel)
     return made, moments(made, jnp.zeros(made.shape[::3], jnp.float32))
+
+
+def gradient_of(function):
+    return lambda x, kernel, gradient: jax.vjp(function, x, kernel)[1](gradient)
+
+
+def cut(mesh):
+    """The gradient of a doubled picture's convolution whose kernel is split over the mesh."""
+
+    def local(shard, x, gradient):
+        shape = (*shard.shape[:2], shard.shape[2] * mesh.shape["fsdp"], shard.shape[3])
+        return jax.vjp(lambda k: upsampled_convolution(x, gather_shard(k, shape, mesh)), shard)[1](gradient)[
+            0
+        ]
+
+    split = P(None, None, "fsdp")
+    specs = (split, P("fsdp"), P("fsdp"))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False), specs
 
 
 def plainly_summed(x):
@@ -110,6 +132,16 @@ def main():
     results["small operations"] = predict(*level, training={"tpu_operation_kib": 1024})
     for name, function in (("summed", position_sums), ("plainly summed", plainly_summed)):
         results[name] = predict("v5e:2x2", function, [P()], [(8, 128, 128, 128)])
+    doubling = [(8, 32, 32, 256), (3, 3, 256, 128), (8, 64, 64, 128)]
+    for name, function in (
+        ("doubled", upsampled_convolution),
+        ("plainly doubled", lambda x, kernel: convolve(upsample_nearest(x), kernel)),
+    ):
+        results[name] = predict("v5e:2x2", gradient_of(function), [P()] * 3, doubling)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), slice_devices(parse_topology("v5e:2x2")))
+    function, specs = cut(mesh)
+    shapes = [doubling[1], (32, *doubling[0][1:]), (32, *doubling[2][1:])]
+    results["cut"] = predict("v5e:2x2", function, specs, shapes, count=4, mesh=mesh)
     json.dump(results, sys.stdout)
 
 

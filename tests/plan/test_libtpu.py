@@ -68,6 +68,16 @@ def test_other_sums_are_made_on_the_matrix_unit(small):
     assert small["summed"]["seconds"] < 0.5 * small["plainly summed"]["seconds"]
 
 
+def test_the_gradient_of_a_doubled_picture_s_convolution_does_not_see_it_doubled(small):
+    assert small["doubled"]["seconds"] < 0.6 * small["plainly doubled"]["seconds"]
+
+
+def test_a_gradient_is_cut_where_it_is_summed(small):
+    """Each of 4 chips receives three others' parts of its own quarter, in bfloat16."""
+    quarter = 2 * 3 * 3 * 256 * 128 // 4
+    assert small["cut"]["collectives"] == [["reduce-scatter", 4, 3 * quarter]]
+
+
 def test_a_training_step_may_limit_the_memory_of_an_operation(small):
     assert small["small operations"]["seconds"] != small["with sums"]["seconds"]
 
