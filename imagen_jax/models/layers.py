@@ -4,13 +4,16 @@ Pictures are NHWC. Parameters are float32; convolutions and matrix products run 
 normalisation statistics and softmax in float32.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
@@ -54,7 +57,9 @@ class Conv3x3(nnx.Module):
     def without_bias(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         """What a normalisation sees that adds the bias itself."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        return upsampled_convolution(x, kernel) if self.upsample else _convolve(x, kernel, stride=self.stride)
+        if self.upsample:
+            return checkpoint_name(upsampled_convolution(x, kernel), "upsampled")
+        return _convolve(x, kernel, stride=self.stride)
 
 
 class Linear(nnx.Module):
@@ -133,40 +138,51 @@ def _convolve(
     )
 
 
-@jax.custom_vjp
 def upsampled_convolution(
     x: Float[Array, "n h w c"], kernel: Float[Array, "3 3 c c2"]
 ) -> Float[Array, "n 2*h 2*w c2"]:
     """3×3 convolution, with padding one, of a picture whose sides are doubled by repetition.
 
-    The gradient never sees the repeated picture: both steps together are a transposed convolution of stride 2 with
-    a 4×4 kernel, whose gradients read 16 values for four pixels where the 3×3 kernel's read 36.
+    The gradient of a large picture never sees the repetition: both steps together are a transposed convolution of
+    stride 2 with a 4×4 kernel, whose gradients read 16 values for four pixels where the 3×3 kernel's read 36.
     """
+    if math.prod(x.shape[:3]) < _MANY_PIXELS:
+        return _convolve(upsample_nearest(x), kernel)
+    return _upsampled_convolution(x, kernel)
+
+
+# Fewer are not worth a kernel's sums, which take as long as the gradients of some 1500 pixels (predicted, v5e).
+_MANY_PIXELS = 4096
+# Of a row of four of the adjoint's kernel, turned by half a turn: which of the three rows two equal pixels met.
+_MET = ((2,), (2, 1), (1, 0), (0,))
+
+
+@jax.custom_vjp
+def _upsampled_convolution(x: Array, kernel: Array) -> Array:
     return _convolve(upsample_nearest(x), kernel)
-
-
-def _adjoint_kernel(kernel: Array) -> Array:
-    """(3, 3, c, c2) → (4, 4, c, c2): of the convolution with stride 2 that is `upsampled_convolution`'s adjoint.
-
-    It is turned by half a turn, as adjoints are, and two equal pixels met kernels that are one apart.
-    """
-    sums = kernel.astype(jnp.float32)
-    for axis in (0, 1):
-        first, second, third = jnp.split(sums, 3, axis)
-        sums = jnp.concatenate([third, third + second, second + first, first], axis)
-    return sums.astype(kernel.dtype)
 
 
 def _upsampled_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = kept
-    sums, pull_kernel = jax.vjp(_adjoint_kernel, kernel)
+
+    def total(array: Array, rows: Iterable[int], columns: Iterable[int]) -> Array:
+        parts = [array[row, column].astype(jnp.float32) for row in rows for column in columns]
+        return functools.reduce(jnp.add, parts).astype(kernel.dtype)
+
+    def table(array: Array, groups: Sequence[Iterable[int]]) -> Array:
+        return jnp.stack([jnp.stack([total(array, rows, columns) for columns in groups]) for rows in groups])
+
     # <gradient, f(x)> = <adjoint(gradient), x>: its derivative by the kernel is that of the right side.
-    x_gradient, pull_sums = jax.vjp(lambda k: _convolve(gradient, k, stride=2, kernel_is="HWOI"), sums)
-    return x_gradient, pull_kernel(pull_sums(x)[0])[0]
+    adjoint = table(kernel, _MET)
+    x_gradient, pull = jax.vjp(lambda k: _convolve(gradient, k, stride=2, kernel_is="HWOI"), adjoint)
+    kernel_gradient = table(pull(x)[0], [(2 - row, 3 - row) for row in range(3)])
+    # The TPU compiler gives another order of the axes to what no convolution made. Over several chips that would be
+    # summed whole before it is cut, with all others of its shape.
+    return x_gradient, with_layout_constraint(kernel_gradient, Layout(major_to_minor=(0, 1, 2, 3)))
 
 
-upsampled_convolution.defvjp(
-    lambda x, kernel: (upsampled_convolution(x, kernel), (x, kernel)), _upsampled_backward
+_upsampled_convolution.defvjp(
+    lambda x, kernel: (_upsampled_convolution(x, kernel), (x, kernel)), _upsampled_backward
 )
 
 

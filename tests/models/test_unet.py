@@ -425,8 +425,10 @@ def test_doubling():
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2**-6)])
-def test_convolution_of_a_doubled_picture(dtype, tolerance):
+@pytest.mark.parametrize("many_pixels", [0, 4096])
+def test_convolution_of_a_doubled_picture(many_pixels, dtype, tolerance, monkeypatch):
     """Against the plain composition, in float32."""
+    monkeypatch.setattr(layers, "_MANY_PIXELS", many_pixels)
     rng = np.random.default_rng(0)
     x, kernel, gradient = (
         jnp.asarray(rng.standard_normal(shape), dtype)
