@@ -44,6 +44,7 @@ _CODES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+_TILE = 64  # of rows that are read or written side by side, few enough for the processor's cache
 
 
 class SafetensorsReader:
@@ -225,10 +226,11 @@ class TensorSource:
         if not self.stacked:
             return self._read_one(reader, self.names[0], index).astype(dtype, copy=False)
         # Each layer is converted before they are stacked: the stack is the largest array there is.
-        layers = self.names[index[0]]
-        return np.stack(
-            [self._read_one(reader, name, index[1:]).astype(dtype, copy=False) for name in layers]
-        )
+        layers = [
+            _in_order(self._read_one(reader, name, index[1:]).astype(dtype, copy=False))
+            for name in self.names[index[0]]
+        ]
+        return np.stack(layers) if len(layers) > 1 else layers[0][None]
 
     def _read_one(self, reader: SafetensorsReader, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if self.axes is None:
@@ -239,6 +241,18 @@ class TensorSource:
         rest = tuple(axis for axis in range(len(stored_index)) if axis not in self.axes)
         found = reader.read(name, stored_index).transpose((*self.axes, *rest))
         return found.reshape(found.shape[: len(self.axes)])
+
+
+def _in_order(array: np.ndarray) -> np.ndarray:
+    """The array in C order. Transposed matrices go tile by tile, several times as fast as NumPy copies them."""
+    if array.ndim != 2 or array.flags.c_contiguous or array.size < _TILE**2:
+        return np.asarray(array, order="C")
+    made = np.empty(array.shape, array.dtype)
+    for row in range(0, array.shape[0], _TILE):
+        for column in range(0, array.shape[1], _TILE):
+            tile = np.s_[row : row + _TILE, column : column + _TILE]
+            made[tile] = array[tile]
+    return made
 
 
 def flatten_names(state: Any) -> tuple[dict[str, Any], Any]:
@@ -327,7 +341,7 @@ def _load_one(
     whole = tuple(slice(None) for _ in leaf.shape)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        return np.asarray(source.read(reader, whole if index is None else index, target), order="C")
+        return _in_order(source.read(reader, whole if index is None else index, target))
 
     if sharding is not None:
         return jax.make_array_from_callback(tuple(leaf.shape), sharding, part)

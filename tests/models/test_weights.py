@@ -202,6 +202,21 @@ def test_sources_permute_stack_and_slice(tmp_path):
             load_tensors(abstract | {"bias": abstract["conv"]}, reader, {"conv": source})
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transposed_matrices(layers, dtype, tmp_path):
+    """Larger than the tiles in which they are copied, and no multiple of them."""
+    generator = np.random.default_rng(0)
+    stored = {f"{i}": generator.standard_normal((130, 200), np.float32) for i in range(layers)}
+    save_file(stored, tmp_path / "model.safetensors")
+    source = TensorSource(names=tuple(stored), axes=(1, 0), stacked=True)
+    expected = np.stack([matrix.T for matrix in stored.values()])
+    abstract = {"kernel": jax.ShapeDtypeStruct(expected.shape, jnp.float32)}
+    with SafetensorsReader(tmp_path) as reader:
+        loaded = load_tensors(abstract, reader, {"kernel": source}, dtype=dtype)
+    np.testing.assert_array_equal(loaded["kernel"], jnp.asarray(expected, dtype))
+
+
 def test_a_source_of_several_tensors_has_to_be_stacked():
     with pytest.raises(ValueError, match="exactly one name"):
         TensorSource(names=("a", "b"))
