@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -58,9 +59,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if math.prod(sizes) != len(devices):
         shown = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
         raise UserError(f"config.mesh: {shown} does not make the {len(devices)} devices that there are")
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=np.asarray(devices).tolist()
-    )
+    types = (AxisType.Auto,) * len(AXES)
+    try:
+        return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # of a slice none of whose sides is such a size: 32 of 16×16 chips
+        found = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(found, AXES, axis_types=types)
 
 
 def use_cpu_devices(count: int | None = None) -> None:

@@ -142,6 +142,9 @@ def main():
     function, specs = cut(mesh)
     shapes = [doubling[1], (32, *doubling[0][1:]), (32, *doubling[2][1:])]
     results["cut"] = predict("v5e:2x2", function, specs, shapes, count=4, mesh=mesh)
+    # No side of the slice is 32 chips long.
+    devices = slice_devices(parse_topology("v6e:16x16"))
+    results["mesh"] = make_mesh(MeshConfig(data=8, fsdp=32), devices).devices[0].size
     json.dump(results, sys.stdout)
 
 

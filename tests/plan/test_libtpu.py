@@ -78,6 +78,10 @@ def test_a_gradient_is_cut_where_it_is_summed(small):
     assert small["cut"]["collectives"] == [["reduce-scatter", 4, 3 * quarter]]
 
 
+def test_a_mesh_may_be_of_other_sides_than_the_slice(small):
+    assert small["mesh"] == 32
+
+
 def test_a_training_step_may_limit_the_memory_of_an_operation(small):
     assert small["small operations"]["seconds"] != small["with sums"]["seconds"]
 
