@@ -125,14 +125,14 @@ def main():
     results["strips"] = predict(*pictures)
     results["whole"] = predict(*pictures, sampling=True)
     programs._TPU_OPTIONS["xla_tpu_that_there_is_not"] = "false"
-    results["unknown option"] = predict(*pictures, sampling=True)
+    results["unknown option"] = predict("v5e:2x2", product, [P(), P()], [square] * 2, sampling=True)
     level = ("v5e:2x2", normalised, [P(), P()], [(8, 128, 128, 128), (3, 3, 128, 128)])
     results["with sums"] = predict(*level)
     results["without sums"] = predict("v5e:2x2", lambda *args: normalised(*args)[0], *level[2:])
     results["small operations"] = predict(*level, training={"tpu_operation_kib": 1024})
     for name, function in (("summed", position_sums), ("plainly summed", plainly_summed)):
         results[name] = predict("v5e:2x2", function, [P()], [(8, 128, 128, 128)])
-    doubling = [(8, 32, 32, 256), (3, 3, 256, 128), (8, 64, 64, 128)]
+    doubling = [(8, 32, 32, 128), (3, 3, 128, 128), (8, 64, 64, 128)]
     for name, function in (
         ("doubled", upsampled_convolution),
         ("plainly doubled", lambda x, kernel: convolve(upsample_nearest(x), kernel)),

@@ -55,9 +55,11 @@ def test_partial_sums_are_exchanged(small):
 
 
 def test_pictures_of_a_small_batch_are_left_whole_when_sampling(small):
-    strips, whole, unknown = (small[name]["seconds"] for name in ("strips", "whole", "unknown option"))
-    assert whole < 0.7 * strips
-    assert unknown == strips  # a compiler without the options still compiles
+    assert small["whole"]["seconds"] < 0.7 * small["strips"]["seconds"]
+
+
+def test_a_compiler_without_the_options_for_sampling_still_compiles(small):
+    assert small["unknown option"]["seconds"] == small["v5e:2x2"]["seconds"]
 
 
 def test_statistics_of_a_convolution_cost_nothing(small):
@@ -74,7 +76,7 @@ def test_the_gradient_of_a_doubled_picture_s_convolution_does_not_see_it_doubled
 
 def test_a_gradient_is_cut_where_it_is_summed(small):
     """Each of 4 chips receives three others' parts of its own quarter, in bfloat16."""
-    quarter = 2 * 3 * 3 * 256 * 128 // 4
+    quarter = 2 * 3 * 3 * 128 * 128 // 4
     assert small["cut"]["collectives"] == [["reduce-scatter", 4, 3 * quarter]]
 
 
