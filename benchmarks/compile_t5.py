@@ -20,8 +20,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from imagen_jax.models.t5 import T5Config, abstract_t5
-from imagen_jax.models.weights import flatten_names
+from imagen_jax.models.t5_weights import T5Config, t5_shapes
 from imagen_jax.text.encoder import _ROWS, _TOKENS_PER_BATCH, _encode_as, _spread
 
 # google/t5-v1_1-xxl
@@ -32,8 +31,8 @@ XXL = T5Config(
 
 def compile_batch(mesh: jax.sharding.Mesh, length: int) -> dict[str, Any]:
     """Memory per device of one batch of a padded length."""
-    graph, abstract = abstract_t5(XXL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    state = jax.tree.map(
+    abstract = t5_shapes(XXL, jnp.bfloat16)
+    params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
         _spread(mesh, abstract),
@@ -44,8 +43,8 @@ def compile_batch(mesh: jax.sharding.Mesh, length: int) -> dict[str, Any]:
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=split)
     mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=split)
     start = time.monotonic()
-    run = jax.jit(functools.partial(_encode_as, graph), static_argnames="dtype")
-    compiled = run.lower(state, tokens, mask, dtype=jnp.dtype(jnp.bfloat16)).compile()
+    run = jax.jit(functools.partial(_encode_as, XXL, "bfloat16"), static_argnames="dtype")
+    compiled = run.lower(params, tokens, mask, dtype=jnp.dtype(jnp.bfloat16)).compile()
     memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -53,7 +52,7 @@ def compile_batch(mesh: jax.sharding.Mesh, length: int) -> dict[str, Any]:
         "output": memory.output_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-    largest = max(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in flatten_names(abstract)[0].values())
+    largest = max(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in abstract.values())
     return {
         "rows": rows,
         "length": length,

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from imagen_jax.models.deepfloyd import DeepFloydOptions
+from imagen_jax.models.configs import DeepFloydOptions, UNetConfig
 from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.models.unet import UNetConfig
 from imagen_jax.sampling.deepfloyd import LazyTensor, export_pipeline, stage_config, write_stage
 
 

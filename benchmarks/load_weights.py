@@ -112,22 +112,22 @@ def load(folder: Path, dtype: str) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from imagen_jax.models.t5 import load_t5
+    from imagen_jax.models.t5_weights import load_t5
     from imagen_jax.models.weights import SafetensorsReader
 
     jax.block_until_ready(jnp.zeros(1))
     before, peak = rss_anon(), Peak()
     peak.start()
     start = time.monotonic()
-    _, _, state = load_t5(folder, dtype=jnp.dtype(dtype))
-    jax.block_until_ready(state)
+    _, params = load_t5(folder, dtype=jnp.dtype(dtype))
+    jax.block_until_ready(params)
     seconds = time.monotonic() - start
     highest = peak.stop()
-    leaves = jax.tree.leaves(state)
+    leaves = jax.tree.leaves(params)
     with SafetensorsReader(folder) as reader:
         stored = max(math.prod(reader.shape(n)) * reader.dtype(n).itemsize for n in reader.names)
         first = reader.read("shared.weight", (slice(0, 3), slice(None)))
-    found = np.asarray(state["token_embedding"][...][:3])
+    found = np.asarray(params["token_embedding"][:3])
     if not np.array_equal(found, first.astype(found.dtype)):
         raise SystemExit("the loaded token embedding is not the stored one")
     return {

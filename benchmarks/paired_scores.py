@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from imagen_jax.evaluation import oracle
-from imagen_jax.models.stage import SamplingConfig
+from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.quickstart import held_out_captions
 from imagen_jax.sampling.cascade import Imagen
 

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from paired_scores import compared, findings, percent
 
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
-from imagen_jax.models.stage import SamplingConfig
+from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, use_cpu_devices
 from imagen_jax.sampling.cascade import Imagen
 

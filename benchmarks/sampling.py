@@ -29,11 +29,11 @@ import numpy as np
 import torch
 
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
-from imagen_jax.models.stage import SamplingConfig, StageConfig, StageNetwork
-from imagen_jax.models.unet import UNetConfig
+from imagen_jax.models.configs import SamplingConfig, StageConfig, UNetConfig
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, use_cpu_devices
+from imagen_jax.sampling.inputs import StageInputs
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
-from imagen_jax.sampling.stage_sampler import StageInputs
 
 BATCH, SIDE, TOKENS, WIDTH, GUIDANCE = 8, 32, 32, 512, 3.0
 OUR_STEPS, THEIR_STEPS = 16, 256

@@ -16,12 +16,16 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
-from imagen_jax.models.attention import Attention
-from imagen_jax.models.deepfloyd import DeepFloydOptions
-from imagen_jax.models.efficient_unet import EfficientUNetConfig
-from imagen_jax.models.execution import Gather, Remat
-from imagen_jax.models.stage import SamplingConfig, StageConfig
-from imagen_jax.models.unet import UNetConfig
+from imagen_jax.models.configs import (
+    Attention,
+    DeepFloydOptions,
+    EfficientUNetConfig,
+    Gather,
+    Remat,
+    SamplingConfig,
+    StageConfig,
+    UNetConfig,
+)
 
 SIZES = {
     "channels": (8, 16),

@@ -10,7 +10,7 @@ from imagen_jax.errors import UserError
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from imagen_jax.models.stage import SamplingConfig
+    from imagen_jax.models.configs import SamplingConfig
     from imagen_jax.sampling.cascade import Imagen, Preview
     from imagen_jax.sampling.output import Place
     from imagen_jax.sampling.record import PictureRecord

@@ -1,6 +1,5 @@
 """Softmax attention: plain XLA anywhere, or kernels that never write the logits, on TPU."""
 
-import enum
 import functools
 
 import jax
@@ -9,16 +8,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
+from imagen_jax.models.configs import Attention
 from imagen_jax.models.flash_attention import LANES, flash_attention, supports
 from imagen_jax.parallel.mesh import works_locally
-
-
-class Attention(enum.StrEnum):
-    """Which implementation of attention a network runs."""
-
-    AUTO = "auto"  # FLASH where the parameters lie on a mesh of TPUs and the shapes allow it, else XLA
-    XLA = "xla"  # `jax.nn.dot_product_attention`
-    FLASH = "flash"  # `models.flash_attention`; where there is no TPU its kernels are interpreted, slowly
 
 
 def split_heads(

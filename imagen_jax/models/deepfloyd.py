@@ -5,65 +5,15 @@ are ADM-style U-Nets as the paper's; they differ in how text enters (never maske
 normalised by groups over all its tokens), in the activation, and in scaled residual sums.
 """
 
-import dataclasses
-import enum
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.attention import Attention, attend, split_heads
+from imagen_jax.models.attention import attend, split_heads
+from imagen_jax.models.configs import Attention, DeepFloydOptions
 from imagen_jax.models.layers import GroupNorm, TimeEmbedding
-
-
-class Activation(enum.StrEnum):
-    """Non-linearity of a network."""
-
-    GELU = "gelu"  # exact, with erf
-    SILU = "silu"
-
-    @property
-    def function(self) -> Callable[[Array], Array]:
-        """The function itself."""
-        return exact_gelu if self is Activation.GELU else nnx.silu
-
-
-def exact_gelu(x: Array) -> Array:
-    """x·Φ(x) with the Gaussian's own distribution function, not its tanh approximation."""
-    return jax.nn.gelu(x, approximate=False)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DeepFloydOptions:
-    """Flags of a DeepFloyd network beyond those that every U-Net has."""
-
-    text_channels: int  # width to which the text is projected; every block attends to that
-    pool_heads: int = 64  # heads of the attention that pools the text
-    norm_groups: int = 32  # groups of every GroupNorm over a picture
-    text_norm_groups: int = 32  # groups of the GroupNorm over the text's tokens
-    mid_self_attention: bool = True  # whether positions attend to each other in the middle block
-    activation: Activation = Activation.GELU  # of blocks and of the time embedding
-    embedding_activation: Activation | None = None  # once on the summed embedding; None: none
-    skip_time_act: bool = (
-        False  # whether blocks take the embedding as it is, without an activation of their own
-    )
-    block_scale: float = 1.0  # by which the residual sums of blocks on the way down and up are divided
-    mid_scale: float = 1.0  # by which those of the middle block are
-
-    def __post_init__(self) -> None:
-        for name in ("text_channels", "pool_heads", "norm_groups", "text_norm_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.text_channels % self.text_norm_groups:
-            raise ValueError(
-                f"text_norm_groups {self.text_norm_groups} does not divide text_channels {self.text_channels}"
-            )
-        for name in ("block_scale", "mid_scale"):
-            if getattr(self, name) <= 0.0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
 
 
 class DeepFloydAttention(nnx.Module):

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imagen_jax.errors import UserError
-from imagen_jax.models.deepfloyd import Activation, DeepFloydOptions
-from imagen_jax.models.unet import UNetConfig
+from imagen_jax.models.configs import Activation, DeepFloydOptions, UNetConfig
 from imagen_jax.models.weights import TensorSource
 
 _DOWN = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}

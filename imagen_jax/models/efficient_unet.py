@@ -1,13 +1,13 @@
 """The Efficient U-Net of Imagen's super-resolution stages (arXiv 2205.11487, appendices B.1, F.2 and F.3)."""
 
 import dataclasses
-from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
+from imagen_jax.models.configs import EfficientUNetConfig
 from imagen_jax.models.execution import Execution, Twins
 from imagen_jax.models.layers import (
     Conditioning,
@@ -19,38 +19,7 @@ from imagen_jax.models.layers import (
     with_low_res,
 )
 from imagen_jax.models.normalisation import add_everywhere
-from imagen_jax.models.unet import UNetConfig, level_attention
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EfficientUNetConfig(UNetConfig):
-    """Shape of an Efficient U-Net. Every block has stride 2: level i works at 1 / 2^(i+1) of the side."""
-
-    KIND: ClassVar[str] = "efficient_unet"
-    low_res_channels: int = 3  # the network is made for super-resolution; 0 makes a base network of it
-    # Levels at which every residual block of the UBlock sees, by concatenation, what its twin in the DBlock
-    # made. At the others the DBlock's output is added once, on entry. () is none.
-    concat_skips: tuple[bool, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        object.__setattr__(self, "concat_skips", tuple(self.concat_skips))
-        if self.deepfloyd is not None:
-            raise ValueError("deepfloyd is an option of the kind 'unet' only")
-        if self.concat_skips and len(self.concat_skips) != len(self.channels):
-            raise ValueError(
-                f"concat_skips needs one entry for each of {len(self.channels)} levels or none, "
-                f"got {self.concat_skips}"
-            )
-
-    def concatenates(self, level: int) -> bool:
-        """Whether the level's UBlock concatenates its skips."""
-        return bool(self.concat_skips) and self.concat_skips[level]
-
-    @property
-    def side_multiple(self) -> int:
-        """Pixels; both sides of a picture are multiples of it."""
-        return self.patch_size * 2 ** len(self.channels)
+from imagen_jax.models.unet import level_attention
 
 
 class CombineEmbeddings(nnx.Module):
@@ -198,7 +167,7 @@ class EfficientUNet(nnx.Module):
 
         Both sides are divisible by patch_size × 2 to the number of levels.
         """
-        execution = self.config.execution(mesh)
+        execution = Execution.of(self.config, mesh)
         embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
         rest = (embedding, tokens, mask)
         h = execution.run_first(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))

@@ -5,7 +5,6 @@ scanned over are stacked inside the step, so that checkpoints and safetensors do
 """
 
 import dataclasses
-import enum
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,27 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from imagen_jax.models.configs import Gather, Remat, UNetConfig
 from imagen_jax.parallel.mesh import gather_weights
 
 # Arrays that blocks give to their equals on the other side of a U: one each, or stacked along a first axis.
 Twins = list[jax.Array] | jax.Array
-
-
-class Remat(enum.StrEnum):
-    """What is kept of a block's forward pass for its backward pass."""
-
-    NONE = "none"  # everything
-    PRODUCTS = (
-        "products"  # results of convolutions, matrix products and attention; the rest is computed again
-    )
-    BLOCK = "block"  # the block's input only; all of it is computed again
-
-
-class Gather(enum.StrEnum):
-    """When the weights that fsdp splits are made whole, in the dtype of the computation."""
-
-    BLOCK = "block"  # when their block runs, and again for its backward pass: one block's are whole at a time
-    ONCE = "once"  # once a step: half the traffic, none of it inside loops, two bytes a parameter of memory
 
 
 # Their results are dear to compute or small to keep ("name": what attention gives, and statistics); all else is
@@ -58,6 +41,12 @@ class Execution:
     remat: Remat = Remat.NONE
     scan: int = 0  # equal blocks in a row from which on they are one `lax.scan`, compiled once; 0: never
     dtype: jnp.dtype = jnp.dtype("float32")  # of the computation: matrices are gathered in it
+
+    @classmethod
+    def of(cls, config: UNetConfig, mesh: Mesh | None) -> "Execution":
+        """How a network's blocks are run, on parameters that lie on `mesh`."""
+        dtype = jnp.dtype(config.dtype)
+        return cls(mesh=mesh, gather=config.gather, remat=config.remat, scan=config.scan, dtype=dtype)
 
     def _call(
         self, module: nnx.Module, scanned: bool, fixed: Mapping[str, Any]

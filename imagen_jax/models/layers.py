@@ -17,7 +17,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.attention import Attention, attend, split_heads
+from imagen_jax.models.attention import attend, split_heads
+from imagen_jax.models.configs import Attention
 from imagen_jax.models.normalisation import GroupNorm, add_bias
 
 zeros_init = nnx.initializers.zeros_init()

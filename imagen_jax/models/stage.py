@@ -1,7 +1,4 @@
-"""A stage of the cascade: its network, its diffusion process and how it is sampled."""
-
-import dataclasses
-from typing import Any
+"""A stage's network as pure functions of its parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -9,75 +6,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.diffusion.augmentation import NoiseAugmentation
-from imagen_jax.diffusion.guidance import GuidanceConfig
-from imagen_jax.diffusion.process import Prediction, time_condition
-from imagen_jax.diffusion.samplers import SamplerConfig
-from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedule, LinearSchedule, Schedule
-from imagen_jax.diffusion.thresholding import ThresholdConfig
-from imagen_jax.models.efficient_unet import EfficientUNet, EfficientUNetConfig
-from imagen_jax.models.execution import Gather
-from imagen_jax.models.unet import UNet, UNetConfig
+from imagen_jax.diffusion.process import time_condition
+from imagen_jax.diffusion.schedules import DiscreteCosineSchedule, Schedule
+from imagen_jax.models.configs import EfficientUNetConfig, Gather, Params, StageConfig
+from imagen_jax.models.efficient_unet import EfficientUNet
+from imagen_jax.models.unet import UNet
 from imagen_jax.models.weights import flatten_names
 from imagen_jax.parallel.mesh import gather_shard, gather_weights, works_locally
-
-Params = dict[str, Any]  # arrays (or their shapes) under dotted names
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """How a stage is sampled unless the user says otherwise."""
-
-    sampler: SamplerConfig = SamplerConfig()
-    guidance_weight: float = 1.35  # w of classifier-free guidance; 1: off. Imagen's FID runs: base 1.35, SR 8
-    guidance: GuidanceConfig = GuidanceConfig()  # at which steps w applies; at all unless told otherwise
-    threshold: ThresholdConfig = ThresholdConfig()
-    aug_level: float = 0.0  # noise level in [0, 1] put on the low-resolution input of an SR stage
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.aug_level <= 1.0:
-            raise ValueError(f"aug_level must be in [0, 1], got {self.aug_level}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """Everything about a stage that its weights depend on, and its sampling defaults."""
-
-    name: str  # such as "base64"; the stage's folder in a model folder
-    resolution: int  # pixels, side of the pictures it makes
-    network: UNetConfig | EfficientUNetConfig
-    low_resolution: int | None = None  # pixels, side of the pictures it enlarges; None: a base stage
-    crop: int | None = None  # pixels, side of the crops it trains on; None: whole pictures
-    max_text_length: int = 128  # tokens; captions are padded or cut to it
-    # Whether text is as DeepFloyd IF has it: captions in lower case, embeddings of padding count as text, and the
-    # null text is the empty caption.
-    padded_text: bool = False
-    schedule: CosineSchedule | LinearSchedule | DiscreteCosineSchedule = CosineSchedule()
-    prediction: Prediction = Prediction.EPSILON  # what the network puts out; Imagen: epsilon
-    augmentation: NoiseAugmentation = NoiseAugmentation()
-    sampling: SamplingConfig = SamplingConfig()
-
-    def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"a stage's name must be a folder name, got {self.name!r}")
-        for field, side in (("resolution", self.resolution), ("crop", self.crop)):
-            if side is not None and (side < 1 or side % self.network.side_multiple):
-                raise ValueError(
-                    f"{field} {side} is not a multiple of the {self.network.side_multiple} pixels that the "
-                    f"network's {len(self.network.channels)} levels need"
-                )
-        if self.network.deepfloyd is not None and not self.padded_text:
-            raise ValueError("a deepfloyd network sees no mask: it needs padded_text")
-        if self.max_text_length < 1:
-            raise ValueError(f"max_text_length must be at least 1, got {self.max_text_length}")
-        low = self.low_resolution
-        if low is not None and (low < 1 or self.resolution % low):
-            raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {low}")
-        if (low is not None) != (self.network.low_res_channels > 0):
-            raise ValueError(
-                f"low_resolution {low} and network.low_res_channels {self.network.low_res_channels} disagree: "
-                "a super-resolution stage has both, a base stage neither (null and 0)"
-            )
 
 
 def level_condition(schedule: Schedule, log_snr: Float[Array, " batch"]) -> Float[Array, " batch"]:

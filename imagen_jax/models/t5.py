@@ -9,9 +9,6 @@ The residual stream, the norms and the softmax are always float32; `dtype` is th
 matrix products. Large T5 encoders reach residuals above 1e4, where bfloat16's 8 bits lose whole updates.
 """
 
-import dataclasses
-import enum
-import json
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -19,25 +16,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.errors import UserError
-from imagen_jax.models.weights import SafetensorsReader, TensorSource, load_tensors
+from imagen_jax.models.t5_weights import Activation, T5Config
+from imagen_jax.models.weights import flatten_names
 
 # Added to the logits of padding: its exponential is exactly 0 in float32, and a row that is all padding
 # stays finite.
 _MASKED = -1e9
-
-
-class Activation(enum.Enum):
-    """Non-linearity of the feed-forward layer."""
-
-    RELU = "relu"
-    GELU = "gelu"  # exact, with erf
-    GELU_TANH = "gelu_new"  # the tanh approximation: what "gated-gelu" means in every T5 config
-    SILU = "silu"
 
 
 _FUNCTIONS = {
@@ -46,82 +33,6 @@ _FUNCTIONS = {
     Activation.GELU_TANH: lambda x: jax.nn.gelu(x, approximate=True),
     Activation.SILU: jax.nn.silu,
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class T5Config:
-    """Shape of a T5 encoder."""
-
-    vocab_size: int  # rows of the token embedding
-    width: int  # d_model: channels of the residual stream
-    head_dim: int  # d_kv: channels of one head
-    num_heads: int  # heads * head_dim need not be the width
-    feed_forward_width: int  # d_ff
-    num_layers: int
-    activation: Activation = Activation.GELU_TANH
-    gated: bool = True  # v1.1 and later: act(x W_gate) * (x W_up)
-    bias_per_layer: bool = False  # umT5: every layer has its own relative bias
-    num_buckets: int = 32  # relative positions, both directions together
-    max_distance: int = 128  # tokens; farther ones share the last bucket
-    norm_epsilon: float = 1e-6
-
-    def __post_init__(self):
-        for field in ("vocab_size", "width", "head_dim", "num_heads", "feed_forward_width", "num_layers"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
-        if self.num_buckets < 4 or self.num_buckets % 4:
-            raise ValueError(f"num_buckets must be a multiple of 4, got {self.num_buckets}")
-        if self.max_distance <= self.num_buckets // 4:
-            raise ValueError(f"max_distance must exceed num_buckets / 4, got {self.max_distance}")
-
-    @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "T5Config":
-        """From the contents of a Hugging Face config.json.
-
-        Raises:
-            UserError: not a T5 encoder, or a field is missing or not supported.
-        """
-        kind = config.get("model_type")
-        if kind not in ("t5", "mt5", "umt5"):
-            raise UserError(f"config.json: model_type {kind!r} is not a T5 encoder (t5, mt5 or umt5)")
-        fields = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
-        for field in fields:
-            if not isinstance(config.get(field), int):
-                raise UserError(f"config.json: {field} is {config.get(field)!r}, expected a whole number")
-        projection = config.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
-        gated = projection.startswith("gated-")
-        name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
-        if name not in [activation.value for activation in Activation]:
-            raise UserError(f"config.json: feed_forward_proj {projection!r} is not supported")
-        return cls(
-            vocab_size=config["vocab_size"],
-            width=config["d_model"],
-            head_dim=config["d_kv"],
-            num_heads=config["num_heads"],
-            feed_forward_width=config["d_ff"],
-            num_layers=config["num_layers"],
-            activation=Activation(name),
-            gated=gated,
-            bias_per_layer=kind == "umt5",
-            num_buckets=config.get("relative_attention_num_buckets", 32),
-            max_distance=config.get("relative_attention_max_distance", 128),
-            norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
-        )
-
-    @classmethod
-    def from_folder(cls, folder: epath.PathLike) -> "T5Config":
-        """From the config.json of a folder; see `from_dict`."""
-        path = epath.Path(folder) / "config.json"
-        if not path.exists():
-            raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
-        try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
-        try:
-            return cls.from_dict(config)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
 
 
 def relative_position_buckets(
@@ -168,21 +79,22 @@ class T5Layers(nnx.Module):
         inner, hidden = config.num_heads * config.head_dim, config.feed_forward_width
 
         def kernel(*shape: int, std: float) -> nnx.Param:
+            # Matrices are (out, in), as they are stored: a large encoder opens several times as fast so.
             return nnx.Param(std * jax.random.normal(rngs.params(), (depth, *shape), param_dtype))
 
         # The initialisation of the paper's code: T5 has no 1/sqrt(d) in its attention, so the query has it.
         self.attention_norm = nnx.Param(jnp.ones((depth, width), param_dtype))
-        self.query = kernel(width, inner, std=(width * config.head_dim) ** -0.5)
-        self.key = kernel(width, inner, std=width**-0.5)
-        self.value = kernel(width, inner, std=width**-0.5)
-        self.attention_out = kernel(inner, width, std=inner**-0.5)
+        self.query = kernel(inner, width, std=(width * config.head_dim) ** -0.5)
+        self.key = kernel(inner, width, std=width**-0.5)
+        self.value = kernel(inner, width, std=width**-0.5)
+        self.attention_out = kernel(width, inner, std=inner**-0.5)
         if config.bias_per_layer:
             self.relative_bias = kernel(config.num_buckets, config.num_heads, std=width**-0.5)
         self.feed_forward_norm = nnx.Param(jnp.ones((depth, width), param_dtype))
         if config.gated:
-            self.feed_forward_gate = kernel(width, hidden, std=width**-0.5)
-        self.feed_forward_up = kernel(width, hidden, std=width**-0.5)
-        self.feed_forward_down = kernel(hidden, width, std=hidden**-0.5)
+            self.feed_forward_gate = kernel(hidden, width, std=width**-0.5)
+        self.feed_forward_up = kernel(hidden, width, std=width**-0.5)
+        self.feed_forward_down = kernel(width, hidden, std=hidden**-0.5)
 
     def __call__(
         self,
@@ -223,7 +135,7 @@ class T5Layers(nnx.Module):
         return self._matmul(hidden, self.feed_forward_down[...])
 
     def _matmul(self, x: Array, kernel: Array) -> Array:
-        return self._einsum("...i,io->...o", x, kernel)
+        return self._einsum("...i,oi->...o", x, kernel)
 
     def _einsum(self, formula: str, a: Array, b: Array) -> Array:
         """Operands in `dtype`, sums and result in float32."""
@@ -305,74 +217,15 @@ def abstract_t5(
 
 
 def encode(
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    config: T5Config,
+    params: Mapping[str, Array],
     tokens: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
-) -> Float[Array, "batch length width"]:
-    """`T5Encoder.__call__` as a pure function of the state, for `jax.jit` (with `graph` static)."""
-    return nnx.merge(graph, state)(tokens, mask)
-
-
-def t5_sources(config: T5Config, names: frozenset[str]) -> dict[str, TensorSource]:
-    """Where each parameter lies in a Hugging Face checkpoint that has the tensors `names`."""
-    block = "encoder.block.{}.layer."
-    linear = (1, 0)  # torch keeps (out, in)
-    feed_forward = block + "1.DenseReluDense."
-    table: dict[str, tuple[str, tuple[int, ...] | None]] = {
-        "layers.attention_norm": (block + "0.layer_norm.weight", None),
-        "layers.query": (block + "0.SelfAttention.q.weight", linear),
-        "layers.key": (block + "0.SelfAttention.k.weight", linear),
-        "layers.value": (block + "0.SelfAttention.v.weight", linear),
-        "layers.attention_out": (block + "0.SelfAttention.o.weight", linear),
-        "layers.feed_forward_norm": (block + "1.layer_norm.weight", None),
-        "layers.feed_forward_up": (feed_forward + ("wi_1" if config.gated else "wi") + ".weight", linear),
-        "layers.feed_forward_down": (feed_forward + "wo.weight", linear),
-    }
-    if config.gated:
-        table["layers.feed_forward_gate"] = (feed_forward + "wi_0.weight", linear)
-    bias = block + "0.SelfAttention.relative_attention_bias.weight"
-    if config.bias_per_layer:
-        table["layers.relative_bias"] = (bias, None)
-    depth = range(config.num_layers)
-    sources = {
-        ours: TensorSource(names=tuple(theirs.format(i) for i in depth), axes=axes, stacked=True)
-        for ours, (theirs, axes) in table.items()
-    }
-    # The two names are one tied tensor; older files have both, newer ones either.
-    shared = "shared.weight" if "shared.weight" in names else "encoder.embed_tokens.weight"
-    sources["token_embedding"] = TensorSource(names=(shared,))
-    if not config.bias_per_layer:
-        sources["relative_bias"] = TensorSource(names=(bias.format(0),))
-    sources["final_norm"] = TensorSource(names=("encoder.final_layer_norm.weight",))
-    return sources
-
-
-def load_t5(
-    folder: epath.PathLike,
     *,
     dtype: Any = jnp.float32,
-    param_dtype: Any = None,
-    shardings: Any = None,
-    variant: str | None = None,
-) -> tuple[T5Config, nnx.GraphDef, nnx.State]:
-    """Opens the encoder of a Hugging Face folder (config.json and safetensors).
-
-    Args:
-        folder: local folder; tensors of a decoder are ignored.
-        dtype: of the operands of the matrix products.
-        param_dtype: of the parameters; None: as `dtype`.
-        shardings: None, one sharding, or a function from the abstract state to a tree of shardings.
-        variant: of the weights; see `SafetensorsReader`.
-
-    Raises:
-        UserError: not a T5 encoder, or its files are missing or do not fit.
-    """
-    config = T5Config.from_folder(folder)
-    graph, abstract = abstract_t5(
-        config, dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype
-    )
-    with SafetensorsReader(folder, variant) as reader:
-        sources = t5_sources(config, reader.names)
-        chosen = shardings(abstract) if callable(shardings) else shardings
-        return config, graph, load_tensors(abstract, reader, sources, shardings=chosen)
+) -> Float[Array, "batch length width"]:
+    """`T5Encoder.__call__` as a pure function of parameters under dotted names, for `jax.jit`."""
+    graph, abstract = abstract_t5(config, dtype=dtype)
+    named, tree = flatten_names(abstract)
+    state = jax.tree.unflatten(tree, [params[name] for name in named])
+    return nnx.merge(graph, state)(tokens, mask)

@@ -1,16 +1,16 @@
 """The text-conditional ADM-style U-Net: Imagen's base network (arXiv 2205.11487, appendix F.1)."""
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.attention import Attention
-from imagen_jax.models.deepfloyd import DeepFloydAttention, DeepFloydConditioning, DeepFloydOptions
-from imagen_jax.models.execution import Execution, Gather, Remat
+from imagen_jax.models.configs import UNetConfig
+from imagen_jax.models.deepfloyd import DeepFloydAttention, DeepFloydConditioning
+from imagen_jax.models.execution import Execution
 from imagen_jax.models.layers import (
     Conditioning,
     GroupNorm,
@@ -21,79 +21,6 @@ from imagen_jax.models.layers import (
     to_patches,
     with_low_res,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """Shape of an ADM-style U-Net. Tuples have one entry a level, from full resolution down by twos."""
-
-    KIND: ClassVar[str] = "unet"
-    channels: tuple[int, ...]  # channels of each level; Imagen base: 512, 1024, 1536, 2048
-    num_res_blocks: tuple[int, ...]  # residual blocks of each level; Imagen base: 3
-    self_attention: tuple[bool, ...]  # whether positions attend to each other at this level
-    text_attention: tuple[bool, ...]  # whether positions attend to the text at this level
-    text_width: int  # width of the text encoder's embeddings
-    head_channels: int = 64  # channels of an attention head
-    embedding_width: int | None = None  # width of the time and pooled text embedding; None: 4 × channels[0]
-    low_res_channels: int = 0  # channels of the low-resolution input; 0: none, a base stage
-    image_channels: int = 3  # of the pictures: red, green, blue
-    patch_size: int = (
-        1  # pixels; side of the squares that become channels before the first level (2301.11093, 3.2)
-    )
-    dtype: str = "float32"  # of the computation: "float32" or "bfloat16"
-    param_dtype: str = "float32"  # of parameters in memory; "bfloat16" halves them, for drawing pictures only
-    attention: Attention = Attention.AUTO  # kernels on TPU, plain XLA elsewhere, unless told otherwise
-    remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
-    gather: Gather = Gather.BLOCK  # when weights that chips share are made whole; memory against traffic
-    scan: int = 0  # equal blocks in a row from which on they are one loop; 0: never
-    learned_variance: bool = False  # beside each channel's output another, which says how much noise to add
-    deepfloyd: DeepFloydOptions | None = None  # parts as DeepFloyd IF has them; None: as the paper has them
-
-    def __post_init__(self) -> None:
-        for name in ("channels", "num_res_blocks", "self_attention", "text_attention"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # configs and JSON give lists
-        levels = len(self.channels)
-        if not levels or min(self.channels) < 1 or self.channels[0] % 2:
-            raise ValueError(f"channels must be positive, the first even, got {self.channels}")
-        if self.scan < 0 or self.scan == 1:
-            raise ValueError(f"scan must be 0 or at least 2 blocks, got {self.scan}")
-        for name in ("text_width", "head_channels", "image_channels", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_res_blocks", "self_attention", "text_attention"):
-            if len(getattr(self, name)) != levels:
-                raise ValueError(
-                    f"{name} needs one entry for each of {levels} levels, got {getattr(self, name)}"
-                )
-        for name in ("dtype", "param_dtype"):
-            if getattr(self, name) not in ("float32", "bfloat16"):
-                raise ValueError(f"{name} must be float32 or bfloat16, got {getattr(self, name)!r}")
-
-    @property
-    def side_multiple(self) -> int:
-        """Pixels; both sides of a picture are multiples of it."""
-        return self.patch_size * 2 ** (len(self.channels) - 1)
-
-    @property
-    def channels_in(self) -> int:
-        """Channels that the first convolution sees."""
-        return (self.image_channels + self.low_res_channels) * self.patch_size**2
-
-    @property
-    def channels_out(self) -> int:
-        """Channels that the last convolution gives."""
-        return self.image_channels * (2 if self.learned_variance else 1) * self.patch_size**2
-
-    def execution(self, mesh: Mesh | None) -> Execution:
-        """How the blocks are run, on parameters that lie on `mesh`."""
-        return Execution(
-            mesh=mesh, gather=self.gather, remat=self.remat, scan=self.scan, dtype=jnp.dtype(self.dtype)
-        )
-
-    @property
-    def width(self) -> int:
-        """Width of the embedding."""
-        return self.embedding_width or 4 * self.channels[0]
 
 
 def level_attention(
@@ -267,7 +194,7 @@ class UNet(nnx.Module):
           aug_time: their noise level in [0, 1000].
           mesh: where the parameters lie by the rules of `parallel.mesh`; None: they lie whole.
         """
-        execution = self.config.execution(mesh)
+        execution = Execution.of(self.config, mesh)
         embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
         rest = (embedding, tokens, mask)
         h = execution.run_first(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))

@@ -1,13 +1,15 @@
 """Weights on disk: safetensors to NNX state and back, slice by slice, never through pickle.
 
 Three layers. `SafetensorsReader` opens what the hub's libraries write (one file, or shards under an
-index) and reads single tensors or slices of them. `load_tensors` fills an abstract NNX state from any
+index) and maps single tensors, or slices of them, into memory. `load_tensors` fills an abstract NNX state from any
 reader through a table of `TensorSource`: the importer of a foreign checkpoint is that table and nothing
 more. `save_state` and `load_state` are the project's own files, whose names are the state's paths.
 """
 
 import dataclasses
 import json
+import math
+import mmap
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -44,11 +46,15 @@ _CODES: dict[str, np.dtype] = {
     "BOOL": np.dtype(np.bool_),
 }
 _CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+_ALIGNMENT = 64  # bytes: arrays that begin at a multiple of it are used by the CPU where they lie
 _TILE = 64  # of rows that are read or written side by side, few enough for the processor's cache
 
 
 class SafetensorsReader:
     """Reads single tensors, or slices of them, from safetensors files.
+
+    What is read is mapped, not copied: it takes memory when it is looked at, shared with all who look at the file, and
+    stays valid after `close`.
 
     Args:
         folder_or_file: a `.safetensors` file, a `*.index.json` of a sharded checkpoint, or a folder with
@@ -64,6 +70,7 @@ class SafetensorsReader:
         self.location = epath.Path(folder_or_file)
         entry = _find_weights(self.location, variant)
         self._handles: dict[epath.Path, Any] = {}
+        self._data: dict[epath.Path, tuple[np.ndarray, dict[str, Any]]] = {}
         self._scratch: tempfile.TemporaryDirectory | None = None
         self._files: dict[str, epath.Path]
         if entry.suffix == ".json":
@@ -84,6 +91,7 @@ class SafetensorsReader:
         for handle in self._handles.values():
             handle.__exit__(None, None, None)
         self._handles.clear()
+        self._data.clear()
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
@@ -117,15 +125,26 @@ class SafetensorsReader:
         return _CODES[code]
 
     def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
-        """One tensor, or only the given slice of it (one slice per axis).
+        """One tensor, or only the given slice of it (one slice per axis); read-only.
 
         Raises:
             UserError: no such tensor, or its dtype is not supported.
         """
-        self.dtype(name)
-        if index is None or not self.shape(name):
-            return self._open(self._files[name]).get_tensor(name)
-        return self._slice(name)[tuple(index)]
+        dtype, file = self.dtype(name), self._files[name]
+        data, header = self._map(file)
+        begin, end = header[name]["data_offsets"]
+        whole = data[begin:end].view(dtype).reshape(self.shape(name))
+        return whole[tuple(index)] if index else whole
+
+    def _map(self, file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
+        """The bytes behind a file's header, and the header: 8 bytes of length, then JSON."""
+        if file not in self._data:
+            self._open(file)  # the library checks that the header fits the file
+            with open(self._local(file), "rb") as opened:
+                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            start = 8 + int.from_bytes(mapped[:8], "little")
+            self._data[file] = np.frombuffer(mapped, np.uint8)[start:], json.loads(mapped[8:start])
+        return self._data[file]
 
     def _open(self, file: epath.Path) -> Any:
         if file not in self._handles:
@@ -144,7 +163,8 @@ class SafetensorsReader:
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory()
         copy = os.path.join(self._scratch.name, file.name)
-        file.copy(copy, overwrite=True)
+        if not os.path.exists(copy):
+            file.copy(copy, overwrite=True)
         return copy
 
     def _slice(self, name: str) -> Any:
@@ -366,21 +386,25 @@ def save_state(state: Any, path: epath.PathLike, *, metadata: Mapping[str, str] 
     for name, leaf in named.items():
         if _is_key(leaf) or np.dtype(leaf.dtype) not in _CODE_OF:
             raise ValueError(f"{name} has dtype {leaf.dtype}, which safetensors cannot hold")
-    # Widest first keeps every tensor aligned, as the library's own writer does.
-    order = sorted(named, key=lambda name: (-np.dtype(named[name].dtype).itemsize, name))
+    sizes = {name: math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for name, leaf in named.items()}
+
+    def place(name: str) -> tuple[bool, int, str]:
+        # Those that leave the next one aligned come first; of the others, widest first keeps every tensor aligned to
+        # its own items, as the library's own writer does.
+        return sizes[name] % _ALIGNMENT != 0, -np.dtype(named[name].dtype).itemsize, name
+
+    order = sorted(named, key=place)
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in order:
-        leaf, dtype = named[name], np.dtype(named[name].dtype)
-        end = offset + int(np.prod(leaf.shape, dtype=np.int64)) * dtype.itemsize
         header[name] = {
-            "dtype": _CODE_OF[dtype],
-            "shape": list(leaf.shape),
-            "data_offsets": [offset, end],
+            "dtype": _CODE_OF[np.dtype(named[name].dtype)],
+            "shape": list(named[name].shape),
+            "data_offsets": [offset, offset + sizes[name]],
         }
-        offset = end
+        offset += sizes[name]
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     _write_file(epath.Path(path), text, [named[name] for name in order])
 
 

@@ -20,7 +20,8 @@ from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.memory import out_of_memory_bytes
-from imagen_jax.sampling.programs import ProgramSpec, compile_program, lower
+from imagen_jax.sampling.programs import ProgramSpec, compile_program
+from imagen_jax.sampling.tracing import lower
 from imagen_jax.training.config import TextDtype, TrainConfig
 from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
 from imagen_jax.training.train_step import make_train_step

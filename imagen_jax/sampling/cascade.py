@@ -5,8 +5,9 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TypedDict, Unpack
 
 import jax
 import numpy as np
@@ -16,17 +17,17 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
+from imagen_jax.cache import cache_folder, enable_compilation_cache
 from imagen_jax.config import nearest
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import Params, SamplingConfig, StageConfig
+from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
 from imagen_jax.parallel.spatial import split_rows
-from imagen_jax.sampling.cache import cache_folder, enable_compilation_cache
 from imagen_jax.sampling.identity import encoder_identity, stage_identity
+from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
-from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
+from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare, stored_params
 from imagen_jax.sampling.prompts import PromptEncoder
 from imagen_jax.sampling.record import PictureRecord, StageRecord
-from imagen_jax.sampling.stage_sampler import StageInputs, to_pixels
 from imagen_jax.text.encoder import TextEncoder
 
 MAX_SEED = 2**32 - 1
@@ -133,8 +134,10 @@ class Imagen:
         self.prompt_encoder = PromptEncoder(encoder, load_encoder)
         self._cache, self._free_stages = cache, free_stages
         self._meshes = _stage_meshes(folder, mesh, rows or {})
-        self._programs: dict[tuple[Any, ...], StageProgram] = {}
+        self._programs: dict[ProgramSpec, StageProgram] = {}
         self._params: dict[str, Params] = {}
+        self._coming_programs: dict[ProgramSpec, Future[StageProgram]] = {}
+        self._coming_params: dict[str, Future[Params]] = {}
 
     @classmethod
     def load(
@@ -166,7 +169,7 @@ class Imagen:
 
         def load_encoder() -> TextEncoder:
             try:
-                return TextEncoder.load(folder.text_encoder())
+                return TextEncoder.load(folder.text_encoder(), cache=remembered)
             except UserError as error:
                 raise UserError(f"{folder.path}: {error}") from error
 
@@ -330,12 +333,15 @@ class Imagen:
             for begin in range(0, len(wanted), group):
                 part = wanted[begin : begin + group]
                 x0: np.ndarray | None = None
+                self._open_ahead(self._spec(job.stages[0], job, len(part)))
                 texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
                 for length, padded in {(each.max_text_length, each.padded_text) for each in job.stages}:
                     self.encode([*texts, ""] if padded else texts, length, padded=padded)
                 if free:
                     self.prompt_encoder.release()
-                for stage in job.stages:
+                for stage, following in zip(job.stages, (*job.stages[1:], None)):
+                    if following is not None and not free:
+                        self._open_ahead(self._spec(following, job, len(part)))
                     x0 = self._run_stage(stage, part, x0, job, leave=not several)
                     if free:
                         self._params.pop(stage.name)
@@ -344,6 +350,20 @@ class Imagen:
                     pixels = to_pixels(x0[i])
                     yield Picture(prompt=prompt, seed=seed, pixels=pixels, x0=x0[i] if job.keep_x0 else None)
                 bar.update(len(part))
+
+    def _spec(self, stage: StageConfig, job: _Job, pictures: int) -> ProgramSpec:
+        """The program that draws so many pictures of a stage, in batches."""
+        sampling, mesh = job.sampling[stage.name], self._meshes[stage.name]
+        parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+        # The null text of a stage with padded text is the empty caption.
+        leads_away = job.negative_prompt is not None or stage.padded_text
+        return ProgramSpec(
+            stage=stage,
+            sampling=sampling,
+            batch=-(-min(job.batch_size, pictures) // parts) * parts,
+            negative=leads_away and sampling.guidance_weight != 1.0,
+            mesh=mesh,
+        )
 
     def _run_stage(
         self,
@@ -355,27 +375,22 @@ class Imagen:
         leave: bool,
     ) -> Float[np.ndarray, "pictures side side channels"]:
         """All pictures of a group through one stage, batch by batch; in [−1, 1]."""
-        sampling, mesh = job.sampling[stage.name], self._meshes[stage.name]
+        spec = self._spec(stage, job, len(wanted))
         prompts, seeds = [prompt for prompt, _ in wanted], np.array([seed for _, seed in wanted], np.uint32)
         text, mask = self.encode(prompts, stage.max_text_length, padded=stage.padded_text)
-        parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        size = -(-min(job.batch_size, len(wanted)) // parts) * parts
         negative = None
-        away = job.negative_prompt
-        if away is None and stage.padded_text:
-            away = ""  # the null text of such a stage is the empty caption
-        if away is not None and sampling.guidance_weight != 1.0:
-            embedding = self.encode([away], stage.max_text_length, padded=stage.padded_text)
-            negative = tuple(np.repeat(each, size, axis=0) for each in embedding)
-        program = self._program(stage, sampling, size, negative is not None)
-        params = self._stage_params(stage, program)
-        calls, starts = sampling.sampler.network_calls, range(0, len(wanted), size)
+        if spec.negative:
+            away = [job.negative_prompt or ""]
+            embedding = self.encode(away, stage.max_text_length, padded=stage.padded_text)
+            negative = tuple(np.repeat(each, spec.batch, axis=0) for each in embedding)
+        program, params = self._open(spec)
+        calls, starts = spec.sampling.sampler.network_calls, range(0, len(wanted), spec.batch)
         made = []
         with tqdm(
             total=calls * len(starts), unit="step", desc=stage.name, disable=not job.progress, leave=leave
         ) as bar:
             for begin in starts:
-                chosen = np.arange(begin, begin + size) % len(wanted)  # filled up from the front
+                chosen = np.arange(begin, begin + spec.batch) % len(wanted)  # filled up from the front
                 inputs = StageInputs(
                     seeds=seeds[chosen],
                     text=text[chosen],
@@ -384,28 +399,41 @@ class Imagen:
                     negative_text=None if negative is None else negative[0],
                     negative_mask=None if negative is None else negative[1],
                 )
-                count = min(size, len(wanted) - begin)
+                count = min(spec.batch, len(wanted) - begin)
                 x0 = _run_batch(program, params, inputs, count, calls, job, bar)
                 made.append(np.clip(x0[:count], -1.0, 1.0))
         return np.concatenate(made)
 
-    def _program(
-        self, stage: StageConfig, sampling: SamplingConfig, batch: int, negative: bool
-    ) -> StageProgram:
-        key = (stage.name, sampling, batch, negative)
-        if key not in self._programs:
-            spec = ProgramSpec(
-                stage=stage, sampling=sampling, batch=batch, negative=negative, mesh=self._meshes[stage.name]
-            )
-            self._programs[key] = prepare(spec, self._cache)
-        return self._programs[key]
+    def _open_ahead(self, spec: ProgramSpec) -> None:
+        """Reads a stored program and its weights while something else goes on; what is to be compiled waits."""
+        name = spec.stage.name
+        if spec in self._programs or spec in self._coming_programs:
+            return
+        abstract = stored_params(spec, self._cache)
+        if abstract is None:
+            return
+        threads = ThreadPoolExecutor(max_workers=2)
+        self._coming_programs[spec] = threads.submit(prepare, spec, self._cache)
+        if name not in self._params and name not in self._coming_params:
+            shardings = spec.shardings(abstract)
+            place = None if shardings is None else shardings[0]
+            self._coming_params[name] = threads.submit(self.folder.params, name, abstract, place)
+        threads.shutdown(wait=False)
 
-    def _stage_params(self, stage: StageConfig, program: StageProgram) -> Params:
-        if stage.name not in self._params:
-            self._params[stage.name] = self.folder.read_params(
-                stage.name, program.abstract_params, program.parameter_shardings
-            )
-        return self._params[stage.name]
+    def _open(self, spec: ProgramSpec) -> tuple[StageProgram, Params]:
+        """A stage's program and weights."""
+        name = spec.stage.name
+        if spec in self._coming_programs:
+            self._programs[spec] = self._coming_programs.pop(spec).result()
+        if spec not in self._programs:
+            self._programs[spec] = prepare(spec, self._cache)
+        program = self._programs[spec]
+        if name in self._coming_params:
+            self._params[name] = self._coming_params.pop(name).result()
+        if name not in self._params:
+            place = program.parameter_shardings
+            self._params[name] = self.folder.params(name, program.abstract_params, place)
+        return program, self._params[name]
 
     def _memory_is_short(self) -> bool:
         """Whether the weights of all stages would leave too little for sampling."""

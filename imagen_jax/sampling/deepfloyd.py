@@ -22,8 +22,9 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import DiscreteCosineSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
+from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config, unet_sources
-from imagen_jax.models.stage import SamplingConfig, StageConfig, StageNetwork
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.weights import SafetensorsReader, TensorSource, save_state
 from imagen_jax.sampling.model_folder import (
     WEIGHTS,

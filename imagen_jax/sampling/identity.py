@@ -6,7 +6,7 @@ import json
 from etils import epath
 
 from imagen_jax.config import to_dict
-from imagen_jax.models.stage import StageConfig
+from imagen_jax.models.configs import StageConfig
 from imagen_jax.sampling.model_folder import WEIGHTS
 
 # Weights are told apart by their size and by this many blocks of them, spread evenly, the first and the last among

@@ -14,7 +14,7 @@ from etils import epath
 
 from imagen_jax.config import build, to_dict
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import Params, StageConfig, StageNetwork
+from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.weights import load_state, save_state
 
 INDEX = "model_index.json"
@@ -118,12 +118,12 @@ class ModelFolder:
         inside = self.path / self.index.text_encoder
         return str(inside) if inside.is_dir() else self.index.text_encoder
 
-    def params(self, network: StageNetwork, shardings: Any = None) -> Params:
-        """Weights of a stage, put onto `shardings` slice by slice."""
-        return self.read_params(network.config.name, network.abstract_params, shardings)
+    def params(self, stage: str, abstract_params: Params, shardings: Any = None) -> Params:
+        """Weights of a stage whose parameters have these shapes, put onto `shardings` slice by slice.
 
-    def read_params(self, stage: str, abstract_params: Params, shardings: Any = None) -> Params:
-        """Weights of a stage of which only the parameters' shapes are known."""
+        Raises:
+          UserError: there are none, or they are of another network.
+        """
         path = self.path / stage / WEIGHTS
         if not path.exists():
             raise UserError(f"{path} is missing")

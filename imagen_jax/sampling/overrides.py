@@ -8,7 +8,7 @@ from imagen_jax.diffusion.grids import NAMED_COUNTS, Grid, GridConfig
 from imagen_jax.diffusion.samplers import Sampler
 from imagen_jax.diffusion.thresholding import Threshold
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import SamplingConfig
+from imagen_jax.models.configs import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,8 @@
-"""Stages as compiled programs that outlive the process."""
+"""Stages as compiled programs that outlive the process.
+
+Nothing here imports the networks unless there is something to compile: where a program is stored they are not needed,
+and importing them takes longer than loading it.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -11,12 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imagen_jax.config import to_dict
-from imagen_jax.diffusion.samplers import SamplerState
-from imagen_jax.models.stage import Params, SamplingConfig, StageConfig, StageNetwork
+from imagen_jax.executables import ProgramFile
+from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
 from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
 from imagen_jax.parallel.spatial import picture_sharding
-from imagen_jax.sampling.cache import load_program, program_key, save_program
-from imagen_jax.sampling.stage_sampler import StageInputs, draw
+from imagen_jax.sampling.inputs import StageInputs
 
 # The TPU compiler cuts the pictures of a small batch into strips to make a larger batch of them. By its own estimate
 # that is half as fast as leaving them whole (docs/performance.md).
@@ -35,11 +38,25 @@ class ProgramSpec:
     negative: bool = False  # whether guidance leads away from a prompt rather than from the null text
     mesh: Mesh | None = None  # None: one device
 
-    def key(self) -> str:
-        """Name of the program in the cache. The stage's own sampling settings have no say in it."""
+    def file(self, cache: Path) -> ProgramFile:
+        """Where the program is kept. The stage's own sampling settings have no say in it."""
         stage = {name: value for name, value in to_dict(self.stage).items() if name != "sampling"}
         mesh = None if self.mesh is None else {name: int(size) for name, size in self.mesh.shape.items()}
-        return program_key([stage, to_dict(self.sampling), self.batch, self.negative, mesh])
+        if self.mesh is None:
+            devices: tuple[jax.Device, ...] = (jax.local_devices()[0],)
+            place: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(devices[0])
+        else:
+            devices = tuple(self.mesh.devices.flat)
+            place = picture_sharding(self.mesh)
+        results = tuple(
+            jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=place) for each in self.arguments()[1]
+        )
+        return ProgramFile(
+            folder=cache,
+            description=[stage, to_dict(self.sampling), self.batch, self.negative, mesh],
+            devices=devices,
+            results=results,
+        )
 
     def arguments(self) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[jax.ShapeDtypeStruct, ...]]:
         """Shapes of the inputs by name, and of the state."""
@@ -69,18 +86,6 @@ class ProgramSpec:
             whole,
             whole,
         )
-
-    def function(self, network: StageNetwork) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """(params, inputs, state, first, last) → state: `draw` in types that JAX can write to a file."""
-
-        def advance(
-            params: Params, inputs: dict[str, Any], state: tuple[Any, Any], first: Any, last: Any
-        ) -> tuple[jax.Array, jax.Array]:
-            given, before = StageInputs(**inputs), SamplerState(*state)
-            after = draw(network, params, given, before, first, last, config=self.sampling, mesh=self.mesh)
-            return after.x, after.x0
-
-        return advance
 
 
 class StageProgram:
@@ -118,25 +123,6 @@ class StageProgram:
         return self._compiled(params, inputs, state, *numbers)
 
 
-def lower(spec: ProgramSpec, network: StageNetwork | None = None) -> jax.stages.Lowered:
-    """The whole way from noise to pictures, not compiled: for planning and for reading what the compiler makes.
-
-    The number of network calls is known to the compiler here.
-    """
-    network = network or StageNetwork(spec.stage)
-    inputs, _ = spec.arguments()
-    shardings = spec.shardings(network.abstract_params)
-
-    def whole(params: Params, inputs: dict[str, Any]) -> jax.Array:
-        given = StageInputs(**inputs)
-        return draw(network, params, given, None, config=spec.sampling, mesh=spec.mesh).x0
-
-    if shardings is None:
-        return jax.jit(whole).lower(network.abstract_params, inputs)
-    jitted = jax.jit(whole, in_shardings=shardings[:2], out_shardings=shardings[2][0])
-    return jitted.lower(network.abstract_params, inputs)
-
-
 def compile_program(lowered: jax.stages.Lowered, mesh: Mesh | None) -> jax.stages.Compiled:
     """Compiles a stage's program with the options that suit small batches on its devices.
 
@@ -155,37 +141,36 @@ def compile_program(lowered: jax.stages.Lowered, mesh: Mesh | None) -> jax.stage
         return lowered.compile()  # a compiler that does not have them
 
 
+def stored_params(spec: ProgramSpec, cache: Path | None) -> Params | None:
+    """Shapes of the parameters that a stored program takes; None if there is no such program."""
+    file = _file(spec, cache)
+    return None if file is None or file.note is None else _params(file.note)
+
+
 def prepare(spec: ProgramSpec, cache: Path | None = None) -> StageProgram:
     """Traces and compiles a stage, or finds it in the cache.
 
     Args:
       spec: what to compile.
-      cache: folder of `sampling.cache`, None: nothing is remembered.
+      cache: folder of `imagen_jax.cache`, None: nothing is remembered.
     """
-    key = spec.key()
-    numbers = (jax.ShapeDtypeStruct((), jnp.int32),) * 2
-    inputs, state = spec.arguments()
-    stored = load_program(cache, key)
-    if stored is None:
-        network = StageNetwork(spec.stage)
-        function = _jit(spec.function(network), spec, network.abstract_params)
-        if cache is None:
-            lowered = function.lower(network.abstract_params, inputs, state, *numbers)
-            return StageProgram(spec, network.abstract_params, compile_program(lowered, spec.mesh))
-        exported = jax.export.export(function)(network.abstract_params, inputs, state, *numbers)
-        stored = bytes(exported.serialize())
-        save_program(cache, key, stored)
-    # Also where it was just written: the compiler must be given the same program in every process.
-    exported = jax.export.deserialize(bytearray(stored))
-    (params, *_), _ = jax.tree.unflatten(exported.in_tree, exported.in_avals)
-    abstract = {name: jax.ShapeDtypeStruct(each.shape, each.dtype) for name, each in params.items()}
-    function = _jit(exported.call, spec, abstract)
-    lowered = function.lower(abstract, inputs, state, *numbers)
-    return StageProgram(spec, abstract, compile_program(lowered, spec.mesh))
+    file = _file(spec, cache)
+    if file is not None and (stored := file.load()) is not None:
+        return StageProgram(spec, _params(file.note), stored)
+    from imagen_jax.sampling.tracing import trace
+
+    lowered, arguments = trace(spec)
+    compiled, params = compile_program(lowered, spec.mesh), arguments[0]
+    if file is not None:
+        note = {name: [each.shape, str(each.dtype)] for name, each in params.items()}
+        compiled = file.save(compiled, arguments, note)
+    return StageProgram(spec, params, compiled)
 
 
-def _jit(function: Callable[..., Any], spec: ProgramSpec, abstract_params: Params) -> Any:
-    shardings = spec.shardings(abstract_params)
-    if shardings is None:
-        return jax.jit(function, donate_argnums=2)
-    return jax.jit(function, in_shardings=shardings, out_shardings=shardings[2], donate_argnums=2)
+def _file(spec: ProgramSpec, cache: Path | None) -> ProgramFile | None:
+    """Programs of several processes are left to JAX's own cache."""
+    return None if cache is None or jax.process_count() > 1 else spec.file(cache)
+
+
+def _params(note: dict[str, Any]) -> Params:
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in note.items()}

@@ -8,7 +8,7 @@ from etils import epath
 import imagen_jax
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import SamplingConfig
+from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.sampling.pictures import read_metadata
 
 FORMAT = 1

@@ -1,22 +1,23 @@
 """Sampling one stage: guidance, thresholding and the loop as one compiled program."""
 
 from functools import partial
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from imagen_jax.diffusion.guidance import guide, rescale_guided
 from imagen_jax.diffusion.process import to_x0_and_epsilon
 from imagen_jax.diffusion.samplers import Denoised, Denoiser, SamplerState, advance, image_noise, start
 from imagen_jax.diffusion.thresholding import threshold
-from imagen_jax.models.stage import Params, SamplingConfig, StageConfig, StageNetwork, drop_text
+from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
+from imagen_jax.models.stage import StageNetwork, drop_text
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.parallel.spatial import shard_pictures
+from imagen_jax.sampling.inputs import StageInputs, to_pixels, to_unit
 
 # Steps use the numbers from 0 up for their noise; the low-resolution input's noise has this one.
 _AUG_NOISE = 2**31 - 1
@@ -92,19 +93,6 @@ def guided_denoiser(
     return denoise
 
 
-class StageInputs(NamedTuple):
-    """What a batch of pictures is made from."""
-
-    seeds: UInt32[Any, " batch"]
-    text: Float[Any, "batch length text_width"]  # float32
-    mask: Bool[Any, "batch length"]  # True for real tokens
-    # For SR stages: float32 in [−1, 1]. Not uint8: a value that lies between two grey levels, and a rounding
-    # error apart on two machines, would come out a whole level apart.
-    low_res: Float[Any, "batch low_height low_width channels"] | None = None
-    negative_text: Float[Any, "batch length text_width"] | None = None  # None: the null text
-    negative_mask: Bool[Any, "batch length"] | None = None
-
-
 def draw(
     network: StageNetwork,
     params: Params,
@@ -160,16 +148,6 @@ def draw(
     return advance(
         sharded, state, keys=keys, schedule=stage.schedule, config=config.sampler, first=first, last=last
     )
-
-
-def to_pixels(x0: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Pictures in [−1, 1] as uint8; what lies beyond is cut."""
-    return np.clip(np.round((x0 + 1.0) * 127.5), 0, 255).astype(np.uint8)
-
-
-def to_unit(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """uint8 pictures as float32 in [−1, 1]."""
-    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 def check_low_res(stage: StageConfig, given: bool) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from imagen_jax.diffusion.samplers import Sampler
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageConfig
+from imagen_jax.models.configs import StageConfig
 from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.pictures import grid
 from imagen_jax.serving.request import (

@@ -8,7 +8,7 @@ from urllib.parse import urlencode
 
 from imagen_jax.config import nearest
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import SamplingConfig, StageConfig
+from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.sampling.cascade import MAX_SEED
 from imagen_jax.sampling.overrides import SamplingOverrides, override_all, parse_overrides
 

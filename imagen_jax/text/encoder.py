@@ -7,18 +7,19 @@ import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
 from imagen_jax.errors import UserError
-from imagen_jax.models.t5 import T5Config, encode, load_t5
+from imagen_jax.executables import ProgramFile
+from imagen_jax.models.t5_weights import T5Config, load_t5
 from imagen_jax.models.weights import SafetensorsReader
 from imagen_jax.text.store import TokenCounts
 from imagen_jax.text.tokenizer import PlainTokenizer
@@ -69,17 +70,19 @@ class TextEncoder:
         name: str,
         tokenizer: Any,
         config: T5Config,
-        graph: nnx.GraphDef,
-        state: nnx.State,
+        params: dict[str, jax.Array],
         dtype: str,
         mesh: jax.sharding.Mesh | None = None,
+        cache: Path | None = None,
     ):
         self.folder, self.name, self.dtype = folder, name, dtype
         self.width, self.vocab_size = config.width, config.vocab_size
-        self._tokenizer, self._state, self._mesh = tokenizer, state, mesh
+        self._tokenizer, self._params, self._mesh = tokenizer, params, mesh
         self._eos = int(tokenizer.eos_token_id)
         self._unknown = tokenizer.unk_token_id
-        self._run = jax.jit(functools.partial(_encode_as, graph), static_argnames="dtype")
+        self._config, self._cache = config, cache
+        self._encode = jax.jit(functools.partial(_encode_as, config, dtype), static_argnames="dtype")
+        self._programs: dict[tuple[tuple[int, ...], np.dtype], Any] = {}
 
     @classmethod
     def load(
@@ -88,6 +91,7 @@ class TextEncoder:
         *,
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
+        cache: Path | None = None,
     ) -> "TextEncoder":
         """Opens an encoder from a local folder or from the hub.
 
@@ -98,6 +102,7 @@ class TextEncoder:
             dtype: of the parameters and of the matrix products (norms and softmax are float32).
             mesh: of this process's devices, to spread the parameters and the batches over; None: one
                 device holds everything.
+            cache: folder of `imagen_jax.cache` in which compiled programs are kept, without a mesh; None: none are.
 
         Raises:
             UserError: no such folder or hub id, no network, pickled weights, or not a T5 encoder.
@@ -108,7 +113,7 @@ class TextEncoder:
             name = os.fspath(folder_or_hub_id)
             folder = _download(name)
         model, tokenizer_folder = _parts(folder)
-        config, graph, state = load_t5(
+        config, params = load_t5(
             model,
             dtype=_check_dtype(dtype),
             # A placement even for one device: it spares JAX a small program for each shape.
@@ -121,10 +126,10 @@ class TextEncoder:
             name=name,
             tokenizer=_load_tokenizer(tokenizer_folder),
             config=config,
-            graph=graph,
-            state=state,
+            params=params,
             dtype=dtype,
             mesh=mesh,
+            cache=cache,
         )
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
@@ -188,7 +193,7 @@ class TextEncoder:
 
         with tqdm(total=len(set(rows)), unit="caption", desc="text encoder", disable=not progress) as bar:
             for batch, tokens, mask in _batches(rows):
-                waiting.append((batch, self._run(self._state, *self._place(tokens, mask), dtype=wanted)))
+                waiting.append((batch, self._run(tokens, mask, wanted)))
                 # One batch runs while the one before it is copied back.
                 if len(waiting) > 1:
                     bar.update(finish_one())
@@ -216,8 +221,7 @@ class TextEncoder:
             tokens = np.zeros((1, length), np.int32)  # 0 is the padding of every T5 tokenizer
             tokens[0, : len(ids)] = ids
             mask = np.arange(length)[None] < len(ids)
-            placed = self._place(tokens, mask)
-            made.append(np.asarray(self._run(self._state, *placed, dtype=jnp.dtype("float32")))[0])
+            made.append(np.asarray(self._run(tokens, mask, np.dtype(np.float32)))[0])
         return np.stack(made) if made else np.zeros((0, length, self.width), np.float32)
 
     def encode_tokens(
@@ -233,11 +237,37 @@ class TextEncoder:
             In the encoder's dtype; what stands at padding is finite and means nothing. One program is compiled
             per shape.
         """
-        return self._run(self._state, tokens, mask, dtype=jnp.dtype(self.dtype))
+        return self._encode(self._params, tokens, mask, dtype=jnp.dtype(self.dtype))
 
     def save_copy(self, folder: epath.PathLike) -> None:
         """Copies config.json, the weights and the tokenizer's files, so that `load(folder)` works."""
         copy_encoder(self.folder, folder)
+
+    def _run(self, tokens: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> jax.Array:
+        """Embeddings of one batch, on the devices."""
+        if self._cache is None or self._mesh is not None:
+            return self._encode(self._params, *self._place(tokens, mask), dtype=dtype)
+        key = (tokens.shape, dtype)
+        if key not in self._programs:
+            self._programs[key] = self._program(self._cache, *key)
+        return self._programs[key](self._params, tokens, mask)
+
+    def _program(self, cache: Path, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """The compiled program of a batch's shape, from the cache or into it."""
+        device = jax.local_devices()[0]
+        place = jax.sharding.SingleDeviceSharding(device)
+        file = ProgramFile(
+            folder=cache,
+            description=["text encoder", repr(self._config), self.dtype, list(shape), dtype.name],
+            devices=(device,),
+            results=jax.ShapeDtypeStruct((*shape, self.width), dtype, sharding=place),
+        )
+        if (stored := file.load()) is not None:
+            return stored
+        tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
+        encode = functools.partial(_encode_as, self._config, self.dtype, dtype=dtype)
+        compiled = jax.jit(encode, keep_unused=True).lower(self._params, tokens, mask).compile()
+        return file.save(compiled, (self._params, tokens, mask), None)
 
     def _place(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
         if self._mesh is None:
@@ -289,14 +319,18 @@ def _check_dtype(name: str) -> np.dtype:
 
 
 def _encode_as(
-    graph: nnx.GraphDef,
-    state: nnx.State,
+    config: T5Config,
+    compute_dtype: str,
+    params: dict[str, Array],
     tokens: Int[Array, "batch length"],
     mask: Bool[Array, "batch length"],
     *,
     dtype: Any,
 ) -> Float[Array, "batch length width"]:
-    return encode(graph, state, tokens, mask).astype(dtype)
+    # Only here: a stored program needs no network, and flax takes long to import.
+    from imagen_jax.models.t5 import encode
+
+    return encode(config, params, tokens, mask, dtype=compute_dtype).astype(dtype)
 
 
 def _batches(
@@ -353,7 +387,7 @@ def _padded_length(length: int) -> int:
     return -(-length // _BUCKETS[-1]) * _BUCKETS[-1]
 
 
-def _spread(mesh: jax.sharding.Mesh, abstract: nnx.State) -> Any:
+def _spread(mesh: jax.sharding.Mesh, abstract: dict[str, jax.ShapeDtypeStruct]) -> Any:
     """Each parameter over all devices of the mesh, along its largest axis that divides evenly."""
 
     def sharding(leaf: jax.ShapeDtypeStruct) -> jax.sharding.NamedSharding:

@@ -14,7 +14,7 @@ import imagen_jax
 from imagen_jax.config import build
 from imagen_jax.diffusion.losses import LossConfig
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageConfig
+from imagen_jax.models.configs import StageConfig
 from imagen_jax.parallel.mesh import MeshConfig
 
 

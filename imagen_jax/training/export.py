@@ -7,7 +7,8 @@ from etils import epath
 from imagen_jax.config import build
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import Params, StageConfig, StageNetwork
+from imagen_jax.models.configs import Params, StageConfig
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.deepfloyd import export_diffusers, export_pipeline
 from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage

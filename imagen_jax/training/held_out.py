@@ -13,7 +13,8 @@ from imagen_jax.data import shapes
 from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
-from imagen_jax.models.stage import Params, StageNetwork
+from imagen_jax.models.configs import Params
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import replicated
 from imagen_jax.sampling.pictures import grid, save_png
 from imagen_jax.sampling.stage_sampler import StageSampler

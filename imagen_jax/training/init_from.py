@@ -8,7 +8,8 @@ from jax.sharding import Mesh
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import Params, StageConfig, StageNetwork
+from imagen_jax.models.configs import Params, StageConfig
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import make_mesh, state_shardings
 from imagen_jax.parallel.processes import on_first
 from imagen_jax.sampling.model_folder import INDEX, ModelFolder, read_json
@@ -72,7 +73,9 @@ def _from_model(source: epath.Path, ours: StageConfig, mesh: Mesh) -> tuple[Para
         raise UserError(f"--init_from {source}: no stage makes {ours.resolution} pixels, only {sizes}")
     check_stage(str(source), found[0], ours)
     network = StageNetwork(found[0])
-    params = model.params(network, state_shardings(network.abstract_params, mesh))
+    params = model.params(
+        network.config.name, network.abstract_params, state_shardings(network.abstract_params, mesh)
+    )
     return params, found[0], f"stage {found[0].name}"
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float, Key, UInt32
 from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.errors import UserError
-from imagen_jax.models.execution import Gather
-from imagen_jax.models.stage import Params, StageNetwork, drop_text, unit_pictures
+from imagen_jax.models.configs import Gather, Params
+from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
 from imagen_jax.parallel.mesh import (
     batch_sharding,
     parameter_spec,

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.models.attention import Attention, attend
+from imagen_jax.models.attention import attend
+from imagen_jax.models.configs import Attention
 from imagen_jax.models.flash_attention import flash_attention, supports
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from imagen_jax.models.efficient_unet import EfficientUNetConfig
-from imagen_jax.models.execution import Execution, Remat
+from imagen_jax.models.configs import EfficientUNetConfig, Remat, StageConfig, UNetConfig
+from imagen_jax.models.execution import Execution
 from imagen_jax.models.layers import GroupNorm
-from imagen_jax.models.stage import StageConfig, StageNetwork
-from imagen_jax.models.unet import UNetConfig
+from imagen_jax.models.stage import StageNetwork
 
 SIZES = {
     "channels": (8, 16),

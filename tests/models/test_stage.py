@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.models.efficient_unet import EfficientUNetConfig
-from imagen_jax.models.stage import SamplingConfig, StageConfig, StageNetwork, drop_text, unit_pictures
-from imagen_jax.models.unet import UNetConfig
+from imagen_jax.models.configs import EfficientUNetConfig, SamplingConfig, StageConfig, UNetConfig
+from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
 
 SIZES = {
     "channels": (4, 8),

@@ -5,10 +5,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import save_file
 
 from imagen_jax.errors import UserError
 from imagen_jax.models import t5
+from imagen_jax.models.t5_weights import load_t5, t5_shapes, t5_sources
 from imagen_jax.models.weights import SafetensorsReader, flatten_names, load_tensors
 
 CONFIG = t5.T5Config(vocab_size=50, width=24, head_dim=5, num_heads=3, feed_forward_width=40, num_layers=3)
@@ -32,12 +34,14 @@ def make(config=CONFIG, dtype=jnp.float32):
     def draw(leaf):
         if len(leaf.shape) == 1:
             return 1 + 0.1 * generator.normal(size=leaf.shape).astype(np.float32)
-        return generator.normal(size=leaf.shape).astype(np.float32) * leaf.shape[-2] ** -0.5
+        return generator.normal(size=leaf.shape).astype(np.float32) * leaf.shape[-1] ** -0.5
 
     return graph, jax.tree.map(draw, abstract)
 
 
-_encode = jax.jit(t5.encode, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(graph, state, tokens, mask):
+    return nnx.merge(graph, state)(tokens, mask)
 
 
 def run(graph, state, tokens, mask):
@@ -63,6 +67,8 @@ def reference(config, weights, tokens):
     buckets = np.array([[bucket(k - q) for k in range(length)] for q in range(length)])
     for i in range(config.num_layers):
         w = {n.removeprefix("layers."): v[i] for n, v in weights.items() if n.startswith("layers.")}
+        # Matrices are (out, in).
+        w = {n: v.T if v.ndim == 2 and n != "relative_bias" else v for n, v in w.items()}
         normed = norm(x, w["attention_norm"])
         heads = []
         for h in range(config.num_heads):
@@ -97,6 +103,23 @@ def test_encoder_matches_a_plain_implementation(config):
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, 45))
     got = run(graph, state, tokens.astype(np.int32), np.ones((1, 45), bool))
     np.testing.assert_allclose(got[0], reference(config, flatten_names(state)[0], tokens[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias_per_layer": True}, {"gated": False}])
+def test_parameters_are_known_without_the_network(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    _, abstract = t5.abstract_t5(config, param_dtype=jnp.bfloat16)
+    named = {name: (leaf.shape, leaf.dtype) for name, leaf in flatten_names(abstract)[0].items()}
+    shapes = t5_shapes(config, jnp.bfloat16)
+    assert {name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()} == named
+
+
+def test_the_pure_function_is_the_module():
+    graph, state = make()
+    tokens, mask = np.arange(8)[None], np.arange(8)[None] < 6
+    params = dict(reversed(flatten_names(state)[0].items()))  # their order has no say
+    got = jax.jit(functools.partial(t5.encode, CONFIG))(params, tokens, mask)
+    np.testing.assert_array_equal(got, run(graph, state, tokens, mask))
 
 
 def test_padding_changes_no_real_token():
@@ -145,9 +168,9 @@ def test_hub_names_load_into_the_right_places(tmp_path, tied_name):
     for i in range(3):
         attention, dense = f"encoder.block.{i}.layer.0.", f"encoder.block.{i}.layer.1."
         for theirs, ours in {"q": "query", "k": "key", "v": "value", "o": "attention_out"}.items():
-            tensors[f"{attention}SelfAttention.{theirs}.weight"] = named[f"layers.{ours}"][i].T
+            tensors[f"{attention}SelfAttention.{theirs}.weight"] = named[f"layers.{ours}"][i]
         for theirs, ours in {"wi_0": "gate", "wi_1": "up", "wo": "down"}.items():
-            tensors[f"{dense}DenseReluDense.{theirs}.weight"] = named[f"layers.feed_forward_{ours}"][i].T
+            tensors[f"{dense}DenseReluDense.{theirs}.weight"] = named[f"layers.feed_forward_{ours}"][i]
         tensors[f"{attention}layer_norm.weight"] = named["layers.attention_norm"][i]
         tensors[f"{dense}layer_norm.weight"] = named["layers.feed_forward_norm"][i]
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -155,16 +178,16 @@ def test_hub_names_load_into_the_right_places(tmp_path, tied_name):
     tensors["encoder.final_layer_norm.weight"] = named["final_norm"]
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "model.safetensors")
     with SafetensorsReader(tmp_path) as reader:
-        abstract = t5.abstract_t5(CONFIG)[1]
-        loaded = load_tensors(abstract, reader, t5.t5_sources(CONFIG, reader.names))
-    for name, value in flatten_names(loaded)[0].items():
+        loaded = load_tensors(t5_shapes(CONFIG), reader, t5_sources(CONFIG, reader.names))
+    assert loaded.keys() == named.keys()
+    for name, value in loaded.items():
         np.testing.assert_array_equal(value, named[name], err_msg=name)
     deeper = dataclasses.replace(CONFIG, num_layers=4)
     with (
         SafetensorsReader(tmp_path) as reader,
         pytest.raises(UserError, match=r"no tensor encoder\.block\.3"),
     ):
-        load_tensors(t5.abstract_t5(deeper)[1], reader, t5.t5_sources(deeper, reader.names))
+        load_tensors(t5_shapes(deeper), reader, t5_sources(deeper, reader.names))
 
 
 def test_config_of_each_family():
@@ -194,6 +217,6 @@ def test_other_configs_are_refused(change, message):
 
 def test_a_folder_without_a_config_is_named(tmp_path):
     with pytest.raises(UserError, match=rf"{tmp_path.name}: no config\.json"):
-        t5.load_t5(tmp_path)
+        load_t5(tmp_path)
     with pytest.raises(ValueError, match="num_heads must be at least 1, got 0"):
         dataclasses.replace(CONFIG, num_heads=0)

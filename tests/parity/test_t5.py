@@ -10,6 +10,7 @@ torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.parity
 
 from imagen_jax.models import t5  # noqa: E402
+from imagen_jax.models.t5_weights import load_t5  # noqa: E402
 
 _SIZES = {
     "vocab_size": 120,
@@ -50,8 +51,8 @@ def pair(request, tmp_path_factory):
                 parameter.normal_()
     folder = tmp_path_factory.mktemp(request.param)
     theirs.save_pretrained(folder, max_shard_size="40KB" if request.param == "umt5" else "1GB")
-    config, graph, state = t5.load_t5(folder)
-    return theirs, functools.partial(jax.jit(functools.partial(t5.encode, graph)), state), config
+    config, params = load_t5(folder)
+    return theirs, functools.partial(jax.jit(functools.partial(t5.encode, config)), params), config
 
 
 @pytest.mark.parametrize("length", [1, 7, 77, 256])

@@ -11,7 +11,7 @@ import pytest
 from imagen_jax.errors import UserError
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.cascade import MAX_SEED, Imagen
-from imagen_jax.sampling.stage_sampler import to_pixels
+from imagen_jax.sampling.inputs import to_pixels
 
 PROMPTS = ("a red circle", "a blue square", "一个红色的圆形", "two green triangles")
 

@@ -90,7 +90,7 @@ def test_bfloat16_is_stored_and_used(pipelines, tmp_path):
     assert main(["import", "deepfloyd", *flags]) == 0
     folder = ModelFolder(tmp_path / "m")
     (stage,) = folder.stages
-    params = folder.params(StageNetwork(stage))
+    params = folder.params(stage.name, StageNetwork(stage).abstract_params)
     assert {str(each.dtype) for each in params.values()} == {"bfloat16"}
 
 

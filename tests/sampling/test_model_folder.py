@@ -23,7 +23,10 @@ def test_reads_what_was_written(model_folder, stages, random_params):
     assert folder.stages == stages
     assert folder.text_encoder() == str(model_folder / "text_encoder")
     for stage in stages:
-        params, expected = folder.params(StageNetwork(stage)), random_params(stage)
+        params, expected = (
+            folder.params(stage.name, StageNetwork(stage).abstract_params),
+            random_params(stage),
+        )
         assert set(params) == set(expected)
         for name, value in expected.items():
             np.testing.assert_array_equal(params[name], value)

@@ -11,7 +11,7 @@ from etils import epath
 from PIL import Image
 
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import SamplingConfig
+from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.sampling.output import beside, find_place, save_picture, slug, write_contact_sheet, write_grid
 from imagen_jax.sampling.pictures import save_png
 from imagen_jax.sampling.record import PictureRecord, StageRecord, check_same_model, read_record

@@ -10,7 +10,7 @@ from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import SamplingConfig
+from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.sampling.overrides import FLAGS, SamplingOverrides, override_all, parse_overrides
 
 OWN = SamplingConfig(sampler=SamplerConfig(kind=Sampler.DDIM, steps=9, eta=0.1), guidance_weight=2.0)

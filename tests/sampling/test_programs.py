@@ -9,12 +9,14 @@ import jax
 import numpy as np
 import pytest
 
+from imagen_jax.cache import VARIABLE, cache_folder, load_program, save_program
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.sampling import programs
-from imagen_jax.sampling.cache import VARIABLE, cache_folder, load_program, save_program
-from imagen_jax.sampling.programs import ProgramSpec, lower, prepare
-from imagen_jax.sampling.stage_sampler import StageInputs, StageSampler, to_pixels
+from imagen_jax.sampling import tracing
+from imagen_jax.sampling.inputs import StageInputs, to_pixels
+from imagen_jax.sampling.programs import ProgramSpec, prepare
+from imagen_jax.sampling.stage_sampler import StageSampler
+from imagen_jax.sampling.tracing import lower
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = StageInputs(
@@ -51,14 +53,13 @@ def test_parts_of_the_way_are_the_whole_way_bit_for_bit(spec, random_params, cac
     pixels = sampler(params, seeds=INPUTS.seeds, text=INPUTS.text, mask=INPUTS.mask)
     np.testing.assert_allclose(pixels.astype(int), to_pixels(whole).astype(int), atol=1)
     # From the cache the network is neither built nor traced.
-    monkeypatch.setattr(programs, "StageNetwork", None)
-    monkeypatch.setattr(programs, "draw", None)
+    monkeypatch.setattr(tracing, "trace", None)
     again = prepare(spec, cache)
     np.testing.assert_array_equal(run(again, params, 3), whole)
     assert again.abstract_params.keys() == params.keys()
 
 
-def test_a_program_is_found_by_all_that_decides_it(spec, stages, monkeypatch):
+def test_a_program_is_found_by_all_that_decides_it(spec, stages, cache, monkeypatch):
     quicker = dataclasses.replace(spec.sampling, sampler=dataclasses.replace(spec.sampling.sampler, steps=2))
     network = dataclasses.replace(spec.stage.network, channels=(8,))
     others = [
@@ -68,13 +69,13 @@ def test_a_program_is_found_by_all_that_decides_it(spec, stages, monkeypatch):
         dataclasses.replace(spec, stage=dataclasses.replace(spec.stage, network=network)),
         ProgramSpec(stage=stages[1], sampling=spec.sampling, batch=2),
     ]
-    keys = {each.key() for each in [spec, *others]}
+    keys = {each.file(cache).key for each in [spec, *others]}
     assert len(keys) == 6
     # What a stage says of its sampling by default has no say once settings are chosen.
     same = dataclasses.replace(spec, stage=dataclasses.replace(spec.stage, sampling=quicker))
-    assert same.key() == spec.key()
-    monkeypatch.setattr("imagen_jax.sampling.cache._code_hash", lambda: "changed")
-    assert spec.key() not in keys
+    assert same.file(cache).key == spec.file(cache).key
+    monkeypatch.setattr("imagen_jax.cache._code_hash", lambda: "changed")
+    assert spec.file(cache).key not in keys
 
 
 def test_a_damaged_program_is_none(cache):
@@ -110,20 +111,21 @@ CODE = """
 import json, sys
 import jax
 from imagen_jax.cli.main import main
-counts = {"cache_hits": 0, "cache_misses": 0}
-def count(event, **_):
-    name = event.rsplit("/", 1)[-1]
-    if name in counts:
+counts = {"traced": 0, "compiled": 0}
+names = {"jaxpr_trace_duration": "traced", "backend_compile_duration": "compiled"}
+def count(event, *_, **__):
+    name = names.get(event.rsplit("/", 1)[-1])
+    if name is not None:
         counts[name] += 1
-jax.monitoring.register_event_listener(count)
+jax.monitoring.register_event_duration_secs_listener(count)
 code = main(sys.argv[1:])
-print(json.dumps(counts))
+print(json.dumps(counts | {"flax": "flax" in sys.modules}))
 sys.exit(code)
 """
 
 
 def test_a_second_process_compiles_nothing(model_folder, tmp_path, subprocess_env):
-    """Another prompt of the same shape: every program comes from the cache."""
+    """Another prompt of the same shape: every program comes from the cache as the compiler made it."""
     counts = []
     environment = {
         **subprocess_env(),
@@ -137,7 +139,7 @@ def test_a_second_process_compiles_nothing(model_folder, tmp_path, subprocess_en
         )
         assert done.returncode == 0, done.stderr
         counts.append(json.loads(done.stdout.splitlines()[-1]))
-    assert counts[0]["cache_misses"] >= 3 and counts[0]["cache_hits"] == 0
-    # The text encoder and both stages; what building their networks took is not needed again.
-    assert counts[1] == {"cache_hits": 3, "cache_misses": 0}
+    assert counts[0]["traced"] >= 3 and counts[0]["compiled"] >= 3 and counts[0]["flax"]
+    # The text encoder and both stages are run as they were compiled; their networks are not even imported.
+    assert counts[1] == {"traced": 0, "compiled": 0, "flax": False}
     assert not [path for path in model_folder.rglob("*") if "cache" in path.name]

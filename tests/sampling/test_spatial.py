@@ -12,8 +12,8 @@ from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.sampling.cascade import Imagen
+from imagen_jax.sampling.inputs import StageInputs
 from imagen_jax.sampling.programs import ProgramSpec, prepare
-from imagen_jax.sampling.stage_sampler import StageInputs
 
 
 @pytest.fixture(scope="module")

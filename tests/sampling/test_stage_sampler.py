@@ -13,7 +13,8 @@ from imagen_jax.diffusion.guidance import GuidanceConfig
 from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
-from imagen_jax.models.stage import SamplingConfig, StageNetwork
+from imagen_jax.models.configs import SamplingConfig
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.sampling.stage_sampler import StageSampler, guided_denoiser
 
 GENERATOR = np.random.default_rng(0)

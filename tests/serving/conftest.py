@@ -10,7 +10,7 @@ PROMPTS = ("a red circle", "a blue square", "two green triangles")
 def model_folder(tmp_path_factory, random_params):
     """A model folder of two guided stages of 2 steps each, "base" (8×8) and "sr" (16×16)."""
     from imagen_jax.config import build
-    from imagen_jax.models.stage import StageConfig
+    from imagen_jax.models.configs import StageConfig
     from imagen_jax.sampling.model_folder import ModelIndex, save_index, save_stage
     from imagen_jax.text.small import make_small_encoder
 

@@ -1,17 +1,20 @@
 """What sampling remembers from one run to the next: compiled programs, below the user's cache folder.
 
-FOLDER/xla is JAX's persistent compilation cache. FOLDER/programs holds each stage's program as JAX hands it to the
-compiler (`jax.export`), so that a network need not be traced again to find the compiled one.
+FOLDER/programs holds the text encoder's and the stages' programs as the compiler made them (`executables`). FOLDER/xla
+is JAX's persistent compilation cache, for all other programs.
 """
 
 import functools
 import hashlib
 import json
 import os
+import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jaxlib
 
 import imagen_jax
 from imagen_jax.data.files import AtomicFile
@@ -19,8 +22,10 @@ from imagen_jax.errors import UserError
 
 VARIABLE = "IMAGEN_JAX_CACHE"
 OFF = "off"
-# What a stage's program is made from.
-_SOURCES = ("diffusion", "models", "parallel", "sampling")
+# What programs are made from.
+_SOURCES = ("diffusion", "models", "parallel", "sampling", "text")
+# Settings of the compiler that are no argument of a program.
+_COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
 
 
 def cache_folder(choice: str | None = None) -> Path | None:
@@ -64,39 +69,57 @@ def enable_compilation_cache(folder: Path | None) -> None:
 @functools.cache
 def _code_hash() -> str:
     """Of the source files that programs are made from: a changed network is never served an old program."""
-    root, digest = Path(__file__).parents[1], hashlib.sha256()
+    root, digest = Path(__file__).parent, hashlib.sha256()
     for folder in _SOURCES:
         for path in sorted((root / folder).glob("*.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
-def program_key(description: Any) -> str:
-    """Name of a program that is described by JSON types, on this machine's devices and with this code."""
-    devices = jax.devices()
+@functools.cache
+def _processor() -> str:
+    """Instructions that this machine's processor has: a program made for others may not run on it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    return f"{platform.machine()} {flags}"
+
+
+def program_key(description: Any, devices: Sequence[jax.Device]) -> str:
+    """Name of a program.
+
+    Args:
+      description: of the program, in JSON types.
+      devices: that it runs on.
+    """
+    first = devices[0]
     whole = {
         "program": description,
         "code": [imagen_jax.__version__, _code_hash()],
-        "jax": jax.__version__,
-        "platform": devices[0].platform,
-        "device": devices[0].device_kind,
+        "jax": [jax.__version__, jaxlib.__version__],
+        "platform": [first.platform, first.client.platform_version],
+        "device": [first.device_kind, *(device.id for device in devices)],
+        "processor": _processor(),
+        "compiler": [os.environ.get(name) for name in _COMPILER_VARIABLES],
         "matmul": str(_setting("jax_default_matmul_precision")),
+        "settings": [_setting("jax_enable_x64"), _setting("jax_disable_most_optimizations")],
         "random": [_setting("jax_default_prng_impl"), _setting("jax_threefry_partitionable")],
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
-def load_program(folder: Path | None, key: str) -> bytes | None:
+def load_program(folder: Path, key: str) -> bytes | None:
     """A program's bytes; None if there is none, or it is damaged."""
-    if folder is None or not (path := folder / "programs" / key).exists():
+    if not (path := folder / "programs" / key).exists():
         return None
     content = path.read_bytes()
     digest, program = content[:32], content[32:]
     return program if hashlib.sha256(program).digest() == digest else None
 
 
-def save_program(folder: Path | None, key: str, program: bytes) -> None:
+def save_program(folder: Path, key: str, program: bytes) -> None:
     """Remembers a program's bytes with their checksum."""
-    if folder is not None:
-        with AtomicFile(folder / "programs" / key, tag=str(os.getpid())) as file:
-            file.write(hashlib.sha256(program).digest() + program)
+    with AtomicFile(folder / "programs" / key, tag=str(os.getpid())) as file:
+        file.write(hashlib.sha256(program).digest() + program)

@@ -1,0 +1,29 @@
+"""What a stage draws pictures from, and pixels as numbers and back."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8, UInt32
+
+
+class StageInputs(NamedTuple):
+    """What a batch of pictures is made from."""
+
+    seeds: UInt32[Any, " batch"]
+    text: Float[Any, "batch length text_width"]  # float32
+    mask: Bool[Any, "batch length"]  # True for real tokens
+    # For SR stages: float32 in [−1, 1]. Not uint8: a value that lies between two grey levels, and a rounding
+    # error apart on two machines, would come out a whole level apart.
+    low_res: Float[Any, "batch low_height low_width channels"] | None = None
+    negative_text: Float[Any, "batch length text_width"] | None = None  # None: the null text
+    negative_mask: Bool[Any, "batch length"] | None = None
+
+
+def to_pixels(x0: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
+    """Pictures in [−1, 1] as uint8; what lies beyond is cut."""
+    return np.clip(np.round((x0 + 1.0) * 127.5), 0, 255).astype(np.uint8)
+
+
+def to_unit(pixels: UInt8[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """uint8 pictures as float32 in [−1, 1]."""
+    return pixels.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
