@@ -83,8 +83,8 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    flags = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
-    return f"{platform.machine()} {flags}"
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), None)
+    return f"{platform.machine()} {flags or platform.processor()}"  # the latter starts a process: slow
 
 
 def program_key(description: Any, devices: Sequence[jax.Device]) -> str:

@@ -246,6 +246,19 @@ class Imagen:
         """Raises what `draw` would raise for these options."""
         self._job(**options)
 
+    def open_ahead(self, pictures: int, **options: Unpack[Options]) -> None:
+        """Begins to read what `draw` of so many pictures needs first, while the caller does something else.
+
+        Args:
+          pictures: how many will be drawn.
+          **options: as of `draw`.
+
+        Raises:
+          UserError: as `draw`.
+        """
+        job = self._job(**options)
+        self._open_ahead(self._spec(job.stages[0], job, min(pictures, self._group(job))))
+
     def _job(
         self,
         *,
@@ -323,9 +336,17 @@ class Imagen:
             model=str(self.folder.path),
         )
 
+    @functools.cached_property
+    def _frees(self) -> bool:
+        """Whether weights leave memory when their stage has had its turn."""
+        return self._memory_is_short() if self._free_stages is None else self._free_stages
+
+    def _group(self, job: _Job) -> int:
+        """Pictures that go through a stage before the next one's turn."""
+        return job.batch_size * (_BATCHES_A_TURN if self._frees else 1)
+
     def _draw(self, wanted: list[tuple[str, int]], job: _Job) -> Iterator[Picture]:
-        free = self._memory_is_short() if self._free_stages is None else self._free_stages
-        group = job.batch_size * (_BATCHES_A_TURN if free else 1)
+        free, group = self._frees, self._group(job)
         several = len(wanted) > group
         with tqdm(
             total=len(wanted), unit="picture", desc="all", disable=not (job.progress and several)
