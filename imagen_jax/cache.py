@@ -4,17 +4,19 @@ FOLDER/programs holds the text encoder's and the stages' programs as the compile
 is JAX's persistent compilation cache, for all other programs.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jaxlib
+from jax.experimental.compilation_cache import compilation_cache
 
 import imagen_jax
 from imagen_jax.data.files import AtomicFile
@@ -64,6 +66,22 @@ def enable_compilation_cache(folder: Path | None) -> None:
     # A stage's start-up also has many small programs; together they take as long as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """Has JAX compile anew.
+
+    An executable that JAX took from its cache cannot be serialised again: on CPU its functions would be missing.
+    """
+    enabled = _setting("jax_enable_compilation_cache")
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides once whether it uses the cache
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 @functools.cache

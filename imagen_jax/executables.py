@@ -93,7 +93,8 @@ class ProgramFile:
         """Keeps a program, unless JAX or the disk has no way to.
 
         Args:
-          compiled: the program; all its arguments are used (`jax.jit` with `keep_unused`).
+          compiled: the program, made under `cache.no_compilation_cache`; all its arguments are used (`jax.jit`
+            with `keep_unused`).
           arguments: tree of what it takes.
           note: in JSON types, to be read without loading the program.
 

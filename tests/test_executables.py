@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import imagen_jax.cache as cache_module
-from imagen_jax.cache import cache_folder
+from imagen_jax.cache import cache_folder, enable_compilation_cache, no_compilation_cache
 from imagen_jax.executables import Program, ProgramFile
 
 SHAPE = (4, 6)
@@ -42,7 +43,8 @@ def single(folder, description="single"):
 
 def compiled(file, traced=function, **options):
     lowered = jax.jit(traced, keep_unused=True, **options).lower(*arguments())
-    return file.save(lowered.compile(), arguments(), {"width": 6})
+    with no_compilation_cache():
+        return file.save(lowered.compile(), arguments(), {"width": 6})
 
 
 def check(program):
@@ -119,6 +121,31 @@ def test_what_cannot_be_loaded_is_none(folder, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
         assert single(folder).load() is None
+
+
+def test_what_jax_took_from_its_own_cache_is_compiled_anew(folder, tmp_path):
+    """JAX loads such a program whole, but could not write it again: what a later process loaded would fail to run."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    enable_compilation_cache(folder)
+    try:
+        for number in range(2):
+            # A function of its own each time: JAX remembers executables within a process, too.
+            def again(params, x, number):
+                return function(params, x, number)
+
+            jax.jit(again, keep_unused=True).lower(*arguments()).compile()
+            assert len(list((folder / "xla").glob("*again*-cache"))) == 1
+            jax.clear_caches()
+            compiled(single(folder, number), again)
+            jax.clear_caches()
+            check(single(folder, number).load())
+            # For other programs JAX's cache goes on.
+            jax.jit(lambda x, n=number: x * n + 3).lower(np.ones(5)).compile()
+            assert len(list((folder / "xla").glob("*lambda*-cache"))) == number + 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 def test_a_full_disk_is_no_error(folder, monkeypatch):

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from imagen_jax.cache import no_compilation_cache
 from imagen_jax.config import to_dict
 from imagen_jax.executables import ProgramFile
 from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
@@ -160,11 +161,13 @@ def prepare(spec: ProgramSpec, cache: Path | None = None) -> StageProgram:
     from imagen_jax.sampling.tracing import trace
 
     lowered, arguments = trace(spec)
-    compiled, params = compile_program(lowered, spec.mesh), arguments[0]
-    if file is not None:
-        note = {name: [each.shape, str(each.dtype)] for name, each in params.items()}
-        compiled = file.save(compiled, arguments, note)
-    return StageProgram(spec, params, compiled)
+    params = arguments[0]
+    if file is None:
+        return StageProgram(spec, params, compile_program(lowered, spec.mesh))
+    with no_compilation_cache():
+        compiled = compile_program(lowered, spec.mesh)
+    note = {name: [each.shape, str(each.dtype)] for name, each in params.items()}
+    return StageProgram(spec, params, file.save(compiled, arguments, note))
 
 
 def _file(spec: ProgramSpec, cache: Path | None) -> ProgramFile | None:

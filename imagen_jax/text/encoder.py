@@ -17,6 +17,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
+from imagen_jax.cache import no_compilation_cache
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
 from imagen_jax.models.t5_weights import T5Config, load_t5
@@ -266,7 +267,9 @@ class TextEncoder:
             return stored
         tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
         encode = functools.partial(_encode_as, self._config, self.dtype, dtype=dtype)
-        compiled = jax.jit(encode, keep_unused=True).lower(self._params, tokens, mask).compile()
+        lowered = jax.jit(encode, keep_unused=True).lower(self._params, tokens, mask)
+        with no_compilation_cache():
+            compiled = lowered.compile()
         return file.save(compiled, (self._params, tokens, mask), None)
 
     def _place(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:

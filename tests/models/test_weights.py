@@ -67,6 +67,29 @@ def test_state_round_trip_is_exact_and_bytes_are_reproducible(tmp_path):
     np.testing.assert_array_equal(net.blocks[0].kernel[...], flatten_names(state)[0]["blocks.0.kernel"])
 
 
+def test_what_is_read_is_the_file_in_memory(tmp_path):
+    generator = np.random.default_rng(0)
+    odd = {f"odd{i}": generator.standard_normal(3 + i).astype(np.float32) for i in range(3)}
+    even = {f"a{i}": generator.standard_normal((32, 2 + i)).astype(ml_dtypes.bfloat16) for i in range(3)}
+    state, path = odd | even, tmp_path / "net.safetensors"
+    save_state(state, path)
+    with SafetensorsReader(path) as reader:
+        found = {name: reader.read(name) for name in state}
+        loaded = load_state(state, path, shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    # Valid after closing, and nobody's to change.
+    for name, value in state.items():
+        np.testing.assert_array_equal(found[name], value)
+        assert not found[name].flags.writeable and found[name].flags.aligned
+    # Where they begin at a multiple of 64 bytes JAX takes them as they lie, and small ones do not push others off it.
+    assert {name for name, array in found.items() if array.ctypes.data % 64 == 0} >= even.keys()
+    # A function that may overwrite its argument overwrites a copy.
+    before = path.read_bytes()
+    double = jax.jit(lambda x: x * 2, donate_argnums=0)
+    for name, value in loaded.items():
+        np.testing.assert_array_equal(double(value), state[name] * 2)
+    assert path.read_bytes() == before
+
+
 def test_an_older_file_is_replaced(tmp_path):
     for seed in (0, 1):
         save_state(make_state(seed), tmp_path / "net.safetensors")

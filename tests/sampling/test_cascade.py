@@ -1,6 +1,7 @@
 """The cascade: a picture depends on its prompt and seed only."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import pytest
 
 from imagen_jax.errors import UserError
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+from imagen_jax.sampling import tracing
 from imagen_jax.sampling.cascade import MAX_SEED, Imagen
 from imagen_jax.sampling.inputs import to_pixels
 
@@ -160,14 +162,41 @@ def test_prompts_are_encoded_once_and_alone(imagen):
 
 def test_stages_that_are_freed_make_the_same_pictures(imagen, model_folder, eight, monkeypatch):
     freed = Imagen.load(model_folder, free_stages=True)
-    reads, read = [], freed.folder.read_params
-    monkeypatch.setattr(
-        freed.folder, "read_params", lambda name, *rest: reads.append(name) or read(name, *rest)
-    )
+    reads, read = [], freed.folder.params
+    monkeypatch.setattr(freed.folder, "params", lambda name, *rest: reads.append(name) or read(name, *rest))
     assert_equal(freed.pictures(PROMPTS[:1], seed=5, batch_size=1, keep_x0=True), eight[:1])
     assert not freed._params and freed.prompt_encoder._encoder is None
     assert_equal(freed.pictures(PROMPTS[1:2], seed=5, batch_size=1, keep_x0=True), eight[2:3])
     assert reads == 2 * ["base8", "sr16"]
+
+
+@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_stored_stages_are_opened_ahead(axes, model_folder, eight, tmp_path, monkeypatch):
+    mesh = None if axes is None else make_mesh(MeshConfig(**axes))
+
+    def load():
+        return Imagen.load(model_folder, mesh=mesh, cache=str(tmp_path))
+
+    wanted = {"seed": 5, "num_images": 2, "batch_size": 4, "keep_x0": True}
+    assert_equal(load().pictures(PROMPTS[:2], **wanted), eight[:4])
+    monkeypatch.setattr(tracing, "trace", None)
+    again = load()
+    again.open_ahead(4, batch_size=4)
+    assert [spec.stage.name for spec in again._coming_programs] == ["base8"]
+    assert_equal(again.pictures(PROMPTS[:2], **wanted), eight[:4])
+    assert len(again._programs) == 2 and not again._coming_programs and not again._coming_params
+    other = load()
+    other.open_ahead(4, batch_size=4, negative_prompt="a star")
+    assert not other._coming_programs  # no such program is stored
+
+
+def test_a_fault_in_what_is_opened_ahead_is_one_line(model_folder, tmp_path):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    cache = str(tmp_path / "cache")
+    Imagen.load(folder, cache=cache).pictures(PROMPTS[:1], batch_size=1)
+    (folder / "sr16" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"sr16/model\.safetensors is missing"):
+        Imagen.load(folder, cache=cache, free_stages=False).pictures(PROMPTS[:1], batch_size=1)
 
 
 def test_stopping_at_an_earlier_stage(imagen, model_folder):
