@@ -1,12 +1,13 @@
-"""Seconds from the start of `imagen-jax sample` to its first network step: the first time, and ever after.
+"""Seconds of `imagen-jax sample` in which no network step runs: the first time, and ever after.
 
+python benchmarks/start_up.py --model=MODEL --whole
 python benchmarks/start_up.py --config=imagen/base64.py:small
-python benchmarks/start_up.py --model=MODEL
 
 With --config the model is that one stage with random weights and a small text encoder of the width it asks for. Each
 run is a process of its own, with the same prompt shape but another prompt; the first one of a pair finds an
 empty cache folder. The clock starts before Python does. The last line is one JSON object: seconds of each run, the
-median of each kind, and the ratio of the medians, for the step that follows the base stage's start.
+median of each kind, and the ratio of the medians: `before_step` until the base stage's first step, and with --whole
+`no_step` of the whole command, all stages and the pictures' files included.
 """
 
 import argparse
@@ -19,21 +20,31 @@ import tempfile
 import time
 from pathlib import Path
 
-# Ends the process at the first call of a stage's program, when all there is to prepare is prepared.
+# Says when the first step begins, and of the whole command how long its steps take; without --whole it ends there.
 CODE = """
-import sys, time
+import os, sys, time
 import imagen_jax.cli.main as cli
 import imagen_jax.sampling.programs as programs
-def first_step(self, *rest):
-    print(time.time(), flush=True)
-    import os
-    os._exit(0)
-programs.StageProgram.__call__ = first_step
-cli.main(sys.argv[1:])
+whole, steps, call = os.environ["WHOLE"] == "1", [], programs.StageProgram.__call__
+def timed(self, *rest):
+    if not steps:
+        print("first", time.time(), flush=True)
+        if not whole:
+            os._exit(0)
+    import jax
+    started = time.time()
+    made = jax.block_until_ready(call(self, *rest))
+    steps.append(time.time() - started)
+    return made
+programs.StageProgram.__call__ = timed
+code = cli.main(sys.argv[1:])
+print("steps", sum(steps), flush=True)
+sys.exit(code)
 """
 
 
-def seconds_to_first_step(model: str, prompt: str, pictures: int, cache: Path) -> float:
+def run(model: str, prompt: str, pictures: int, cache: Path, whole: bool) -> dict[str, float]:
+    """Seconds of one command."""
     with tempfile.TemporaryDirectory() as out:
         flags = [f"--model={model}", f"--out={out}", f"--num_images={pictures}", f"--cache={cache}"]
         environment = {
@@ -42,12 +53,17 @@ def seconds_to_first_step(model: str, prompt: str, pictures: int, cache: Path) -
         started = time.time()
         done = subprocess.run(
             [sys.executable, "-c", CODE, "sample", prompt, *flags],
-            env=environment,
+            env=environment | {"WHOLE": "1" if whole else "0"},
             capture_output=True,
             text=True,
             check=True,
         )
-        return float(done.stdout.split()[-1]) - started
+        ended = time.time()
+        said = dict(
+            line.split() for line in done.stdout.splitlines() if line.startswith(("first ", "steps "))
+        )
+        seconds = {"before_step": float(said["first"]) - started}
+        return seconds | ({"no_step": ended - started - float(said["steps"])} if whole else {})
 
 
 def random_model(config: str, folder: Path) -> str:
@@ -84,6 +100,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=1)
     parser.add_argument("--pairs", type=int, default=3, help="an empty cache and a full one, so many times")
     parser.add_argument("--again", type=int, default=2, help="runs on each full cache")
+    parser.add_argument("--whole", action="store_true", help="to the end, with the model's own steps")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measure(args, args.model or random_model(args.config, Path(folder)))
@@ -93,13 +110,17 @@ def measure(args: argparse.Namespace, model: str) -> None:
     first, later = [], []
     for pair in range(args.pairs):
         with tempfile.TemporaryDirectory() as cache:
-            first.append(seconds_to_first_step(model, "a red circle", args.pictures, Path(cache)))
+            first.append(run(model, "a red circle", args.pictures, Path(cache), args.whole))
             for _ in range(args.again):
-                later.append(seconds_to_first_step(model, "a blue square", args.pictures, Path(cache)))
-        print(pair, round(first[-1], 2), [round(each, 2) for each in later[-args.again :]], flush=True)
-    medians = statistics.median(first), statistics.median(later)
-    report = {"first": first, "later": later, "median_first_s": medians[0], "median_later_s": medians[1]}
-    print(json.dumps(report | {"ratio": medians[1] / medians[0]}))
+                later.append(run(model, "a blue square", args.pictures, Path(cache), args.whole))
+        print(pair, first[-1], later[-args.again :], flush=True)
+    report = {}
+    for name in first[0]:
+        seconds = [[each[name] for each in runs] for runs in (first, later)]
+        medians = [statistics.median(each) for each in seconds]
+        report[name] = {"first": seconds[0], "later": seconds[1], "median_first_s": medians[0]}
+        report[name] |= {"median_later_s": medians[1], "ratio": medians[1] / medians[0]}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.sampling.identity import encoder_identity, stage_identity
 from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
-from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare, stored_params
+from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare, program_file, stored_params
 from imagen_jax.sampling.prompts import PromptEncoder
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.text.encoder import TextEncoder
@@ -430,12 +430,13 @@ class Imagen:
         name = spec.stage.name
         if spec in self._programs or spec in self._coming_programs:
             return
-        abstract = stored_params(spec, self._cache)
-        if abstract is None:
+        file = program_file(spec, self._cache)
+        if file is None or file.note is None:
             return
         threads = ThreadPoolExecutor(max_workers=2)
-        self._coming_programs[spec] = threads.submit(prepare, spec, self._cache)
+        self._coming_programs[spec] = threads.submit(prepare, spec, file)
         if name not in self._params and name not in self._coming_params:
+            abstract = stored_params(file)
             shardings = spec.shardings(abstract)
             place = None if shardings is None else shardings[0]
             self._coming_params[name] = threads.submit(self.folder.params, name, abstract, place)
@@ -447,7 +448,7 @@ class Imagen:
         if spec in self._coming_programs:
             self._programs[spec] = self._coming_programs.pop(spec).result()
         if spec not in self._programs:
-            self._programs[spec] = prepare(spec, self._cache)
+            self._programs[spec] = prepare(spec, program_file(spec, self._cache))
         program = self._programs[spec]
         if name in self._coming_params:
             self._params[name] = self._coming_params.pop(name).result()

@@ -142,22 +142,25 @@ def compile_program(lowered: jax.stages.Lowered, mesh: Mesh | None) -> jax.stage
         return lowered.compile()  # a compiler that does not have them
 
 
-def stored_params(spec: ProgramSpec, cache: Path | None) -> Params | None:
-    """Shapes of the parameters that a stored program takes; None if there is no such program."""
-    file = _file(spec, cache)
-    return None if file is None or file.note is None else _params(file.note)
+def program_file(spec: ProgramSpec, cache: Path | None) -> ProgramFile | None:
+    """Where a stage's program is kept; None: nowhere. Programs of several processes are left to JAX's own cache."""
+    return None if cache is None or jax.process_count() > 1 else spec.file(cache)
 
 
-def prepare(spec: ProgramSpec, cache: Path | None = None) -> StageProgram:
-    """Traces and compiles a stage, or finds it in the cache.
+def stored_params(file: ProgramFile) -> Params:
+    """Shapes of the parameters that a stored program takes."""
+    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in file.note.items()}
+
+
+def prepare(spec: ProgramSpec, file: ProgramFile | None = None) -> StageProgram:
+    """Traces and compiles a stage, or loads its program.
 
     Args:
       spec: what to compile.
-      cache: folder of `imagen_jax.cache`, None: nothing is remembered.
+      file: `program_file` of it; None: nothing is remembered.
     """
-    file = _file(spec, cache)
     if file is not None and (stored := file.load()) is not None:
-        return StageProgram(spec, _params(file.note), stored)
+        return StageProgram(spec, stored_params(file), stored)
     from imagen_jax.sampling.tracing import trace
 
     lowered, arguments = trace(spec)
@@ -168,12 +171,3 @@ def prepare(spec: ProgramSpec, cache: Path | None = None) -> StageProgram:
         compiled = compile_program(lowered, spec.mesh)
     note = {name: [each.shape, str(each.dtype)] for name, each in params.items()}
     return StageProgram(spec, params, file.save(compiled, arguments, note))
-
-
-def _file(spec: ProgramSpec, cache: Path | None) -> ProgramFile | None:
-    """Programs of several processes are left to JAX's own cache."""
-    return None if cache is None or jax.process_count() > 1 else spec.file(cache)
-
-
-def _params(note: dict[str, Any]) -> Params:
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in note.items()}

@@ -45,7 +45,7 @@ def run(program, params, *stops):
 
 def test_parts_of_the_way_are_the_whole_way_bit_for_bit(spec, random_params, cache, monkeypatch):
     params = jax.device_put(random_params(spec.stage))
-    made = prepare(spec, cache)
+    made = prepare(spec, spec.file(cache))
     whole = run(made, params, 3)
     np.testing.assert_array_equal(run(made, params, 1, 2, 3), whole)
     # The program of the trainer's sample grids is another one, and draws the same.
@@ -54,7 +54,7 @@ def test_parts_of_the_way_are_the_whole_way_bit_for_bit(spec, random_params, cac
     np.testing.assert_allclose(pixels.astype(int), to_pixels(whole).astype(int), atol=1)
     # From the cache the network is neither built nor traced.
     monkeypatch.setattr(tracing, "trace", None)
-    again = prepare(spec, cache)
+    again = prepare(spec, spec.file(cache))
     np.testing.assert_array_equal(run(again, params, 3), whole)
     assert again.abstract_params.keys() == params.keys()
 
