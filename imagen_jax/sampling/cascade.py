@@ -5,7 +5,6 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -25,7 +24,8 @@ from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.sampling.identity import encoder_identity, stage_identity
 from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
-from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare, program_file, stored_params
+from imagen_jax.sampling.opened import OpenStages
+from imagen_jax.sampling.programs import ProgramSpec, StageProgram
 from imagen_jax.sampling.prompts import PromptEncoder
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.text.encoder import TextEncoder
@@ -132,12 +132,9 @@ class Imagen:
                 )
         self.folder, self._text_width, self._encoder_folder = folder, encoder.width, encoder.folder
         self.prompt_encoder = PromptEncoder(encoder, load_encoder)
-        self._cache, self._free_stages = cache, free_stages
+        self._free_stages = free_stages
         self._meshes = _stage_meshes(folder, mesh, rows or {})
-        self._programs: dict[ProgramSpec, StageProgram] = {}
-        self._params: dict[str, Params] = {}
-        self._coming_programs: dict[ProgramSpec, Future[StageProgram]] = {}
-        self._coming_params: dict[str, Future[Params]] = {}
+        self._opened = OpenStages(folder, cache)
 
     @classmethod
     def load(
@@ -158,7 +155,7 @@ class Imagen:
           free_stages: whether weights leave memory when their stage has had its turn; None: if all together
             take more than half of a device's memory.
           cache: folder of compiled programs, or "off"; None: below the user's cache folder
-            (`sampling.cache.cache_folder`).
+            (`imagen_jax.cache.cache_folder`).
 
         Raises:
           UserError: if the folder or its text encoder is missing or broken, naming it.
@@ -257,7 +254,7 @@ class Imagen:
           UserError: as `draw`.
         """
         job = self._job(**options)
-        self._open_ahead(self._spec(job.stages[0], job, min(pictures, self._group(job))))
+        self._opened.ahead(self._spec(job.stages[0], job, min(pictures, self._group(job))))
 
     def _job(
         self,
@@ -354,7 +351,7 @@ class Imagen:
             for begin in range(0, len(wanted), group):
                 part = wanted[begin : begin + group]
                 x0: np.ndarray | None = None
-                self._open_ahead(self._spec(job.stages[0], job, len(part)))
+                self._opened.ahead(self._spec(job.stages[0], job, len(part)))
                 texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
                 for length, padded in {(each.max_text_length, each.padded_text) for each in job.stages}:
                     self.encode([*texts, ""] if padded else texts, length, padded=padded)
@@ -362,10 +359,10 @@ class Imagen:
                     self.prompt_encoder.release()
                 for stage, following in zip(job.stages, (*job.stages[1:], None)):
                     if following is not None and not free:
-                        self._open_ahead(self._spec(following, job, len(part)))
+                        self._opened.ahead(self._spec(following, job, len(part)))
                     x0 = self._run_stage(stage, part, x0, job, leave=not several)
                     if free:
-                        self._params.pop(stage.name)
+                        self._opened.free(stage.name)
                 assert x0 is not None
                 for i, (prompt, seed) in enumerate(part):
                     pixels = to_pixels(x0[i])
@@ -404,7 +401,7 @@ class Imagen:
             away = [job.negative_prompt or ""]
             embedding = self.encode(away, stage.max_text_length, padded=stage.padded_text)
             negative = tuple(np.repeat(each, spec.batch, axis=0) for each in embedding)
-        program, params = self._open(spec)
+        program, params = self._opened.get(spec)
         calls, starts = spec.sampling.sampler.network_calls, range(0, len(wanted), spec.batch)
         made = []
         with tqdm(
@@ -424,38 +421,6 @@ class Imagen:
                 x0 = _run_batch(program, params, inputs, count, calls, job, bar)
                 made.append(np.clip(x0[:count], -1.0, 1.0))
         return np.concatenate(made)
-
-    def _open_ahead(self, spec: ProgramSpec) -> None:
-        """Reads a stored program and its weights while something else goes on; what is to be compiled waits."""
-        name = spec.stage.name
-        if spec in self._programs or spec in self._coming_programs:
-            return
-        file = program_file(spec, self._cache)
-        if file is None or file.note is None:
-            return
-        threads = ThreadPoolExecutor(max_workers=2)
-        self._coming_programs[spec] = threads.submit(prepare, spec, file)
-        if name not in self._params and name not in self._coming_params:
-            abstract = stored_params(file)
-            shardings = spec.shardings(abstract)
-            place = None if shardings is None else shardings[0]
-            self._coming_params[name] = threads.submit(self.folder.params, name, abstract, place)
-        threads.shutdown(wait=False)
-
-    def _open(self, spec: ProgramSpec) -> tuple[StageProgram, Params]:
-        """A stage's program and weights."""
-        name = spec.stage.name
-        if spec in self._coming_programs:
-            self._programs[spec] = self._coming_programs.pop(spec).result()
-        if spec not in self._programs:
-            self._programs[spec] = prepare(spec, program_file(spec, self._cache))
-        program = self._programs[spec]
-        if name in self._coming_params:
-            self._params[name] = self._coming_params.pop(name).result()
-        if name not in self._params:
-            place = program.parameter_shardings
-            self._params[name] = self.folder.params(name, program.abstract_params, place)
-        return program, self._params[name]
 
     def _memory_is_short(self) -> bool:
         """Whether the weights of all stages would leave too little for sampling."""

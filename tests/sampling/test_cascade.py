@@ -165,7 +165,7 @@ def test_stages_that_are_freed_make_the_same_pictures(imagen, model_folder, eigh
     reads, read = [], freed.folder.params
     monkeypatch.setattr(freed.folder, "params", lambda name, *rest: reads.append(name) or read(name, *rest))
     assert_equal(freed.pictures(PROMPTS[:1], seed=5, batch_size=1, keep_x0=True), eight[:1])
-    assert not freed._params and freed.prompt_encoder._encoder is None
+    assert not freed._opened._params and freed.prompt_encoder._encoder is None
     assert_equal(freed.pictures(PROMPTS[1:2], seed=5, batch_size=1, keep_x0=True), eight[2:3])
     assert reads == 2 * ["base8", "sr16"]
 
@@ -182,12 +182,13 @@ def test_stored_stages_are_opened_ahead(axes, model_folder, eight, tmp_path, mon
     monkeypatch.setattr(tracing, "trace", None)
     again = load()
     again.open_ahead(4, batch_size=4)
-    assert [spec.stage.name for spec in again._coming_programs] == ["base8"]
+    assert [spec.stage.name for spec in again._opened._coming_programs] == ["base8"]
     assert_equal(again.pictures(PROMPTS[:2], **wanted), eight[:4])
-    assert len(again._programs) == 2 and not again._coming_programs and not again._coming_params
+    assert len(again._opened._programs) == 2
+    assert not again._opened._coming_programs and not again._opened._coming_params
     other = load()
     other.open_ahead(4, batch_size=4, negative_prompt="a star")
-    assert not other._coming_programs  # no such program is stored
+    assert not other._opened._coming_programs  # no such program is stored
 
 
 def test_a_fault_in_what_is_opened_ahead_is_one_line(model_folder, tmp_path):
