@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import jaxlib
 from jax.experimental.compilation_cache import compilation_cache
+from jaxlib import xla_client
 
 import imagen_jax
 from imagen_jax.data.files import AtomicFile
@@ -24,10 +26,23 @@ from imagen_jax.errors import UserError
 
 VARIABLE = "IMAGEN_JAX_CACHE"
 OFF = "off"
-# What programs are made from.
-_SOURCES = ("diffusion", "models", "parallel", "sampling", "text")
-# Settings of the compiler that are no argument of a program.
+# What programs are made from, and what reads and writes them.
+_SOURCES = ("diffusion/*", "models/*", "parallel/*", "sampling/*", "text/*", "cache", "executables")
+# What the compiler heeds beside a program: environment variables, and settings of JAX.
 _COMPILER_VARIABLES = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_SETTINGS = (
+    "jax_default_matmul_precision",
+    "jax_default_prng_impl",
+    "jax_disable_most_optimizations",
+    "jax_enable_x64",
+    "jax_exec_time_optimization_effort",
+    "jax_memory_fitting_effort",
+    "jax_memory_fitting_level",
+    "jax_optimization_level",
+    "jax_threefry_partitionable",
+    "jax_use_shardy_partitioner",
+)
+_one_compiles = threading.Lock()
 
 
 def cache_folder(choice: str | None = None) -> Path | None:
@@ -74,22 +89,23 @@ def no_compilation_cache() -> Iterator[None]:
 
     An executable that JAX took from its cache cannot be serialised again: on CPU its functions would be missing.
     """
-    enabled = _setting("jax_enable_compilation_cache")
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX decides once whether it uses the cache
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", enabled)
-        compilation_cache.reset_cache()
+    with _one_compiles:
+        enabled = _setting("jax_enable_compilation_cache")
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # JAX decides once whether it uses the cache
+        try:
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", enabled)
+            compilation_cache.reset_cache()
 
 
 @functools.cache
 def _code_hash() -> str:
     """Of the source files that programs are made from: a changed network is never served an old program."""
     root, digest = Path(__file__).parent, hashlib.sha256()
-    for folder in _SOURCES:
-        for path in sorted((root / folder).glob("*.py")):
+    for pattern in _SOURCES:
+        for path in sorted(root.glob(f"{pattern}.py")):
             digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -105,6 +121,14 @@ def _processor() -> str:
     return f"{platform.machine()} {flags or platform.processor()}"  # the latter starts a process: slow
 
 
+def _topology(devices: tuple[jax.Device, ...]) -> int | None:
+    """What tells apart machines whose devices have the same numbers; None where JAX does not know."""
+    try:
+        return xla_client.get_topology_for_devices(devices).fingerprint()
+    except (AttributeError, TypeError, RuntimeError):
+        return None
+
+
 def program_key(description: Any, devices: Sequence[jax.Device]) -> str:
     """Name of a program.
 
@@ -117,22 +141,21 @@ def program_key(description: Any, devices: Sequence[jax.Device]) -> str:
         "program": description,
         "code": [imagen_jax.__version__, _code_hash()],
         "jax": [jax.__version__, jaxlib.__version__],
-        "platform": [first.platform, first.client.platform_version],
+        "platform": [first.platform, first.client.platform_version, _topology(tuple(devices))],
         "device": [first.device_kind, *(device.id for device in devices)],
         "processor": _processor(),
         "compiler": [os.environ.get(name) for name in _COMPILER_VARIABLES],
-        "matmul": str(_setting("jax_default_matmul_precision")),
-        "settings": [_setting("jax_enable_x64"), _setting("jax_disable_most_optimizations")],
-        "random": [_setting("jax_default_prng_impl"), _setting("jax_threefry_partitionable")],
+        "settings": [str(jax.config.values.get(name)) for name in _SETTINGS],
     }
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
 def load_program(folder: Path, key: str) -> bytes | None:
-    """A program's bytes; None if there is none, or it is damaged."""
-    if not (path := folder / "programs" / key).exists():
+    """A program's bytes; None if there is none that can be read whole."""
+    try:
+        content = (folder / "programs" / key).read_bytes()
+    except OSError:
         return None
-    content = path.read_bytes()
     digest, program = content[:32], content[32:]
     return program if hashlib.sha256(program).digest() == digest else None
 

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import jax
 from imagen_jax.cache import load_program, program_key, save_program
 from imagen_jax.errors import UserError
 
+_LOG = logging.getLogger(__name__)
 _LENGTH_BYTES = 8  # of the number that says how long the note is
 
 
@@ -75,7 +77,7 @@ class ProgramFile:
 
     @property
     def note(self) -> Any:
-        """What was said of the program when it was kept; None: there is no such program."""
+        """What was said of the program when it was kept; None if there is no such program."""
         return None if self._content is None else self._content[0]
 
     def load(self) -> Program | None:
@@ -85,7 +87,8 @@ class ProgramFile:
         client = self.devices[0].client
         try:
             found = client.deserialize_executable(self._content[1], executable_devices=self.devices)
-        except (AttributeError, TypeError, ValueError, RuntimeError):
+        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+            _LOG.warning("a stored program cannot be loaded and is compiled anew (%s)", error)
             return None
         return Program(found, self.devices, self.results)
 

@@ -114,7 +114,8 @@ def test_what_cannot_be_loaded_is_none(folder, monkeypatch):
     assert single(folder).load() is None
     compiled(single(folder))
     assert single(folder).load() is not None
-    for name, other in (("_processor", lambda: "another"), ("_code_hash", lambda: "changed")):
+    others = {"_processor": lambda: "another", "_code_hash": lambda: "changed", "_topology": lambda _: 7}
+    for name, other in others.items():
         with monkeypatch.context() as patch:
             patch.setattr(cache_module, name, other)
             assert single(folder).load() is None

@@ -243,19 +243,6 @@ class Imagen:
         """Raises what `draw` would raise for these options."""
         self._job(**options)
 
-    def open_ahead(self, pictures: int, **options: Unpack[Options]) -> None:
-        """Begins to read what `draw` of so many pictures needs first, while the caller does something else.
-
-        Args:
-          pictures: how many will be drawn.
-          **options: as of `draw`.
-
-        Raises:
-          UserError: as `draw`.
-        """
-        job = self._job(**options)
-        self._opened.ahead(self._spec(job.stages[0], job, min(pictures, self._group(job))))
-
     def _job(
         self,
         *,
@@ -351,7 +338,8 @@ class Imagen:
             for begin in range(0, len(wanted), group):
                 part = wanted[begin : begin + group]
                 x0: np.ndarray | None = None
-                self._opened.ahead(self._spec(job.stages[0], job, len(part)))
+                if not free:  # else the text encoder has the memory to itself
+                    self._opened.ahead(self._spec(job.stages[0], job, len(part)))
                 texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
                 for length, padded in {(each.max_text_length, each.padded_text) for each in job.stages}:
                     self.encode([*texts, ""] if padded else texts, length, padded=padded)

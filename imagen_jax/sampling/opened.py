@@ -5,22 +5,29 @@ from pathlib import Path
 
 from imagen_jax.models.configs import Params
 from imagen_jax.sampling.model_folder import ModelFolder
-from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare, program_file, stored_params
+from imagen_jax.sampling.programs import (
+    ProgramSpec,
+    StageProgram,
+    load_program,
+    prepare,
+    program_file,
+    stored_params,
+)
 
 
 class OpenStages:
-    """Programs and weights of a model folder's stages, each kept until it is freed."""
+    """Programs and weights of a model folder's stages; the weights can be freed."""
 
     def __init__(self, folder: ModelFolder, cache: Path | None):
         """`cache` is the folder of `imagen_jax.cache`; None: programs are not remembered."""
         self._folder, self._cache = folder, cache
         self._programs: dict[ProgramSpec, StageProgram] = {}
         self._params: dict[str, Params] = {}
-        self._coming_programs: dict[ProgramSpec, Future[StageProgram]] = {}
+        self._coming_programs: dict[ProgramSpec, Future[StageProgram | None]] = {}
         self._coming_params: dict[str, Future[Params]] = {}
 
     def ahead(self, spec: ProgramSpec) -> None:
-        """Reads a stored program and its weights while something else goes on; what is to be compiled waits."""
+        """Reads a stored program and its weights while something else goes on; nothing is compiled so."""
         name = spec.stage.name
         if spec in self._programs or spec in self._coming_programs:
             return
@@ -28,7 +35,7 @@ class OpenStages:
         if file is None or file.note is None:
             return
         threads = ThreadPoolExecutor(max_workers=2)
-        self._coming_programs[spec] = threads.submit(prepare, spec, file)
+        self._coming_programs[spec] = threads.submit(load_program, spec, file)
         if name not in self._params and name not in self._coming_params:
             abstract = stored_params(file)
             shardings = spec.shardings(abstract)
@@ -43,8 +50,9 @@ class OpenStages:
           UserError: the weights are missing, or of another network.
         """
         name = spec.stage.name
-        if spec in self._coming_programs:
-            self._programs[spec] = self._coming_programs.pop(spec).result()
+        coming = self._coming_programs.pop(spec, None)
+        if coming is not None and (loaded := coming.result()) is not None:
+            self._programs[spec] = loaded
         if spec not in self._programs:
             self._programs[spec] = prepare(spec, program_file(spec, self._cache))
         program = self._programs[spec]

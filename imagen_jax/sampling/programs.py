@@ -42,7 +42,7 @@ class ProgramSpec:
     def file(self, cache: Path) -> ProgramFile:
         """Where the program is kept. The stage's own sampling settings have no say in it."""
         stage = {name: value for name, value in to_dict(self.stage).items() if name != "sampling"}
-        mesh = None if self.mesh is None else {name: int(size) for name, size in self.mesh.shape.items()}
+        mesh = None if self.mesh is None else [[name, int(size)] for name, size in self.mesh.shape.items()]
         if self.mesh is None:
             devices: tuple[jax.Device, ...] = (jax.local_devices()[0],)
             place: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(devices[0])
@@ -152,6 +152,12 @@ def stored_params(file: ProgramFile) -> Params:
     return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in file.note.items()}
 
 
+def load_program(spec: ProgramSpec, file: ProgramFile) -> StageProgram | None:
+    """A stage's program from its file; None if it is not there, or cannot be loaded."""
+    stored = file.load()
+    return None if stored is None else StageProgram(spec, stored_params(file), stored)
+
+
 def prepare(spec: ProgramSpec, file: ProgramFile | None = None) -> StageProgram:
     """Traces and compiles a stage, or loads its program.
 
@@ -159,8 +165,8 @@ def prepare(spec: ProgramSpec, file: ProgramFile | None = None) -> StageProgram:
       spec: what to compile.
       file: `program_file` of it; None: nothing is remembered.
     """
-    if file is not None and (stored := file.load()) is not None:
-        return StageProgram(spec, stored_params(file), stored)
+    if file is not None and (stored := load_program(spec, file)) is not None:
+        return stored
     from imagen_jax.sampling.tracing import trace
 
     lowered, arguments = trace(spec)

@@ -246,7 +246,8 @@ class TextEncoder:
 
     def _run(self, tokens: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> jax.Array:
         """Embeddings of one batch, on the devices."""
-        if self._cache is None or self._mesh is not None:
+        # Programs of several processes are left to JAX's own cache, as those of stages.
+        if self._cache is None or self._mesh is not None or jax.process_count() > 1:
             return self._encode(self._params, *self._place(tokens, mask), dtype=dtype)
         key = (tokens.shape, dtype)
         if key not in self._programs:
@@ -312,7 +313,10 @@ def copy_encoder(
     moves += [(words / name, target) for name in _TOKENIZER_FILES if (words / name).exists()]
     for file, place in moves:
         place.mkdir(parents=True, exist_ok=True)
-        file.copy(place / file.name, overwrite=True)
+        # Under another name first: an encoder that is in use has its file mapped.
+        partial = place / f".{file.name}.partial"
+        file.copy(partial, overwrite=True)
+        partial.replace(place / file.name)
 
 
 def _check_dtype(name: str) -> np.dtype:

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,17 @@ def test_state_round_trip_is_exact_and_bytes_are_reproducible(tmp_path):
     np.testing.assert_array_equal(net.blocks[0].kernel[...], flatten_names(state)[0]["blocks.0.kernel"])
 
 
+def mapped_file(address):
+    """The file whose mapping holds an address; "" if none does."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, _, _, _, _, *name = line.split(maxsplit=5)
+        begin, end = (int(each, 16) for each in span.split("-"))
+        if begin <= address < end:
+            return name[0] if name else ""
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mappings")
 def test_what_is_read_is_the_file_in_memory(tmp_path):
     generator = np.random.default_rng(0)
     odd = {f"odd{i}": generator.standard_normal(3 + i).astype(np.float32) for i in range(3)}
@@ -81,11 +93,13 @@ def test_what_is_read_is_the_file_in_memory(tmp_path):
         np.testing.assert_array_equal(found[name], value)
         assert not found[name].flags.writeable and found[name].flags.aligned
     # Where they begin at a multiple of 64 bytes JAX takes them as they lie, and small ones do not push others off it.
-    assert {name for name, array in found.items() if array.ctypes.data % 64 == 0} >= even.keys()
+    aligned = {name for name, array in found.items() if array.ctypes.data % 64 == 0}
+    assert aligned >= even.keys()
     # A function that may overwrite its argument overwrites a copy.
     before = path.read_bytes()
     double = jax.jit(lambda x: x * 2, donate_argnums=0)
     for name, value in loaded.items():
+        assert (mapped_file(value.unsafe_buffer_pointer()) == str(path)) == (name in aligned)
         np.testing.assert_array_equal(double(value), state[name] * 2)
     assert path.read_bytes() == before
 

@@ -180,24 +180,37 @@ def test_stored_stages_are_opened_ahead(axes, model_folder, eight, tmp_path, mon
     wanted = {"seed": 5, "num_images": 2, "batch_size": 4, "keep_x0": True}
     assert_equal(load().pictures(PROMPTS[:2], **wanted), eight[:4])
     monkeypatch.setattr(tracing, "trace", None)
-    again = load()
-    again.open_ahead(4, batch_size=4)
-    assert [spec.stage.name for spec in again._opened._coming_programs] == ["base8"]
+    again, seen = load(), []
+    ahead = again._opened.ahead
+
+    def watched(spec):
+        ahead(spec)
+        seen.append((spec.stage.name, sorted(again._opened._coming_params)))
+
+    monkeypatch.setattr(again._opened, "ahead", watched)
     assert_equal(again.pictures(PROMPTS[:2], **wanted), eight[:4])
+    assert seen == [("base8", ["base8"]), ("sr16", ["base8", "sr16"])]
     assert len(again._opened._programs) == 2
     assert not again._opened._coming_programs and not again._opened._coming_params
-    other = load()
-    other.open_ahead(4, batch_size=4, negative_prompt="a star")
-    assert not other._opened._coming_programs  # no such program is stored
+    # Where memory is short nothing is: the text encoder and each stage have it to themselves.
+    short = Imagen.load(model_folder, mesh=mesh, cache=str(tmp_path), free_stages=True)
+    monkeypatch.setattr(short._opened, "ahead", None)
+    assert_equal(short.pictures(PROMPTS[:2], **wanted), eight[:4])
 
 
-def test_a_fault_in_what_is_opened_ahead_is_one_line(model_folder, tmp_path):
+def test_a_fault_in_what_is_opened_ahead_is_one_line(model_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(model_folder, tmp_path / "model")
     cache = str(tmp_path / "cache")
     Imagen.load(folder, cache=cache).pictures(PROMPTS[:1], batch_size=1)
     (folder / "sr16" / "model.safetensors").unlink()
+    imagen, coming = Imagen.load(folder, cache=cache, free_stages=False), []
+    ahead = imagen._opened.ahead
+    monkeypatch.setattr(
+        imagen._opened, "ahead", lambda spec: (ahead(spec), coming.extend(imagen._opened._coming_params))
+    )
     with pytest.raises(UserError, match=r"sr16/model\.safetensors is missing"):
-        Imagen.load(folder, cache=cache, free_stages=False).pictures(PROMPTS[:1], batch_size=1)
+        imagen.pictures(PROMPTS[:1], batch_size=1)
+    assert "sr16" in coming
 
 
 def test_stopping_at_an_earlier_stage(imagen, model_folder):

@@ -1,6 +1,7 @@
 import importlib
 import itertools
 import json
+import os
 
 import jax
 import ml_dtypes
@@ -169,6 +170,12 @@ def test_saved_copy_is_complete(encoder, tmp_path):
     copy = TextEncoder.load(tmp_path / "copy")
     assert copy.width == 96 and copy.name == "copy"
     np.testing.assert_array_equal(copy.encode(CAPTIONS[:1])[0], encoder.encode(CAPTIONS[:1])[0])
+    # A copy over files that are in use, and mapped, leaves those alone.
+    weights = tmp_path / "copy" / "model.safetensors"
+    with weights.open("rb") as in_use:
+        encoder.save_copy(tmp_path / "copy")
+        assert os.fstat(in_use.fileno()).st_ino != weights.stat().st_ino
+    assert not [path.name for path in (tmp_path / "copy").iterdir() if "partial" in path.name]
 
 
 def test_pipeline_folder_with_the_tokenizer_beside(folder, encoder, tmp_path):
