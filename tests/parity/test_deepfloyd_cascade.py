@@ -15,6 +15,7 @@ from imagen_jax.diffusion import samplers  # noqa: E402
 from imagen_jax.sampling import stage_sampler  # noqa: E402
 from imagen_jax.sampling.cascade import Imagen  # noqa: E402
 from imagen_jax.sampling.deepfloyd import ImportConfig, export_diffusers, import_deepfloyd  # noqa: E402
+from imagen_jax.sampling.programs import ProgramSpec  # noqa: E402
 
 PROMPTS = ["A red circle, left of a blue square ", "two green stars"]
 NEGATIVE = "a red star"
@@ -148,7 +149,10 @@ def test_cascade_matches_diffusers(pair, negative, unet_folder, tmp_path, monkey
     # Every step alone, from where theirs was.
     low = None
     for stage, seen in zip(model.stages, states, strict=True):
-        program = model._program(stage, sampling[stage.name], len(PROMPTS), True)
+        spec = ProgramSpec(
+            stage=stage, sampling=sampling[stage.name], batch=len(PROMPTS), negative=True, mesh=None
+        )
+        program, params = model._opened.get(spec)
         text, mask = model.encode(PROMPTS, stage.max_text_length, padded=True)
         away, away_mask = model.encode([negative or ""] * len(PROMPTS), stage.max_text_length, padded=True)
         inputs = program.place(
@@ -161,7 +165,6 @@ def test_cascade_matches_diffusers(pair, negative, unet_folder, tmp_path, monkey
                 negative_mask=away_mask,
             )
         )
-        params = model._stage_params(stage, program)
         for i in range(STEPS):
             state = (jnp.asarray(seen[i]), jnp.zeros_like(seen[i]))
             x, x0 = program(params, inputs, state, i, i + 1)
