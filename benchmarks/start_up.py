@@ -21,22 +21,28 @@ import time
 from pathlib import Path
 
 # Says when the first step begins, and of the whole command how long its steps take; without --whole it ends there.
+# Nothing is imported earlier than the command itself imports it.
 CODE = """
 import os, sys, time
 import imagen_jax.cli.main as cli
-import imagen_jax.sampling.programs as programs
-whole, steps, call = os.environ["WHOLE"] == "1", [], programs.StageProgram.__call__
-def timed(self, *rest):
-    if not steps:
-        print("first", time.time(), flush=True)
-        if not whole:
-            os._exit(0)
+import imagen_jax.cli.sample as sample
+whole, steps, draw = os.environ["WHOLE"] == "1", [], sample._draw
+def watched(*args):
     import jax
-    started = time.time()
-    made = jax.block_until_ready(call(self, *rest))
-    steps.append(time.time() - started)
-    return made
-programs.StageProgram.__call__ = timed
+    from imagen_jax.sampling.programs import StageProgram
+    call = StageProgram.__call__
+    def timed(self, *rest):
+        if not steps:
+            print("first", time.time(), flush=True)
+            if not whole:
+                os._exit(0)
+        started = time.time()
+        made = jax.block_until_ready(call(self, *rest))
+        steps.append(time.time() - started)
+        return made
+    StageProgram.__call__ = timed
+    return draw(*args)
+sample._draw = watched
 code = cli.main(sys.argv[1:])
 print("steps", sum(steps), flush=True)
 sys.exit(code)

@@ -25,6 +25,8 @@ class OpenStages:
         self._params: dict[str, Params] = {}
         self._coming_programs: dict[ProgramSpec, Future[StageProgram | None]] = {}
         self._coming_params: dict[str, Future[Params]] = {}
+        # One at a time: the stage that is wanted first is not to share the processor with those that come later.
+        self._load_programs, self._read_params = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
 
     def ahead(self, spec: ProgramSpec) -> None:
         """Reads a stored program and its weights while something else goes on; nothing is compiled so."""
@@ -34,14 +36,12 @@ class OpenStages:
         file = program_file(spec, self._cache)
         if file is None or file.note is None:
             return
-        threads = ThreadPoolExecutor(max_workers=2)
-        self._coming_programs[spec] = threads.submit(load_program, spec, file)
+        self._coming_programs[spec] = self._load_programs.submit(load_program, spec, file)
         if name not in self._params and name not in self._coming_params:
             abstract = stored_params(file)
             shardings = spec.shardings(abstract)
             place = None if shardings is None else shardings[0]
-            self._coming_params[name] = threads.submit(self._folder.params, name, abstract, place)
-        threads.shutdown(wait=False)
+            self._coming_params[name] = self._read_params.submit(self._folder.params, name, abstract, place)
 
     def get(self, spec: ProgramSpec) -> tuple[StageProgram, Params]:
         """A stage's program and weights.
