@@ -37,7 +37,7 @@ from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
 
 BATCH, SIDE, TOKENS, WIDTH, GUIDANCE = 8, 32, 32, 512, 3.0
 OUR_STEPS, THEIR_STEPS = 16, 256
-# Of all numbers of blocks from 1 to 3 those whose forward pass costs most nearly as many FLOPs as theirs: 0.976 of them.
+# Of 1 to 3 blocks a level those whose forward pass costs most nearly as many FLOPs as theirs: 0.976 times as many.
 CHANNELS, BLOCKS = (64, 128, 256), (1, 2, 1)
 
 
