@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -108,7 +109,7 @@ class Peak(threading.Thread):
         return max(self.bytes, rss_anon())
 
 
-def is_mapped(array: jax.Array) -> bool:
+def is_mapped(array: Any) -> bool:
     """Whether an array lies in a mapped file."""
     address = array.unsafe_buffer_pointer()
     for line in Path("/proc/self/maps").read_text().splitlines():
