@@ -10,13 +10,13 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from imagen_jax.cache import load_program, program_key, save_program
+from imagen_jax.cache import load_program, no_compilation_cache, program_key, save_program
 from imagen_jax.errors import UserError
 
 _LOG = logging.getLogger(__name__)
@@ -92,18 +92,19 @@ class ProgramFile:
             return None
         return Program(found, self.devices, self.results)
 
-    def save(self, compiled: jax.stages.Compiled, arguments: Any, note: Any) -> Any:
-        """Keeps a program, unless JAX or the disk has no way to.
+    def make(self, compile_program: Callable[[], jax.stages.Compiled], arguments: Any, note: Any) -> Any:
+        """Compiles a program and keeps it, unless JAX or the disk has no way to.
 
         Args:
-          compiled: the program, made under `cache.no_compilation_cache`; all its arguments are used (`jax.jit`
-            with `keep_unused`).
+          compile_program: compiles it; all its arguments are used (`jax.jit` with `keep_unused`).
           arguments: tree of what it takes.
           note: in JSON types, to be read without loading the program.
 
         Returns:
-          What to call instead of `compiled`: the same program as later processes run it, where it was kept.
+          What to call: the program as later processes run it where it was kept, else as it was compiled.
         """
+        with no_compilation_cache():
+            compiled = compile_program()
         try:
             executable: Any = compiled.runtime_executable()
             # Constants that JAX hands over as hidden arguments would be missing.

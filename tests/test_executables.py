@@ -8,7 +8,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import imagen_jax.cache as cache_module
-from imagen_jax.cache import cache_folder, enable_compilation_cache, no_compilation_cache
+from imagen_jax.cache import cache_folder, enable_compilation_cache
 from imagen_jax.executables import Program, ProgramFile
 
 SHAPE = (4, 6)
@@ -43,8 +43,7 @@ def single(folder, description="single"):
 
 def compiled(file, traced=function, **options):
     lowered = jax.jit(traced, keep_unused=True, **options).lower(*arguments())
-    with no_compilation_cache():
-        return file.save(lowered.compile(), arguments(), {"width": 6})
+    return file.make(lowered.compile, arguments(), {"width": 6})
 
 
 def check(program):
@@ -104,7 +103,7 @@ def test_what_takes_other_arguments_is_not_kept(folder):
     # Without keep_unused JAX leaves the number out.
     lowered = jax.jit(lambda params, x, number: x + params["b"]).lower(*arguments())
     program = lowered.compile()
-    assert single(folder).save(program, arguments(), None) is program
+    assert single(folder).make(lambda: program, arguments(), None) is program
     assert single(folder).load() is None
 
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imagen_jax.cache import no_compilation_cache
 from imagen_jax.config import to_dict
 from imagen_jax.executables import ProgramFile
 from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
@@ -173,7 +172,6 @@ def prepare(spec: ProgramSpec, file: ProgramFile | None = None) -> StageProgram:
     params = arguments[0]
     if file is None:
         return StageProgram(spec, params, compile_program(lowered, spec.mesh))
-    with no_compilation_cache():
-        compiled = compile_program(lowered, spec.mesh)
     note = {name: [each.shape, str(each.dtype)] for name, each in params.items()}
-    return StageProgram(spec, params, file.save(compiled, arguments, note))
+    made = file.make(lambda: compile_program(lowered, spec.mesh), arguments, note)
+    return StageProgram(spec, params, made)

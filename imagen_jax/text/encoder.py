@@ -17,7 +17,6 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
-from imagen_jax.cache import no_compilation_cache
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
 from imagen_jax.models.t5_weights import T5Config, load_t5
@@ -268,10 +267,8 @@ class TextEncoder:
             return stored
         tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
         encode = functools.partial(_encode_as, self._config, self.dtype, dtype=dtype)
-        lowered = jax.jit(encode, keep_unused=True).lower(self._params, tokens, mask)
-        with no_compilation_cache():
-            compiled = lowered.compile()
-        return file.save(compiled, (self._params, tokens, mask), None)
+        arguments = (self._params, tokens, mask)
+        return file.make(jax.jit(encode, keep_unused=True).lower(*arguments).compile, arguments, None)
 
     def _place(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
         if self._mesh is None:
