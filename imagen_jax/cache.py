@@ -21,8 +21,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jaxlib import xla_client
 
 import imagen_jax
-from imagen_jax.data.files import AtomicFile
 from imagen_jax.errors import UserError
+from imagen_jax.files import AtomicFile
 
 VARIABLE = "IMAGEN_JAX_CACHE"
 OFF = "off"

@@ -268,7 +268,7 @@ def _draw(
     options: Any,
 ) -> None:
     """Draws what is missing in --out and writes the overviews."""
-    from imagen_jax.data.files import make_folder
+    from imagen_jax.files import make_folder
     from imagen_jax.sampling import output
 
     # Checked before the folder is made.

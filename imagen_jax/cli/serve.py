@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         listener = stack.enter_context(listen(args.host, args.port))
 
-        from imagen_jax.data.files import make_folder
+        from imagen_jax.files import make_folder
         from imagen_jax.sampling.cascade import Imagen
         from imagen_jax.serving.studio import Studio
 

@@ -22,8 +22,8 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from jaxtyping import BFloat16, Float, Float32, Int8, UInt64
 
-from imagen_jax.data.files import AtomicFile
 from imagen_jax.errors import UserError
+from imagen_jax.files import AtomicFile
 
 IMAGE, CAPTION, KEY, TEXT_EMBEDDING = "image", "caption", "key", "text_embedding"
 TEXT_EMBEDDING_SCALE = "text_embedding_scale"

@@ -16,8 +16,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int64
 
-from imagen_jax.data.files import AtomicFile
 from imagen_jax.errors import UserError
+from imagen_jax.files import AtomicFile
 
 _HEADER = struct.Struct("<QI")  # length, its CRC
 _FOOTER = struct.Struct("<I")  # CRC of the data

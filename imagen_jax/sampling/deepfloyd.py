@@ -22,6 +22,7 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import DiscreteCosineSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
+from imagen_jax.files import read_json
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config, unet_sources
 from imagen_jax.models.stage import StageNetwork
@@ -31,7 +32,6 @@ from imagen_jax.sampling.model_folder import (
     ModelFolder,
     ModelIndex,
     check_cascade,
-    read_json,
     save_index,
 )
 from imagen_jax.text.encoder import copy_encoder

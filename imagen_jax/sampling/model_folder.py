@@ -14,6 +14,7 @@ from etils import epath
 
 from imagen_jax.config import build, to_dict
 from imagen_jax.errors import UserError
+from imagen_jax.files import read_json
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.weights import load_state, save_state
 
@@ -62,23 +63,6 @@ def save_stage(folder: epath.PathLike, config: StageConfig, params: Params) -> N
 def save_index(folder: epath.PathLike, index: ModelIndex) -> None:
     """Writes model_index.json: last, so that a folder with an index is complete."""
     (epath.Path(folder) / INDEX).write_text(json.dumps(to_dict(index), indent=2) + "\n")
-
-
-def read_json(path: epath.Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-      UserError: if it is missing or not JSON, naming the file.
-    """
-    if not path.exists():
-        raise UserError(f"{path} is missing")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must be a JSON object, got a {type(values).__name__}")
-    return values
 
 
 class ModelFolder:

@@ -15,7 +15,7 @@ from etils import epath
 from PIL import Image
 
 from imagen_jax.config import build, to_dict
-from imagen_jax.data.files import AtomicFile
+from imagen_jax.files import AtomicFile
 from imagen_jax.sampling.pictures import grid, read_metadata, save_png
 from imagen_jax.sampling.record import PictureRecord, settings_differences
 

@@ -20,9 +20,9 @@ from tqdm import tqdm
 
 from imagen_jax.data import records
 from imagen_jax.data.examples import Example, Source
-from imagen_jax.data.files import make_folder
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
+from imagen_jax.files import make_folder
 from imagen_jax.text import job_folder, shards
 from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
 from imagen_jax.text.store import BLOCK_SIZE, EmbeddingDtype

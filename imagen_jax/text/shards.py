@@ -16,10 +16,10 @@ from etils import epath
 
 from imagen_jax.data import records
 from imagen_jax.data.examples import Example, Skipped, Source
-from imagen_jax.data.files import AtomicFile, write_text
 from imagen_jax.data.pictures import picture_fault
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
+from imagen_jax.files import AtomicFile, write_text
 from imagen_jax.text.store import EmbeddingDtype, StoredEmbedding, TokenCounts, pack
 
 WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together

@@ -16,10 +16,9 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imagen_jax.config import build, differences, to_dict
-from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
+from imagen_jax.files import read_json, write_text
 from imagen_jax.parallel.processes import gather, on_first
-from imagen_jax.sampling.model_folder import read_json
 from imagen_jax.training.config import RESUMABLE, Best, TrainConfig
 from imagen_jax.training.state import TrainState
 

@@ -19,9 +19,9 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.config import build
-from imagen_jax.data.files import write_text
 from imagen_jax.data.pipeline import Batch
 from imagen_jax.errors import UserError
+from imagen_jax.files import write_text
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.parallel.processes import on_first

@@ -6,13 +6,13 @@ from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.config import build, differences, to_dict
-from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
+from imagen_jax.files import json_field, read_json, write_text
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import make_mesh, state_shardings
 from imagen_jax.parallel.processes import on_first
-from imagen_jax.sampling.model_folder import INDEX, ModelFolder, read_json
+from imagen_jax.sampling.model_folder import INDEX, ModelFolder
 from imagen_jax.training.checkpoint import Checkpoints, read_config
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.state import abstract_state, ema_of, make_optimizer
@@ -111,7 +111,7 @@ def initial_params(
 def recorded_source(workdir: epath.Path) -> str | None:
     """What the run of a work directory was told to start from, if it was."""
     path = workdir / RECORD
-    return read_json(path)["init_from"] if path.exists() else None
+    return json_field(read_json(path), "init_from", str, str(path)) if path.exists() else None
 
 
 def check_record(workdir: epath.Path, spec: str | None) -> None:

@@ -6,8 +6,8 @@ import socket
 
 from etils import epath
 
-from imagen_jax.data.files import make_folder
 from imagen_jax.errors import UserError
+from imagen_jax.files import make_folder
 
 
 class WorkdirLock:

@@ -13,8 +13,8 @@ from etils import epath
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
-from imagen_jax.data.files import write_text
 from imagen_jax.errors import UserError
+from imagen_jax.files import write_text
 from imagen_jax.training.clock import StepClock, memory_in_use
 
 

@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.record_writer import masked_crc32c as tensorboard_crc
 
-from imagen_jax.data import files
+from imagen_jax import files
 from imagen_jax.data.tfrecord import TFRecordReader, TFRecordWriter, index_offsets, masked_crc32c
 from imagen_jax.errors import UserError
 

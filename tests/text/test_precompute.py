@@ -17,8 +17,9 @@ from PIL import Image
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.proto import tf_example_pb2
 
+from imagen_jax import files
 from imagen_jax.cli import precompute as cli
-from imagen_jax.data import files, records
+from imagen_jax.data import records
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.text import precompute as job

@@ -1,0 +1,249 @@
+"""Files: written so that a name either holds the whole file or does not exist; read with the file named at a fault."""
+
+import contextlib
+import errno
+import json
+import os
+import stat
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+from etils import epath
+
+from imagen_jax.errors import UserError
+
+# What the system answers when there is no room: the disk, the user's quota, the process's limit.
+_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+@contextlib.contextmanager
+def _naming_file(path: epath.Path) -> Iterator[None]:
+    """Turns what the system refuses ("no space left on device", …) into one line that names the file."""
+    try:
+        yield
+    except OSError as error:
+        number = error.errno or 0
+        advice = "; make room and run the same command again (what is complete is kept)"
+        fault = os.strerror(number) if number else str(error)
+        raise UserError(f"{path}: {fault}{advice if number in _NO_ROOM else ''}") from error
+
+
+def make_folder(path: epath.PathLike) -> epath.Path:
+    """Creates a folder with its parents, if it is not there.
+
+    Raises:
+      UserError: the system refuses; names the folder.
+    """
+    path = epath.Path(path).expanduser()
+    with _naming_file(path):
+        path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+class AtomicFile:
+    """A file under a temporary name (`incomplete.NAME`) that takes its own name when it is complete.
+
+    With a `tag` the temporary name is `incomplete.NAME.TAG`, for files that several processes may write at once.
+    As a context manager it commits at the end of the block and discards on any exception.
+
+    Raises:
+      UserError: the disk is full or the system refuses otherwise, on opening, on any write, on closing and
+        on renaming; names the file. Nothing is left behind.
+    """
+
+    def __init__(self, path: epath.PathLike, *, tag: str = ""):
+        """Opens the temporary file; an older one of the same name is overwritten."""
+        self.path = epath.Path(path)
+        self._temporary = self.path.parent / f"incomplete.{self.path.name}{'.' * bool(tag)}{tag}"
+        with _naming_file(self.path):
+            self._file: Any = self._temporary.open("wb")
+
+    def write(self, data: bytes) -> None:
+        """Appends bytes."""
+        with _naming_file(self.path):
+            self._file.write(data)
+
+    def commit(self) -> None:
+        """Closes the file and gives it its name; until then readers see nothing of it."""
+        with _naming_file(self.path):
+            self._file.flush()
+            # Without it a power cut can leave a complete name on an empty file.
+            with contextlib.suppress(AttributeError, NotImplementedError):
+                _sync(self._file)
+            self._file.close()
+            self._temporary.replace(self.path)
+
+    def discard(self) -> None:
+        """Closes and removes the temporary file."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._file.close()
+        with contextlib.suppress(OSError):
+            self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> "AtomicFile":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.discard()
+            return
+        try:
+            self.commit()
+        except BaseException:
+            self.discard()
+            raise
+
+
+def _sync(file: Any) -> None:
+    """`fsync` where the file is local (cloud files have no descriptor)."""
+    try:
+        descriptor = file.fileno()
+    except OSError:  # io.UnsupportedOperation
+        return
+    os.fsync(descriptor)
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a UTF-8 text file atomically.
+
+    Raises:
+      UserError: the disk is full.
+    """
+    with AtomicFile(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+# JSON files are configurations, indices and tokenizers: the largest vocabularies take 40 MB.
+_JSON_BYTES = 256 * 2**20
+_T = TypeVar("_T")
+_MISSING = object()
+_KINDS = {
+    str: "a text",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    list: "a list",
+}
+
+
+def check_regular(path: epath.PathLike) -> None:
+    """Refuses what would block a reader or never end: pipes, devices, sockets.
+
+    Raises:
+      UserError: a local path is there and is neither a file nor a folder.
+    """
+    if "://" in os.fspath(path):
+        return
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):  # missing, or no name of a file at all: for its reader to say
+        return
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise UserError(f"{path}: a pipe or a device, not a file")
+
+
+def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:
+    """Reads a whole file.
+
+    Args:
+      path: local or cloud file.
+      limit: bytes that it may have; None: any number.
+
+    Raises:
+      UserError: it is missing, no ordinary file, larger than `limit`, or the system refuses; names it.
+    """
+    path = epath.Path(path)
+    check_regular(path)
+    try:
+        if limit is not None and (size := int(path.stat().length)) > limit:
+            raise UserError(f"{path}: {size} bytes, where at most {limit} are read")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{path}: {reason}") from error
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    """Reads JSON from anybody; a byte order mark is passed over.
+
+    Args:
+      text: the JSON; bytes are UTF-8.
+      where: file or record, for messages.
+
+    Raises:
+      UserError: it is not UTF-8, not JSON, nested too deeply, or holds half a character (a lone surrogate),
+        which no file can take again.
+    """
+    try:
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        value = json.loads(decoded.removeprefix("\ufeff"))
+        if "\\ud" in decoded.lower() or not isinstance(text, bytes):  # cheap where it cannot be
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise UserError(f"{where}: JSON that is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: JSON with half a character (a lone surrogate)") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where} is not UTF-8 ({error.reason} at byte {error.start})") from None
+    except ValueError as error:
+        raise UserError(f"{where} is not valid JSON: {error}") from error
+    return value
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+      UserError: as `read_bytes` and `parse_json`, or it holds something else; names the file.
+    """
+    return json_object(parse_json(read_bytes(path, limit=_JSON_BYTES), str(path)), str(path))
+
+
+def json_object(value: Any, where: str) -> dict[str, Any]:
+    """The value, which has to be a JSON object.
+
+    Raises:
+      UserError: it is something else; names `where`.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where} must be a JSON object, got {_shown(value)}")
+    return value
+
+
+def json_field(
+    content: Mapping[str, Any], name: str, kind: type[_T], where: str, *, default: Any = _MISSING
+) -> _T:
+    """A field of a JSON object, of the type that it has to have.
+
+    Args:
+      content: the object.
+      name: of the field.
+      kind: str, bool, int, float (whole numbers are taken too), dict or list.
+      where: file or record, for messages.
+      default: what a missing field means; without it the field has to be there.
+
+    Raises:
+      UserError: it is missing or of another type; names `where` and the field.
+    """
+    if name not in content:
+        if default is _MISSING:
+            raise UserError(f"{where}: the field {name!r} is missing")
+        return default
+    value = content[name]
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 2**1000 else value
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise UserError(f"{where}: {name!r} must be {_KINDS[kind]}, got {_shown(value)}")
+    return value
+
+
+def _shown(value: Any) -> str:
+    """A value as far as a line has room for it."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}…"
