@@ -157,10 +157,15 @@ def load_program(folder: Path, key: str) -> bytes | None:
     except OSError:
         return None
     digest, program = content[:32], content[32:]
-    return program if hashlib.sha256(program).digest() == digest else None
+    return program if _program_digest(key, program) == digest else None
 
 
 def save_program(folder: Path, key: str, program: bytes) -> None:
     """Remembers a program's bytes with their checksum."""
     with AtomicFile(folder / "programs" / key, tag=str(os.getpid())) as file:
-        file.write(hashlib.sha256(program).digest() + program)
+        file.write(_program_digest(key, program) + program)
+
+
+def _program_digest(key: str, program: bytes) -> bytes:
+    """Of a program under its key: under another one, where a file was renamed or copied, it is not found."""
+    return hashlib.sha256(key.encode() + program).digest()

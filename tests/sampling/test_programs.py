@@ -87,6 +87,12 @@ def test_a_damaged_program_is_none(cache):
     assert [each.name for each in path.parent.iterdir()] == ["name"]
 
 
+def test_a_program_under_another_name_is_none(cache):
+    save_program(cache, "name", b"program")
+    (cache / "programs" / "other").write_bytes((cache / "programs" / "name").read_bytes())
+    assert load_program(cache, "other") is None
+
+
 def test_where_the_cache_lies(tmp_path, monkeypatch):
     monkeypatch.setenv(VARIABLE, "off")
     assert cache_folder() is None
