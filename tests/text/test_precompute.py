@@ -20,6 +20,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from imagen_jax import files
 from imagen_jax.cli import precompute as cli
 from imagen_jax.data import records
+from imagen_jax.data.encoder_identity import EncoderIdentity, sketch
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.text import precompute as job
@@ -42,8 +43,13 @@ class FakeEncoder:
     name = "fake"
     width = WIDTH
 
-    def __init__(self):
+    def __init__(self, identity="fake"):
         self.asked = []
+        self._sketch = sketch(expected_embedding(identity)[0])
+
+    @property
+    def identity(self):
+        return EncoderIdentity(width=WIDTH, tokenizer="words", sketches=(self._sketch,))
 
     def encode(self, captions, *, max_length):
         self.asked += captions
@@ -298,7 +304,8 @@ def test_another_configuration_is_refused(tmp_path, source, changes, named):
     precompute(config(tmp_path, source), encoder=FakeEncoder())
     before = contents(tmp_path / "out")
     with pytest.raises(UserError) as info:
-        precompute(config(tmp_path, source, **changes), encoder=FakeEncoder())
+        encoder = FakeEncoder(changes.get("text_encoder", "fake"))
+        precompute(config(tmp_path, source, **changes), encoder=encoder)
     assert named in str(info.value)
     assert str(tmp_path / "out") in str(info.value)
     assert "\n" not in str(info.value)
