@@ -99,20 +99,23 @@ def identity_to_json(identity: EncoderIdentity | None) -> dict[str, Any] | None:
     return None if identity is None else to_dict(identity)
 
 
-def check_same_encoder(one: EncoderIdentity | None, other: EncoderIdentity | None, message: str) -> None:
+def check_same_encoder(
+    one: EncoderIdentity | None, other: EncoderIdentity | None, message: str, advice: str = ""
+) -> None:
     """Refuses two encoders that are known and differ.
 
     Args:
       one: of what is there.
       other: of what is to go with it.
-      message: what is wrong then, to which the difference is added.
+      message: what is wrong then; the difference follows in brackets.
+      advice: what to do then; comes last.
 
     Raises:
       UserError: they differ.
     """
     difference = "" if one is None or other is None else one.differences(other)
     if difference:
-        raise UserError(f"{message} ({difference})")
+        raise UserError(f"{message} ({difference}){advice}")
 
 
 def warn_unknown_encoder(what: str) -> None:

@@ -174,7 +174,8 @@ def write_info(info: records.FolderInfo) -> None:
                 before.encoder.identity,
                 identity,
                 f"--text_encoder: {info.encoder.text_encoder!r} is not the encoder that split {min(there)!r} in "
-                f"{info.path} was made with; use another --out",
+                f"{info.path} was made with",
+                "; use another --out",
             )
             identity = identity or before.encoder.identity
     encoder = dataclasses.replace(info.encoder, source={**sources, **info.encoder.source}, identity=identity)

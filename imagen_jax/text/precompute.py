@@ -203,12 +203,13 @@ class _Job:
                 )
         there = [*(report.identity for report in done), *job_folder.encoder_identities(self.out)]
         for identity in dict.fromkeys(there):
-            difference = "" if identity is None else encoder.identity.differences(identity)
-            if difference:
-                raise UserError(
-                    f"--text_encoder: {self.config.text_encoder!r} is not the encoder that the shards in "
-                    f"{self.out} were made with ({difference}); use another --out"
-                )
+            check_same_encoder(
+                identity,
+                encoder.identity,
+                f"--text_encoder: {self.config.text_encoder!r} is not the encoder that the shards in {self.out} "
+                "were made with",
+                "; use another --out",
+            )
         if None in there:
             warn_unknown_encoder(f"complete shards in {self.out} do")
 
@@ -316,7 +317,8 @@ class _Job:
                 known[0][1],
                 identity,
                 f"--text_encoder: in {self.out} the shards {known[0][0]} and {shard} were made with different "
-                "encoders; use another --out",
+                "encoders",
+                "; use another --out",
             )
         return known[0][1] if known else None
 
