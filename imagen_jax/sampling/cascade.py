@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from imagen_jax.cache import cache_folder, enable_compilation_cache
 from imagen_jax.config import nearest
+from imagen_jax.data.encoder_identity import warn_unknown_encoder
 from imagen_jax.errors import UserError
 from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
 from imagen_jax.parallel.spatial import split_rows
-from imagen_jax.sampling.identity import encoder_identity, stage_identity
+from imagen_jax.sampling.identity import check_encoder, encoder_identity, stage_identity
 from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.opened import OpenStages
@@ -158,15 +159,20 @@ class Imagen:
             (`imagen_jax.cache.cache_folder`).
 
         Raises:
-          UserError: if the folder or its text encoder is missing or broken, naming it.
+          UserError: if the folder or its text encoder is missing or broken, naming it, or that is another than the
+            stages were trained with.
         """
         folder = ModelFolder(model)
+        if folder.index.encoder is None:
+            warn_unknown_encoder(f"the stages of {folder.path} do")
         remembered = cache_folder(cache)
         enable_compilation_cache(remembered)
 
         def load_encoder() -> TextEncoder:
             try:
-                return TextEncoder.load(folder.text_encoder(), cache=remembered)
+                encoder = TextEncoder.load(folder.text_encoder(), cache=remembered)
+                check_encoder(folder, encoder)
+                return encoder
             except UserError as error:
                 raise UserError(f"{folder.path}: {error}") from error
 

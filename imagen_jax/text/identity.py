@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -36,6 +36,7 @@ _MAX_LENGTH = 128  # tokens; no text has as many
 _DIGITS = 32
 
 
+@runtime_checkable
 class _Encoder(Protocol):
     """What an identity is made of."""
 
