@@ -134,6 +134,7 @@ class Imagen:
         self.folder, self._text_width, self._encoder_folder = folder, encoder.width, encoder.folder
         self.prompt_encoder = PromptEncoder(encoder, load_encoder)
         self._free_stages = free_stages
+        self._encoder_unknown = folder.index.encoder is None  # and nobody has been told so
         self._meshes = _stage_meshes(folder, mesh, rows or {})
         self._opened = OpenStages(folder, cache)
 
@@ -163,8 +164,6 @@ class Imagen:
             stages were trained with.
         """
         folder = ModelFolder(model)
-        if folder.index.encoder is None:
-            warn_unknown_encoder(f"the stages of {folder.path} do")
         remembered = cache_folder(cache)
         enable_compilation_cache(remembered)
 
@@ -243,6 +242,9 @@ class Imagen:
             given while no stage is guided.
         """
         job = self._job(**options)  # checked here and not when the first picture is asked for
+        if self._encoder_unknown:
+            warn_unknown_encoder(f"the stages of {self.folder.path} do")
+            self._encoder_unknown = False
         return self._draw(list(wanted), job)
 
     def check(self, **options: Unpack[Options]) -> None:
