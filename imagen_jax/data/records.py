@@ -22,8 +22,9 @@ from etils import epath
 from google.protobuf.message import DecodeError
 from jaxtyping import BFloat16, Float, Float32, Int8, UInt64
 
+from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile
+from imagen_jax.files import AtomicFile, read_json
 
 IMAGE, CAPTION, KEY, TEXT_EMBEDDING = "image", "caption", "key", "text_embedding"
 TEXT_EMBEDDING_SCALE = "text_embedding_scale"
@@ -84,6 +85,7 @@ class EncoderInfo:
     source: Mapping[str, str]  # split -> SPEC of the captioned pictures
     block_size: int | None = None  # channels that share a scale, if the dtype is int8
     images: bool = True  # whether the records hold the pictures; if not, there is an index of the keys
+    identity: EncoderIdentity | None = None  # what the text encoder does; None: not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -335,17 +337,14 @@ def write_folder_info(info: FolderInfo) -> None:
         write_shared_json(info.path / name, content, sort_keys=True)
 
 
-def _read_json(path: epath.Path) -> Any:
+def _read_json(path: epath.Path) -> dict[str, Any]:
     """Reads a JSON file of a record folder."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{path}: no such file; {path.parent} is not a complete record folder "
             "(finish it with the same `imagen-jax precompute` command)"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        )
+    return read_json(path)
 
 
 def read_folder_info(path: epath.PathLike) -> FolderInfo:
@@ -366,7 +365,8 @@ def read_folder_info(path: epath.PathLike) -> FolderInfo:
             )
             for split in dataset_info["splits"]
         }
-        encoder = EncoderInfo(**metadata)
+        identity = identity_from_json(metadata.get("identity"), f"{path / 'metadata.json'}: identity")
+        encoder = EncoderInfo(**{**metadata, "identity": identity})
         return FolderInfo(path=path, name=dataset_info["name"], splits=splits, encoder=encoder)
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: dataset_info.json or metadata.json lacks a field ({error})") from error

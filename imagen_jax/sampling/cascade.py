@@ -18,10 +18,11 @@ from tqdm import tqdm
 
 from imagen_jax.cache import cache_folder, enable_compilation_cache
 from imagen_jax.config import nearest
+from imagen_jax.data.encoder_identity import warn_unknown_encoder
 from imagen_jax.errors import UserError
 from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
 from imagen_jax.parallel.spatial import split_rows
-from imagen_jax.sampling.identity import encoder_identity, stage_identity
+from imagen_jax.sampling.identity import check_encoder, encoder_identity, stage_identity
 from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.opened import OpenStages
@@ -133,6 +134,7 @@ class Imagen:
         self.folder, self._text_width, self._encoder_folder = folder, encoder.width, encoder.folder
         self.prompt_encoder = PromptEncoder(encoder, load_encoder)
         self._free_stages = free_stages
+        self._encoder_unknown = folder.index.encoder is None  # and nobody has been told so
         self._meshes = _stage_meshes(folder, mesh, rows or {})
         self._opened = OpenStages(folder, cache)
 
@@ -158,7 +160,8 @@ class Imagen:
             (`imagen_jax.cache.cache_folder`).
 
         Raises:
-          UserError: if the folder or its text encoder is missing or broken, naming it.
+          UserError: if the folder or its text encoder is missing or broken, naming it, or that is another than the
+            stages were trained with.
         """
         folder = ModelFolder(model)
         remembered = cache_folder(cache)
@@ -166,7 +169,9 @@ class Imagen:
 
         def load_encoder() -> TextEncoder:
             try:
-                return TextEncoder.load(folder.text_encoder(), cache=remembered)
+                encoder = TextEncoder.load(folder.text_encoder(), cache=remembered)
+                check_encoder(folder, encoder)
+                return encoder
             except UserError as error:
                 raise UserError(f"{folder.path}: {error}") from error
 
@@ -237,6 +242,9 @@ class Imagen:
             given while no stage is guided.
         """
         job = self._job(**options)  # checked here and not when the first picture is asked for
+        if self._encoder_unknown:
+            warn_unknown_encoder(f"the stages of {self.folder.path} do")
+            self._encoder_unknown = False
         return self._draw(list(wanted), job)
 
     def check(self, **options: Unpack[Options]) -> None:

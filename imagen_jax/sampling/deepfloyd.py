@@ -27,14 +27,9 @@ from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config, unet_sources
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.weights import SafetensorsReader, TensorSource, save_state
-from imagen_jax.sampling.model_folder import (
-    WEIGHTS,
-    ModelFolder,
-    ModelIndex,
-    check_cascade,
-    save_index,
-)
-from imagen_jax.text.encoder import copy_encoder
+from imagen_jax.sampling.identity import check_encoder, has_files_of, index_encoder
+from imagen_jax.sampling.model_folder import WEIGHTS, ModelFolder, ModelIndex, check_cascade, save_index
+from imagen_jax.text.encoder import TextEncoder, copy_encoder
 
 TEXT_LENGTH = 77  # tokens to which every caption is padded
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -273,11 +268,14 @@ def import_deepfloyd(config: ImportConfig) -> tuple[StageConfig, ...]:
     for stage, folder in zip(stages, weights, strict=True):
         write_stage(out, stage, folder, config.variant)
     assert encoder is not None
-    reference = encoder
-    if config.copy_text_encoder and epath.Path(encoder).is_dir():
-        reference = "text_encoder"
-        copy_encoder(encoder, out / reference, variant=config.variant)
-    save_index(out, ModelIndex(stages=tuple(stage.name for stage in stages), text_encoder=reference))
+    reference, place = encoder, epath.Path(encoder)
+    if config.copy_text_encoder and place.is_dir():
+        reference, place = "text_encoder", out / "text_encoder"
+        copy_encoder(encoder, place, variant=config.variant)
+    identity, files = index_encoder(place) if place.is_dir() else (None, None)
+    names = tuple(stage.name for stage in stages)
+    index = ModelIndex(stages=names, text_encoder=reference, encoder=identity, encoder_files=files)
+    save_index(out, index)
     return tuple(stages)
 
 
@@ -447,12 +445,14 @@ def export_diffusers(
       UserError: not a model folder, or a stage that is not of DeepFloyd.
     """
     folder = ModelFolder(model)
+    encoder = text_encoder or folder.text_encoder()
+    if epath.Path(encoder).is_dir() and not has_files_of(folder, encoder):
+        check_encoder(folder, TextEncoder.load(encoder, dtype="bfloat16"))
     for stage in folder.stages:
         with SafetensorsReader(folder.path / stage.name / WEIGHTS) as reader:
             stored = {
                 name: LazyTensor(reader.shape(name), reader.dtype(name), functools.partial(reader.read, name))
                 for name in sorted(reader.names)
             }
-            encoder = text_encoder or folder.text_encoder()
             export_pipeline(epath.Path(out) / stage.name, stage, stored, text_encoder=encoder)
     return [stage.name for stage in folder.stages]

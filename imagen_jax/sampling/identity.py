@@ -1,4 +1,4 @@
-"""Which model made a picture: short hashes of its stages and of its text encoder."""
+"""Which model made a picture: short hashes of its stages and of its text encoder; whether that is the model's."""
 
 import hashlib
 import json
@@ -6,14 +6,17 @@ import json
 from etils import epath
 
 from imagen_jax.config import to_dict
+from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
 from imagen_jax.models.configs import StageConfig
-from imagen_jax.sampling.model_folder import WEIGHTS
+from imagen_jax.sampling.model_folder import WEIGHTS, ModelFolder
+from imagen_jax.text.encoder import TextEncoder
 
 # Weights are told apart by their size and by this many blocks of them, spread evenly, the first and the last among
 # them: reading tens of gigabytes for a name would take longer than a picture.
 _BLOCKS = 64
 _BLOCK_BYTES = 4096
 _DIGITS = 16
+_TOKENIZERS = ("tokenizer.json", "spiece.model", "tokenizer.model")
 
 
 def _add_file(digest: "hashlib._Hash", path: epath.Path) -> None:
@@ -48,3 +51,46 @@ def encoder_identity(folder: epath.Path) -> str:
         if path.suffix in (".json", ".safetensors", ".model") and path.is_file():
             _add_file(digest, path)
     return digest.hexdigest()[:_DIGITS]
+
+
+def encoder_files(folder: epath.PathLike) -> str | None:
+    """`encoder_identity` of a folder that holds all of an encoder; None where the tokenizer lies elsewhere."""
+    folder = epath.Path(folder)
+    complete = any((folder / name).exists() for name in _TOKENIZERS)
+    return encoder_identity(folder) if complete else None
+
+
+def index_encoder(encoder: TextEncoder | epath.PathLike) -> tuple[EncoderIdentity, str | None]:
+    """What model_index.json says about a text encoder: its identity, and `encoder_files`.
+
+    Args:
+      encoder: opened, or its local folder.
+
+    Raises:
+      UserError: it does not open.
+    """
+    if not isinstance(encoder, TextEncoder):
+        encoder = TextEncoder.load(encoder, dtype="bfloat16")  # half the memory, and the same identity
+    return encoder.identity, encoder_files(encoder.folder)
+
+
+def has_files_of(model: ModelFolder, folder: epath.PathLike) -> bool:
+    """Whether a folder's text encoder is, file by file, the one that the model was exported with."""
+    return model.index.encoder_files is not None and model.index.encoder_files == encoder_files(folder)
+
+
+def check_encoder(model: ModelFolder, encoder: TextEncoder) -> None:
+    """Refuses an encoder that is not the one that a model's stages were trained with, where that is known.
+
+    Raises:
+      UserError: it is another.
+    """
+    # The files say so at once; its embeddings are looked at only where it is in other files or elsewhere.
+    if model.index.encoder is None or has_files_of(model, encoder.folder):
+        return
+    check_same_encoder(
+        model.index.encoder,
+        encoder.identity,
+        f"text encoder {encoder.name} is not the one that the stages were trained with",
+        "; put that one back, or export the model again",
+    )

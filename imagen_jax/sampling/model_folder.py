@@ -13,6 +13,7 @@ import jax
 from etils import epath
 
 from imagen_jax.config import build, to_dict
+from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
 from imagen_jax.files import read_json
 from imagen_jax.models.configs import Params, StageConfig
@@ -30,6 +31,8 @@ class ModelIndex:
     stages: tuple[str, ...]  # folder names, base first
     text_encoder: str  # a folder below the model folder, a path or a hub id
     format: int = FORMAT
+    encoder: EncoderIdentity | None = None  # what the text encoder does; None: not known
+    encoder_files: str | None = None  # `sampling.identity.encoder_identity` of its files; None: not known
 
 
 def check_cascade(stages: Sequence[StageConfig]) -> None:

@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,12 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
+from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
 from imagen_jax.models.t5_weights import T5Config, load_t5
 from imagen_jax.models.weights import SafetensorsReader
+from imagen_jax.text.identity import identify
 from imagen_jax.text.store import TokenCounts
 from imagen_jax.text.tokenizer import PlainTokenizer
 
@@ -131,6 +133,16 @@ class TextEncoder:
             mesh=mesh,
             cache=cache,
         )
+
+    @functools.cached_property
+    def identity(self) -> EncoderIdentity:
+        """What tells it from other encoders, whatever its name; a few texts are encoded when first asked for."""
+        return identify(self)
+
+    @property
+    def vocabulary(self) -> Mapping[str, int]:
+        """The tokenizer's pieces and their ids."""
+        return self._tokenizer.get_vocab()
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids of each caption, ending with </s>, at most `max_length` of them, without padding.

@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.data import records
+from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.text.shards import ShardReport, read_key_hashes, report_files
@@ -35,8 +36,8 @@ def _read_job(out: epath.Path) -> dict[str, Any]:
     return job
 
 
-def _compare(out: epath.Path, split: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    """The splits of the job that is there, if it is the same.
+def check_job(out: epath.Path, split: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """The splits of the job that is there, if it is the same; arguments as of `claim_folder`.
 
     Raises:
       UserError: it is a different one; names the first flag that differs.
@@ -52,6 +53,30 @@ def _compare(out: epath.Path, split: str, job: Mapping[str, Any]) -> dict[str, A
                 what = f"the files of --source {job['split']['source']!r} have changed"
             raise UserError(f"--out: {out} holds a different job: {what}; use another --out")
     return splits
+
+
+def encoder_name(out: epath.Path) -> str | None:
+    """Under which name the text encoder of the complete shards was given; None where there are none.
+
+    Raises:
+      UserError: job.json is missing or not such a file.
+    """
+    return _read_job(out).get("text_encoder") if report_files(out) else None
+
+
+def encoder_identities(out: epath.Path) -> list[EncoderIdentity | None]:
+    """Of the text encoder of each split's first complete shard; None where it is not known."""
+    first: dict[str, epath.Path] = {}
+    for file in report_files(out):
+        first.setdefault(file.name.partition(".tfrecord-")[0], file)
+    return [_identity(file) for file in first.values()]
+
+
+def _identity(file: epath.Path) -> EncoderIdentity | None:
+    try:
+        return ShardReport.from_json(file.read_bytes(), str(file)).identity
+    except (ValueError, TypeError):
+        return None
 
 
 def claim_folder(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
@@ -72,7 +97,7 @@ def claim_folder(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
     path = out / "job.json"
     splits: dict[str, Any] = {}
     if report_files(out):
-        splits = _compare(out, split, job)
+        splits = check_job(out, split, job)
     elif (out / "dataset_info.json").exists():
         raise UserError(f"--out: {out} holds a data set of another origin; use another --out")
     splits[split] = job["split"]
@@ -81,7 +106,7 @@ def claim_folder(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
     if not path.exists() or path.read_text() != text:
         records.write_shared_json(path, content)
         if report_files(out):
-            _compare(out, split, job)
+            check_job(out, split, job)
 
 
 def still_ours(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
@@ -90,7 +115,7 @@ def still_ours(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
     Raises:
       UserError: one has; names the first flag that differs.
     """
-    if split not in _compare(out, split, job):
+    if split not in check_job(out, split, job):
         raise UserError(f"--out: {out} was taken by another job in the meantime; use another --out")
 
 
@@ -132,14 +157,28 @@ def write_info(info: records.FolderInfo) -> None:
 
     Args:
       info: of the folder, with the new splits only.
+
+    Raises:
+      UserError: the splits that were there are of another text encoder.
     """
     splits: dict[str, records.SplitInfo] = {}
     sources: dict[str, str] = {}
+    identity = info.encoder.identity
     if (info.path / "dataset_info.json").exists():
         before = records.read_folder_info(info.path)
         splits.update(before.splits)
         sources.update(before.encoder.source)
-    encoder = dataclasses.replace(info.encoder, source={**sources, **info.encoder.source})
+        there = set(before.splits) - set(info.splits)
+        if there:
+            check_same_encoder(
+                before.encoder.identity,
+                identity,
+                f"--text_encoder: {info.encoder.text_encoder!r} is not the encoder that split {min(there)!r} in "
+                f"{info.path} was made with",
+                "; use another --out",
+            )
+            identity = identity or before.encoder.identity
+    encoder = dataclasses.replace(info.encoder, source={**sources, **info.encoder.source}, identity=identity)
     records.write_folder_info(dataclasses.replace(info, splits={**splits, **info.splits}, encoder=encoder))
 
 

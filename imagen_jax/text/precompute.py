@@ -8,6 +8,7 @@ the shards. Beside the records the folder holds `job.json` (the resolved configu
 """
 
 import dataclasses
+import functools
 import re
 import time
 import warnings
@@ -19,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from imagen_jax.data import records
+from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
@@ -155,8 +157,9 @@ def _load_encoder(name: str) -> Encoder:
 class _Job:
     """One split of one folder, as one of its processes sees it."""
 
-    def __init__(self, config: PrecomputeConfig, source: Source):
+    def __init__(self, config: PrecomputeConfig, source: Source, encoder: Encoder | None = None):
         self.config = config
+        self._given = encoder
         self.source = source
         self.units = source.units(config.num_shards)
         self.out = make_folder(config.out)
@@ -164,6 +167,51 @@ class _Job:
         count = len(self.units)
         self.shards = [records.shard_name(config.name, config.split, i, count) for i in range(count)]
         self._warned = False
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        """The text encoder, loaded when it is first asked for."""
+        return self._given or _load_encoder(self.config.text_encoder)
+
+    def claim(self) -> None:
+        """Takes the folder for this job.
+
+        Raises:
+          UserError: it belongs to a different job.
+        """
+        name = job_folder.encoder_name(self.out)
+        if name not in (None, self.description["text_encoder"]):
+            # One encoder may be had under several names: a hub id, copies in folders.
+            renamed = {**self.description, "text_encoder": name}
+            job_folder.check_job(self.out, self.config.split, renamed)
+            there = job_folder.encoder_identities(self.out)
+            if all(each is not None and not self.encoder.identity.differences(each) for each in there):
+                self.description = renamed
+        job_folder.claim_folder(self.out, self.config.split, self.description)
+        make_folder(self.out / "job")
+
+    def _check_encoder(self, done: Sequence[ShardReport]) -> None:
+        """Refuses to add another encoder's embeddings to those of complete shards, of other splits too."""
+        encoder = self.encoder
+        for report in done:
+            named = (report.encoder, report.width) == (encoder.name, encoder.width)
+            if not named and (report.identity is None or report.width != encoder.width):
+                raise UserError(
+                    f"--text_encoder: {encoder.name!r} of width {encoder.width} is not what the shards in "
+                    f"{self.out} were made with ({report.encoder!r} of width {report.width}); "
+                    "use another --out"
+                )
+        there = [*(report.identity for report in done), *job_folder.encoder_identities(self.out)]
+        for identity in dict.fromkeys(there):
+            check_same_encoder(
+                identity,
+                encoder.identity,
+                f"--text_encoder: {self.config.text_encoder!r} is not the encoder that the shards in {self.out} "
+                "were made with",
+                "; use another --out",
+            )
+        if None in there:
+            warn_unknown_encoder(f"complete shards in {self.out} do")
 
     def report(self, number: int) -> ShardReport | None:
         """The report of a shard; None unless it is complete."""
@@ -183,7 +231,7 @@ class _Job:
             stacklevel=4,
         )
 
-    def write_missing(self, reports: list[ShardReport | None], encoder: Encoder | None) -> int:
+    def write_missing(self, reports: list[ShardReport | None]) -> int:
         """Writes this process's shards that have no report yet, adds theirs; returns their captions."""
         config = self.config
         mine = range(config.process_index, len(self.units), config.num_processes)
@@ -192,14 +240,7 @@ class _Job:
         self.warn_of_unknown(done)
         if not missing:
             return 0
-        encoder = encoder or _load_encoder(config.text_encoder)
-        for report in done:
-            if (report.encoder, report.width) != (encoder.name, encoder.width):
-                raise UserError(
-                    f"--text_encoder: {encoder.name!r} of width {encoder.width} is not what the shards in "
-                    f"{self.out} were made with ({report.encoder!r} of width {report.width}); "
-                    "use another --out"
-                )
+        self._check_encoder(done)
         settings = shards.ShardSettings(
             max_length=config.max_length, dtype=config.dtype, images=not config.embeddings_only
         )
@@ -209,7 +250,7 @@ class _Job:
             ThreadPoolExecutor(_PICTURE_THREADS) as pool,
         ):
             progress.update(sum(there.records for i in mine if (there := reports[i]) is not None))
-            writer = ShardWriter(self.out, settings, self.source, encoder, progress)
+            writer = ShardWriter(self.out, settings, self.source, self.encoder, progress)
             for number in missing:
                 report = writer.write(self.shards[number], self.units[number], pool)
                 shards.write_report(self.out, self.shards[number], report)
@@ -255,11 +296,31 @@ class _Job:
             source={config.split: config.source},
             block_size=BLOCK_SIZE if config.dtype is EmbeddingDtype.INT8 else None,
             images=not config.embeddings_only,
+            identity=self._identity(reports),
         )
         job_folder.write_info(
             records.FolderInfo(path=out, name=config.name, splits={config.split: split}, encoder=encoder)
         )
         job_folder.remove_leftovers(out, config.split)
+
+    def _identity(self, reports: Sequence[ShardReport]) -> EncoderIdentity | None:
+        """Of the encoder that made all of the split's shards; None where no report knows it.
+
+        Raises:
+          UserError: several encoders did, in processes that did not see each other's shards.
+        """
+        known = [
+            (shard, each.identity) for shard, each in zip(self.shards, reports, strict=True) if each.identity
+        ]
+        for shard, identity in known:
+            check_same_encoder(
+                known[0][1],
+                identity,
+                f"--text_encoder: in {self.out} the shards {known[0][0]} and {shard} were made with different "
+                "encoders",
+                "; use another --out",
+            )
+        return known[0][1] if known else None
 
 
 def _skipped(reports: Sequence[ShardReport]) -> Counter[str]:
@@ -291,12 +352,11 @@ def precompute(config: PrecomputeConfig, *, encoder: Encoder | None = None) -> S
         the source is usable.
     """
     source = open_source(config.source, split=config.split, limit=config.limit)
-    job = _Job(config, source)
-    job_folder.claim_folder(job.out, config.split, job.description)
-    make_folder(job.out / "job")
+    job = _Job(config, source, encoder)
+    job.claim()
     reports = [job.report(number) for number in range(len(job.units))]
     start = time.monotonic()
-    written = job.write_missing(reports, encoder)
+    written = job.write_missing(reports)
     seconds = time.monotonic() - start
     # Whoever is last to write a report finds all of them here.
     for number, report in enumerate(reports):

@@ -15,11 +15,12 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.data import records
+from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
 from imagen_jax.data.examples import Example, Skipped, Source
 from imagen_jax.data.pictures import picture_fault
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, write_text
+from imagen_jax.files import AtomicFile, json_object, parse_json, write_text
 from imagen_jax.text.store import EmbeddingDtype, StoredEmbedding, TokenCounts, pack
 
 WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together
@@ -39,6 +40,11 @@ class Encoder(Protocol):
     @property
     def width(self) -> int:
         """Of one token's embedding."""
+        ...
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """What tells it from other encoders, whatever its name."""
         ...
 
     def encode(self, captions: Sequence[str], *, max_length: int) -> Sequence[np.ndarray]:
@@ -63,6 +69,18 @@ class ShardReport:
     unknown: int = 0  # tokens that the encoder's vocabulary lacks
     encoded: int = 0  # tokens of the distinct captions, which were encoded
     computed: int = 0  # tokens the encoder computed for them, padding included
+    identity: EncoderIdentity | None = None  # what the encoder does; None: not known
+
+    @classmethod
+    def from_json(cls, text: bytes, where: str) -> "ShardReport":
+        """Reads what `write_report` wrote.
+
+        Raises:
+          ValueError, TypeError: it is something else.
+        """
+        content = json_object(parse_json(text, where), where)
+        identity = identity_from_json(content.pop("identity", None), f"{where}: identity")
+        return cls(**content, identity=identity)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +109,7 @@ def report_files(out: epath.Path) -> list[epath.Path]:
 def read_report(out: epath.Path, shard: str, *, images: bool) -> ShardReport | None:
     """The report of a shard; None unless the shard is complete."""
     try:
-        found = ShardReport(**json.loads(_report_path(out, shard).read_text()))
+        found = ShardReport.from_json(_report_path(out, shard).read_bytes(), shard)
         size = int((out / shard).stat().length)
         hashed = None if images else int(_hashes_path(out, shard).stat().length)
     except (FileNotFoundError, ValueError, TypeError):
@@ -179,6 +197,7 @@ class ShardWriter:
             unknown=unknown,
             encoded=encoded,
             computed=computed,
+            identity=self._encoder.identity,
         )
 
     def _embed(

@@ -44,6 +44,10 @@ class PlainTokenizer:
         unknown = tokenizer.token_to_id(names[1]) if isinstance(names[1], str) else None
         return None if eos is None else cls(tokenizer, eos, unknown)
 
+    def get_vocab(self) -> dict[str, int]:
+        """Pieces and their ids."""
+        return self._tokenizer.get_vocab()
+
     def __call__(
         self, captions: Sequence[str], *, add_special_tokens: bool, verbose: bool
     ) -> dict[str, list[list[int]]]:

@@ -16,10 +16,11 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from imagen_jax.config import build, differences, to_dict
+from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json, identity_to_json
 from imagen_jax.errors import UserError
 from imagen_jax.files import read_json, write_text
 from imagen_jax.parallel.processes import gather, on_first
-from imagen_jax.training.config import RESUMABLE, Best, TrainConfig
+from imagen_jax.training.config import RENAMEABLE, RESUMABLE, Best, TrainConfig
 from imagen_jax.training.state import TrainState
 
 # What storage answers when it is not the checkpoint that is at fault.
@@ -130,6 +131,7 @@ class Checkpoints:
         examples: int,
         config: TrainConfig,
         metric: float | None = None,
+        encoder: EncoderIdentity | None = None,
     ) -> None:
         """Starts saving; returns once the arrays are copied.
 
@@ -139,19 +141,35 @@ class Checkpoints:
           examples: global count of examples consumed.
           config: the run.
           metric: by which the best are kept; None: this one is not among them.
+          encoder: the text encoder of the run; None: not known.
 
         Raises:
           UserError: this save or the one before failed; says which checkpoint is intact.
         """
         if step in self._manager.all_steps():
             return
-        run = {"examples": examples, "config": to_dict(config)}
+        run = {
+            "examples": examples,
+            "config": to_dict(config),
+            "text_encoder": identity_to_json(encoder),
+        }
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
         metrics = None
         if metric is not None and self._keep.best:
             metrics = {"value": metric, "score": metric if self._keep.best_is is Best.HIGHEST else -metric}
         with self._failing():
             self._manager.save(step, args=args, metrics=metrics)
+
+    def encoder(self, step: int) -> EncoderIdentity | None:
+        """The text encoder of the run; None: not known.
+
+        Raises:
+          UserError: the checkpoint says something else there.
+        """
+        folder = self.folder / str(step) / "run"
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        run = ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder)
+        return identity_from_json(run.get("text_encoder"), f"{folder}: text_encoder")
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
         """The state, onto the shardings of `abstract`, and the count of examples consumed."""
@@ -315,8 +333,13 @@ def read_config(workdir: epath.PathLike) -> Mapping[str, Any]:
     return read_json(path)
 
 
-def check_same_config(workdir: epath.Path, config: TrainConfig) -> None:
+def check_same_config(workdir: epath.Path, config: TrainConfig, *, same_encoder: bool = False) -> None:
     """Refuses to go on with a run of another config.
+
+    Args:
+      workdir: of the run.
+      config: to go on with.
+      same_encoder: whether the text encoder is known to be the same one, so that it may be found elsewhere.
 
     Raises:
       UserError: naming the first field that differs, among those that a resumed run must keep, or that is
@@ -326,6 +349,8 @@ def check_same_config(workdir: epath.Path, config: TrainConfig) -> None:
     before = build(TrainConfig, read_config(workdir), f"{workdir}/config.json")
     lines = differences(to_dict(before), to_dict(config))
     changed = [line for line in lines if not line.startswith(RESUMABLE)]
+    if same_encoder:
+        changed = [line for line in changed if not line.startswith(RENAMEABLE) or line.endswith("→ None")]
     if changed:
         more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
         raise UserError(

@@ -212,6 +212,9 @@ RESUMABLE = (
     "config.stage.sampling",
 )
 
+# And those that may name another place of the same text encoder, or of its embeddings; not: none before, or none now.
+RENAMEABLE = ("config.data.text_encoder: '", "config.data.embeddings: '")
+
 
 def find_config_file(name: str) -> Path:
     """A config file by path, or by its path below the installed `configs` folder ("imagen/base64.py").

@@ -1,16 +1,19 @@
 """From work directories to a model folder: each stage's averaged weights and the text encoder."""
 
+import contextlib
 from collections.abc import Sequence
 
 from etils import epath
 
 from imagen_jax.config import build
+from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.errors import UserError
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.deepfloyd import export_diffusers, export_pipeline
+from imagen_jax.sampling.identity import encoder_files
 from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.training.checkpoint import Checkpoints, read_config
@@ -41,7 +44,7 @@ def export(
 
     Raises:
       UserError: if a work directory has no checkpoint, or the stages do not make a cascade, or a run
-        keeps no such average.
+        keeps no such average, or the stages or the text encoder are not of one encoder.
     """
     configs = {
         epath.Path(workdir): build(TrainConfig, read_config(workdir), f"{workdir}/config.json")
@@ -57,16 +60,77 @@ def export(
         text_encoder = data.text_encoder
         if text_encoder is None:
             text_encoder = read_folder_info(data.embeddings or data.path).encoder.text_encoder
+    identity = _stages_encoder(ordered)
+    encoder = _check_encoder(text_encoder, identity)
     out = epath.Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    reference = text_encoder
-    if copy_text_encoder and epath.Path(text_encoder).is_dir():
-        reference = "text_encoder"
-        TextEncoder.load(text_encoder).save_copy(out / reference)
+    reference, files = text_encoder, None
+    if encoder is not None:
+        if copy_text_encoder:
+            reference = "text_encoder"
+            encoder.save_copy(out / reference)
+        identity = identity or encoder.identity
+        files = encoder_files(out / reference if copy_text_encoder else encoder.folder)
     for workdir in ordered:
         save_stage(out, configs[workdir].stage, _averaged(workdir, configs[workdir], ema_decay))
-    save_index(out, ModelIndex(stages=tuple(stage.name for stage in stages), text_encoder=reference))
+    names = tuple(stage.name for stage in stages)
+    index = ModelIndex(stages=names, text_encoder=reference, encoder=identity, encoder_files=files)
+    save_index(out, index)
     return stages
+
+
+def _newest(checkpoints: Checkpoints, workdir: epath.Path) -> int:
+    """Step of the newest checkpoint."""
+    step = checkpoints.latest_step()
+    if step is None:
+        raise UserError(f"--from {workdir}: no complete checkpoint in {checkpoints.folder}")
+    return step
+
+
+def _stages_encoder(workdirs: Sequence[epath.Path]) -> EncoderIdentity | None:
+    """The text encoder that all runs were trained with, as far as their checkpoints know it.
+
+    Raises:
+      UserError: there are several, or a run has no checkpoint.
+    """
+    known: dict[epath.Path, EncoderIdentity] = {}
+    unknown: list[str] = []
+    for workdir in workdirs:
+        with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+            identity = checkpoints.encoder(_newest(checkpoints, workdir))
+        if identity is None:
+            unknown.append(str(workdir))
+            continue
+        for other, theirs in known.items():
+            check_same_encoder(
+                theirs,
+                identity,
+                f"--from: the stages in {other} and {workdir} were trained with different text encoders",
+                "; train one of them anew with the other's",
+            )
+        known[workdir] = identity
+    if unknown:
+        warn_unknown_encoder(f"the checkpoints in {', '.join(unknown)} do")
+    return next(iter(known.values()), None)
+
+
+def _check_encoder(text_encoder: str, identity: EncoderIdentity | None) -> TextEncoder | None:
+    """The opened encoder; None: it is no local folder, and is looked at when the model is opened.
+
+    Raises:
+      UserError: it does not open, or is not the one of this identity.
+    """
+    if not epath.Path(text_encoder).is_dir():
+        return None
+    encoder = TextEncoder.load(text_encoder)
+    if identity is not None:
+        check_same_encoder(
+            identity,
+            encoder.identity,
+            f"text encoder {text_encoder} is not the one that the stages were trained with",
+            "; name that one with --text_encoder",
+        )
+    return encoder
 
 
 def check_decay(workdir: str, config: LoopConfig, decay: float | None) -> None:
@@ -81,9 +145,7 @@ def _averaged(workdir: epath.Path, config: TrainConfig, ema_decay: float | None)
     """The averaged weights of a run's newest checkpoint."""
     checkpoints = Checkpoints(workdir)
     try:
-        step = checkpoints.latest_step()
-        if step is None:
-            raise UserError(f"--from {workdir}: no complete checkpoint in {checkpoints.folder}")
+        step = _newest(checkpoints, workdir)
         network = StageNetwork(config.stage)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
@@ -123,11 +185,14 @@ def export_pipelines(
             continue
         config = build(TrainConfig, read_config(source), f"{source}/config.json")
         check_decay(str(source), config.train, ema_decay)
+        encoder = text_encoder or config.data.text_encoder
+        if encoder is not None:
+            _check_encoder(encoder, _stages_encoder([source]))
         export_pipeline(
             epath.Path(out) / config.stage.name,
             config.stage,
             _averaged(source, config, ema_decay),
-            text_encoder=text_encoder or config.data.text_encoder,
+            text_encoder=encoder,
         )
         names.append(config.stage.name)
     return names

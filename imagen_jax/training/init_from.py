@@ -2,10 +2,12 @@
 
 import json
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.config import build, differences, to_dict
+from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.errors import UserError
 from imagen_jax.files import json_field, read_json, write_text
 from imagen_jax.models.configs import Params, StageConfig
@@ -41,9 +43,11 @@ def check_stage(source: str, theirs: StageConfig, ours: StageConfig) -> list[str
     return lines
 
 
-def _from_workdir(
-    source: epath.Path, ours: StageConfig, mesh: Mesh, decay: float | None
-) -> tuple[Params, StageConfig, str]:
+# Weights, their stage, the text encoder that they were trained with, and where exactly they come from.
+_Found = tuple[Params, StageConfig, EncoderIdentity | None, str]
+
+
+def _from_workdir(source: epath.Path, ours: StageConfig, mesh: Mesh, decay: float | None) -> _Found:
     config = build(TrainConfig, read_config(source), f"{source}/config.json")
     check_stage(str(source), config.stage, ours)
     checkpoints = Checkpoints(source)
@@ -53,6 +57,7 @@ def _from_workdir(
             raise UserError(f"--init_from {source}: no complete checkpoint in {checkpoints.folder}")
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         network = StageNetwork(config.stage)
+        encoder = checkpoints.encoder(step)
         state, _ = checkpoints.restore(
             step, abstract_state(network, optimizer, mesh, config.train.ema_decays)
         )
@@ -62,10 +67,11 @@ def _from_workdir(
         params = ema_of(state, config.train, decay)
     except ValueError as error:
         raise UserError(f"--init_from {source}: {error}") from error
-    return params, config.stage, f"step {step}, average {config.train.ema_decay if decay is None else decay}"
+    average = config.train.ema_decay if decay is None else decay
+    return params, config.stage, encoder, f"step {step}, average {average}"
 
 
-def _from_model(source: epath.Path, ours: StageConfig, mesh: Mesh) -> tuple[Params, StageConfig, str]:
+def _from_model(source: epath.Path, ours: StageConfig, mesh: Mesh) -> _Found:
     model = ModelFolder(source)
     found = [stage for stage in model.stages if stage.resolution == ours.resolution]
     if not found:
@@ -76,11 +82,11 @@ def _from_model(source: epath.Path, ours: StageConfig, mesh: Mesh) -> tuple[Para
     params = model.params(
         network.config.name, network.abstract_params, state_shardings(network.abstract_params, mesh)
     )
-    return params, found[0], f"stage {found[0].name}"
+    return params, found[0], model.index.encoder, f"stage {found[0].name}"
 
 
 def initial_params(
-    spec: str, config: TrainConfig, mesh: Mesh | None = None
+    spec: str, config: TrainConfig, mesh: Mesh | None = None, encoder: EncoderIdentity | None = None
 ) -> tuple[Params, dict[str, object]]:
     """Weights to start from, and a record of where they come from.
 
@@ -89,9 +95,10 @@ def initial_params(
         that decay, "DIR@0": the weights as they are), or a model folder, whose stage of the same resolution is.
       config: of the run that starts.
       mesh: where they are to lie; None: the config's.
+      encoder: the text encoder of the run that starts; None: not known.
 
     Raises:
-      UserError: there are no such weights, or they are of another network or prediction.
+      UserError: there are no such weights, or they are of another network, prediction or text encoder.
     """
     mesh = mesh or make_mesh(config.mesh)
     place, _, decay_text = spec.partition("@")
@@ -101,9 +108,16 @@ def initial_params(
         raise UserError(f"--init_from {spec}: {decay_text!r} is no decay; give DIR or DIR@DECAY") from None
     source = epath.Path(place)
     if (source / INDEX).exists():
-        params, theirs, which = _from_model(source, config.stage, mesh)
+        params, theirs, their_encoder, which = _from_model(source, config.stage, mesh)
     else:
-        params, theirs, which = _from_workdir(source, config.stage, mesh, decay)
+        params, theirs, their_encoder, which = _from_workdir(source, config.stage, mesh, decay)
+    check_same_encoder(
+        their_encoder,
+        encoder,
+        f"--init_from {place}: its weights were trained with another text encoder than this run's",
+    )
+    if their_encoder is None and encoder is not None and jax.process_index() == 0:
+        warn_unknown_encoder(f"the weights of --init_from {place} do")
     changed = check_stage(place, theirs, config.stage)
     return params, {"init_from": spec, "weights": which, "changed": changed}
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
+from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.data.pipeline import Batch, Batches
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.text.encoder import TextEncoder
@@ -74,6 +75,11 @@ class OnlineText:
         """Sets `null_text` of a batch, the same for each example, where the null text is the empty caption."""
         if self.null_text is not None:
             batch["null_text"] = np.broadcast_to(self.null_text, (examples, *self.null_text.shape))
+
+    @property
+    def identity(self) -> EncoderIdentity:
+        """What tells the encoder from others."""
+        return self._encoder.identity
 
     @property
     def width(self) -> int:

@@ -12,23 +12,25 @@ from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.config import to_dict
+from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.data.pipeline import Batches, PipelineConfig, embedding_width, open_batches, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.parallel.watchdog import Phase, Watchdog
-from imagen_jax.training.checkpoint import Checkpoints, Keep, check_same_config, write_config
+from imagen_jax.training.checkpoint import Checkpoints, Keep
 from imagen_jax.training.clock import Profiler, ProfileSteps
 from imagen_jax.training.config import Scorer, TrainConfig
 from imagen_jax.training.health import Health
 from imagen_jax.training.held_out import HeldOutLoss, SampleGrid, check_scorer
 from imagen_jax.training.init_from import check_record, initial_params, recorded_source, write_record
-from imagen_jax.training.lock import WorkdirLock
 from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
 from imagen_jax.training.online import OnlineText, TokenizedBatches
+from imagen_jax.training.run_encoder import data_encoder, resumed_encoder, write_encoder
 from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_of_params
 from imagen_jax.training.train_step import check_accumulation, make_train_step, split_index
+from imagen_jax.training.workdir import taken_workdir
 
 WHOLE_BATCH = DataShare(index=0, count=1)
 
@@ -185,43 +187,15 @@ def _start(
     workdir: epath.Path,
     mesh: Mesh,
     init_from: str | None,
+    encoder: EncoderIdentity | None,
 ) -> TrainState:
     """The state of step 0: fresh weights, or those that --init_from names or once named."""
     spec = init_from or recorded_source(workdir)
     if spec is None:
         return init_state(network, optimizer, config, mesh)
-    params, record = initial_params(spec, config, mesh)
+    params, record = initial_params(spec, config, mesh, encoder)
     write_record(workdir, record)
     return state_of_params(params, optimizer, config, mesh)
-
-
-def _start_workdir(config: TrainConfig, workdir: epath.Path) -> WorkdirLock:
-    """Takes the work directory for this run; process 0's part."""
-    if (workdir / "config.json").exists():
-        check_same_config(workdir, config)
-    lock = WorkdirLock(workdir)
-    if not lock.held:
-        print(
-            f"{workdir}: nothing keeps a second run out of a cloud folder; see that there is none", flush=True
-        )
-    try:
-        write_config(workdir, config)
-    except BaseException:
-        lock.close()
-        raise
-    return lock
-
-
-@contextlib.contextmanager
-def _locked(config: TrainConfig, workdir: epath.Path) -> Iterator[None]:
-    """The work directory is this run's; refused on all processes if process 0 does not get it."""
-    with contextlib.ExitStack() as stack:
-
-        def take() -> None:
-            stack.callback(_start_workdir(config, workdir).close)
-
-        on_first(take)
-        yield
 
 
 def train(
@@ -272,6 +246,7 @@ def train(
         )
     online = _online_text(config, mesh)
     check_data(config, online)
+    encoder = data_encoder(config.data, online)
     first, loop = jax.process_index() == 0, config.train
     network = StageNetwork(config.stage)
     optimizer = make_optimizer(config.optimizer, loop.steps)
@@ -279,16 +254,19 @@ def train(
         newest=loop.keep_checkpoints, every=loop.keep_every, best=loop.keep_best, best_is=loop.best_is
     )
     with (
-        _locked(config, workdir),
+        taken_workdir(config, workdir, encoder),
         contextlib.closing(Checkpoints(workdir, keep=keep)) as checkpoints,
     ):
         abstract = abstract_state(network, optimizer, mesh, loop.ema_decays)
         found = checkpoints.restore_newest(abstract)
         if found is None:
-            state, examples, step = _start(config, network, optimizer, workdir, mesh, init_from), 0, 0
+            state = _start(config, network, optimizer, workdir, mesh, init_from, encoder)
+            examples = step = 0
         else:
             check_record(workdir, init_from)
             state, examples, step = found
+            encoder = resumed_encoder(workdir, config.data, checkpoints.encoder(step), encoder)
+        on_first(lambda: write_encoder(workdir, encoder))
         if first:
             several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             print(
@@ -313,7 +291,9 @@ def train(
             training_batches(config, online, examples, share) as batches,
         ):
             guard = watchdog or Watchdog()
-            run = _Run(config, workdir, network, mesh, checkpoints, metrics, online, profiler, guard, stop)
+            run = _Run(
+                config, workdir, network, mesh, checkpoints, metrics, online, encoder, profiler, guard, stop
+            )
             return run.loop(state, step, make_train_step(network, optimizer, config, mesh, abstract), batches)
 
 
@@ -329,13 +309,14 @@ class _Run:
         checkpoints: Checkpoints,
         metrics: MetricsWriter,
         online: OnlineText | None,
+        encoder: EncoderIdentity | None,
         profiler: Profiler,
         watchdog: Watchdog,
         stop: Callable[[int], bool] | None,
     ):
         self.config, self.workdir, self.network, self.mesh = config, workdir, network, mesh
         self.checkpoints, self.metrics, self.online, self.profiler = checkpoints, metrics, online, profiler
-        self.watchdog, self.stop = watchdog, stop
+        self.encoder, self.watchdog, self.stop = encoder, watchdog, stop
         self.health = Health(
             config,
             workdir,
@@ -417,7 +398,9 @@ class _Run:
         self._check(step, state)
         examples = step * self.config.data.batch_size
         with self.watchdog.long_work(step):
-            self.checkpoints.save(step, state, examples=examples, config=self.config, metric=self._best)
+            self.checkpoints.save(
+                step, state, examples=examples, config=self.config, metric=self._best, encoder=self.encoder
+            )
 
     def _look(self, step: int, state: TrainState, last: bool) -> dict[str, float]:
         """Held-out loss and sample grid where they are due; their figures. The time is no part of training."""

@@ -10,7 +10,9 @@ PROMPTS = ("a red circle", "a blue square", "two green triangles")
 def model_folder(tmp_path_factory, random_params):
     """A model folder of two guided stages of 2 steps each, "base" (8×8) and "sr" (16×16)."""
     from imagen_jax.config import build
+    from imagen_jax.data.encoder_identity import EncoderIdentity
     from imagen_jax.models.configs import StageConfig
+    from imagen_jax.sampling.identity import encoder_files
     from imagen_jax.sampling.model_folder import ModelIndex, save_index, save_stage
     from imagen_jax.text.small import make_small_encoder
 
@@ -41,5 +43,9 @@ def model_folder(tmp_path_factory, random_params):
         stage = build(StageConfig, values, name)
         save_stage(folder, stage, random_params(stage))
     make_small_encoder(folder / "text_encoder", vocabulary_texts=PROMPTS, width=TEXT_WIDTH, layers=1)
-    save_index(folder, ModelIndex(stages=("base", "sr"), text_encoder="text_encoder"))
+    # Known by its files alone: nothing has to be encoded for it.
+    known = EncoderIdentity(width=TEXT_WIDTH, tokenizer="", sketches=())
+    files = encoder_files(folder / "text_encoder")
+    index = ModelIndex(stages=("base", "sr"), text_encoder="text_encoder", encoder=known, encoder_files=files)
+    save_index(folder, index)
     return folder

@@ -1,4 +1,5 @@
 import argparse
+import dataclasses
 import errno
 import io
 import json
@@ -20,6 +21,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from imagen_jax import files
 from imagen_jax.cli import precompute as cli
 from imagen_jax.data import records
+from imagen_jax.data.encoder_identity import EncoderIdentity, sketch
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.text import precompute as job
@@ -42,8 +44,13 @@ class FakeEncoder:
     name = "fake"
     width = WIDTH
 
-    def __init__(self):
+    def __init__(self, identity="fake"):
         self.asked = []
+        self._sketch = sketch(expected_embedding(identity)[0])
+
+    @property
+    def identity(self):
+        return EncoderIdentity(width=WIDTH, tokenizer="words", sketches=(self._sketch,))
 
     def encode(self, captions, *, max_length):
         self.asked += captions
@@ -298,7 +305,8 @@ def test_another_configuration_is_refused(tmp_path, source, changes, named):
     precompute(config(tmp_path, source), encoder=FakeEncoder())
     before = contents(tmp_path / "out")
     with pytest.raises(UserError) as info:
-        precompute(config(tmp_path, source, **changes), encoder=FakeEncoder())
+        encoder = FakeEncoder(changes.get("text_encoder", "fake"))
+        precompute(config(tmp_path, source, **changes), encoder=encoder)
     assert named in str(info.value)
     assert str(tmp_path / "out") in str(info.value)
     assert "\n" not in str(info.value)
@@ -480,3 +488,84 @@ def test_command_line(tmp_path, source, monkeypatch, capsys):
     assert cli.run(parser.parse_args(flags)) == 0
     assert "everything was there already" in capsys.readouterr().out
     assert "imagen-jax precompute --source=" in parser.format_help()
+
+
+def without_identity(path, key="identity"):
+    """As it was written before text encoders had an identity."""
+    content = json.loads(path.read_text())
+    del content[key]
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("embeddings_only", [False, True])
+def test_an_encoder_that_was_replaced_in_its_place_is_refused(tmp_path, source, embeddings_only):
+    settings = config(tmp_path, source, embeddings_only=embeddings_only)
+    precompute(settings, encoder=FakeEncoder())
+    assert records.read_folder_info(tmp_path / "out").encoder.identity == FakeEncoder().identity
+    (tmp_path / "out" / records.shard_name("captions", "train", 1, 4)).unlink()
+    before, other = contents(tmp_path / "out"), FakeEncoder("replaced")
+    # In the same folder, and for another split of it.
+    for changes in ({}, {"split": "test"}):
+        again = dataclasses.replace(settings, **changes)
+        with pytest.raises(UserError) as caught:
+            precompute(again, encoder=other)
+        message = str(caught.value)
+        assert "--text_encoder: 'fake'" in message and str(tmp_path / "out") in message
+        assert "embeddings differ" in message and "\n" not in message
+        assert not other.asked
+    job_json = tmp_path / "out" / "job.json"
+    changed = {k: v for k, v in contents(tmp_path / "out").items() if before.get(k) != v}
+    assert set(changed) <= {job_json.name}
+    precompute(settings, encoder=FakeEncoder())
+
+
+def test_the_same_encoder_under_another_name_goes_on(tmp_path, source, monkeypatch):
+    precompute(config(tmp_path, source), encoder=FakeEncoder())
+    (tmp_path / "out" / records.shard_name("captions", "train", 1, 4)).unlink()
+    before = records.read_folder_info(tmp_path / "out")
+    other = FakeEncoder()
+    other.name = "copy"
+    moved = config(tmp_path, source, text_encoder="elsewhere/copy")
+    assert precompute(moved, encoder=other).written == 4
+    after = records.read_folder_info(tmp_path / "out")
+    assert after.encoder == dataclasses.replace(before.encoder, text_encoder="elsewhere/copy")
+    # What else differs is said without opening the encoder.
+    monkeypatch.setattr(job, "_load_encoder", lambda name: pytest.fail("loaded"))
+    with pytest.raises(UserError, match="--max_length was 128, now 3"):
+        precompute(dataclasses.replace(moved, max_length=3, text_encoder="third"))
+
+
+def test_an_older_job_goes_on_with_one_warning(tmp_path, source, capsys):
+    settings = config(tmp_path, source)
+    precompute(settings, encoder=FakeEncoder())
+    for report in (tmp_path / "out" / "job").glob("*.json"):
+        without_identity(report)
+    without_identity(tmp_path / "out" / "metadata.json")
+    (tmp_path / "out" / records.shard_name("captions", "train", 1, 4)).unlink()
+    with pytest.raises(
+        UserError, match="--text_encoder was 'fake', now 'other'"
+    ):  # nothing says it is the same
+        precompute(config(tmp_path, source, text_encoder="other"), encoder=FakeEncoder())
+    capsys.readouterr()
+    precompute(settings, encoder=FakeEncoder())
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == 1 and str(tmp_path / "out") in said[0]
+    assert records.read_folder_info(tmp_path / "out").encoder.identity == FakeEncoder().identity
+
+
+def test_two_encoders_at_the_same_moment_are_noticed_at_the_end(tmp_path, source):
+    """Two processes of a job, between whose starts the encoder was replaced; neither saw a shard of the other."""
+
+    class Slow(FakeEncoder):
+        def encode(self, captions, *, max_length):
+            if not self.asked:
+                parallel = dataclasses.replace(settings, num_processes=2, process_index=1)
+                precompute(parallel, encoder=FakeEncoder("replaced"))
+            return super().encode(captions, max_length=max_length)
+
+    settings = config(tmp_path, source)
+    with pytest.raises(
+        UserError, match=r"00000-of-00004 and .*00001-of-00004 were made with different encod"
+    ):
+        precompute(dataclasses.replace(settings, num_processes=2), encoder=Slow())
+    assert not (tmp_path / "out" / "dataset_info.json").exists()

@@ -17,6 +17,7 @@ from etils import epath
 from PIL import Image
 
 from imagen_jax.data import records
+from imagen_jax.data.encoder_identity import EncoderIdentity, sketch
 from imagen_jax.data.sources import open_source
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
@@ -91,6 +92,7 @@ def processes(tmp_path, subprocess_env):
 class FakeEncoder:
     name = "fake"
     width = 7
+    identity = EncoderIdentity(width=7, tokenizer="lengths", sketches=(sketch(np.arange(7.0)),))
 
     def encode(self, captions, *, max_length):
         return [np.full((len(caption) % 5 + 1, 7), len(caption), np.float32) for caption in captions]
