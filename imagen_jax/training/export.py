@@ -7,6 +7,7 @@ from etils import epath
 from imagen_jax.config import build
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.errors import UserError
+from imagen_jax.files import make_folder
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -57,8 +58,7 @@ def export(
         text_encoder = data.text_encoder
         if text_encoder is None:
             text_encoder = read_folder_info(data.embeddings or data.path).encoder.text_encoder
-    out = epath.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     reference = text_encoder
     if copy_text_encoder and epath.Path(text_encoder).is_dir():
         reference = "text_encoder"
