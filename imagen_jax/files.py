@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import stat
 from collections.abc import Iterator, Mapping
 from types import TracebackType
@@ -37,9 +36,12 @@ def is_cloud(path: epath.PathLike) -> bool:
 def cloud_fault(error: BaseException) -> str | None:
     """What is the matter with an object store, in one line; None: the error is about something else.
 
-    It is a package that is not installed, and the extra that brings it is named, or what the store, its network or
-    its sign-in says.
+    It is a package that is not installed, and the extra that brings it is named, a scheme that is not known, or
+    what the store, its network or its sign-in says.
     """
+    if isinstance(error, KeyError) and str(error.args[0]).endswith("://"):  # epath's
+        known = " and ".join(f"{scheme}://" for scheme in _CLOUD)
+        return f"{error.args[0]}: only local paths and those of {known} are known"
     if isinstance(error, ImportError):
         for scheme, (package, extra) in _CLOUD.items():
             if package in str(error):
@@ -66,14 +68,11 @@ def make_folder(path: epath.PathLike) -> epath.Path:
     """Creates a folder with its parents, if it is not there. Object stores have no folders, nor need them.
 
     Raises:
-      UserError: the system refuses, or the path is of a store that is not known; names the folder.
+      UserError: the system refuses; names the folder.
     """
     path = epath.Path(path).expanduser()
     if is_cloud(path):
         return path  # gcsfs and s3fs would make a bucket, too, of a name that is misspelt
-    if re.match("[a-z][a-z0-9+.-]+:/", os.fspath(path)):  # epath has made one slash of two
-        known = " and ".join(f"{scheme}://" for scheme in _CLOUD)
-        raise UserError(f"{path}: only local folders and those of {known} are known")
     with _naming_file(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -186,10 +185,18 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
     if not is_cloud(source):
         source.rename(target)
         return
-    for folder, _, names in source.walk():
-        for name in names:
-            copy_file(folder / name, target / folder.relative_to(source) / name)
+    for file in files_below(source):
+        copy_file(file, target / file.relative_to(source))
     source.rmtree()
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files of a folder and of those in it."""
+    scheme, cloud, _ = os.fspath(folder).partition("://")
+    for parent, _, names in folder.walk():
+        if cloud and not is_cloud(parent):  # epath leaves the scheme out
+            parent = epath.Path(f"{scheme}://{os.fspath(parent).lstrip('/')}")
+        yield from (parent / name for name in names if name)  # an empty one stands for a folder
 
 
 # JSON files are configurations, indices and tokenizers: the largest vocabularies take 40 MB.

@@ -16,7 +16,7 @@ import jax
 from etils import epath
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import copy_file, is_cloud, make_folder
+from imagen_jax.files import copy_file, files_below, is_cloud, make_folder
 
 
 class StepClock:
@@ -122,7 +122,6 @@ class Profiler:
             self._running = False
             jax.profiler.stop_trace()
             if is_cloud(self._folder):
-                for folder, _, names in epath.Path(self._local).walk():
-                    for name in names:
-                        copy_file(folder / name, self._folder / folder.relative_to(self._local) / name)
+                for file in files_below(epath.Path(self._local)):
+                    copy_file(file, self._folder / file.relative_to(self._local))
                 shutil.rmtree(self._local)
