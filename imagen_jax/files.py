@@ -17,6 +17,41 @@ from imagen_jax.errors import UserError
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
+# Of cloud paths: scheme → the package that reads and writes them, and the extra of this package that brings it.
+_CLOUD = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+# What object stores and their sign-in raise, where it is no OSError.
+_CLOUD_CLIENTS = frozenset({"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "s3fs"})
+_PART = 16 * 2**20  # bytes handed to an object store, or copied, at a time
+
+
+def is_cloud(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store (`gs://…`, `s3://…`).
+
+    There a file appears whole or not at all, and can be neither appended to, mapped nor locked; a folder is there
+    as long as there are files in it.
+    """
+    return "://" in os.fspath(path)
+
+
+def cloud_fault(error: BaseException) -> str | None:
+    """What is the matter with an object store, in one line; None: the error is about something else.
+
+    It is a package that is not installed, and the extra that brings it is named, a scheme that is not known, or
+    what the store, its network or its sign-in says.
+    """
+    if isinstance(error, KeyError) and str(error.args[0]).endswith("://"):  # epath's
+        known = " and ".join(f"{scheme}://" for scheme in _CLOUD)
+        return f"{error.args[0]}: only local paths and those of {known} are known"
+    if isinstance(error, ImportError):
+        for scheme, (package, extra) in _CLOUD.items():
+            if package in str(error):
+                return f"{scheme}:// paths need the package {package}: pip install 'imagen_jax[{extra}]'"
+    if type(error).__module__.partition(".")[0] not in _CLOUD_CLIENTS:
+        return None
+    said = " ".join(str(error).split()) or type(error).__name__
+    return f"the cloud storage does not answer as it should: {said}"
+
+
 @contextlib.contextmanager
 def _naming_file(path: epath.Path) -> Iterator[None]:
     """Turns what the system refuses ("no space left on device", …) into one line that names the file."""
@@ -30,12 +65,14 @@ def _naming_file(path: epath.Path) -> Iterator[None]:
 
 
 def make_folder(path: epath.PathLike) -> epath.Path:
-    """Creates a folder with its parents, if it is not there.
+    """Creates a folder with its parents, if it is not there. Object stores have no folders, nor need them.
 
     Raises:
       UserError: the system refuses; names the folder.
     """
     path = epath.Path(path).expanduser()
+    if is_cloud(path):
+        return path  # gcsfs and s3fs would make a bucket, too, of a name that is misspelt
     with _naming_file(path):
         path.mkdir(parents=True, exist_ok=True)
     return path
@@ -43,6 +80,8 @@ def make_folder(path: epath.PathLike) -> epath.Path:
 
 class AtomicFile:
     """A file under a temporary name (`incomplete.NAME`) that takes its own name when it is complete.
+
+    In an object store, where nothing is to be seen of a file before it is complete, it has its own name at once.
 
     With a `tag` the temporary name is `incomplete.NAME.TAG`, for files that several processes may write at once.
     As a context manager it commits at the end of the block and discards on any exception.
@@ -55,14 +94,21 @@ class AtomicFile:
     def __init__(self, path: epath.PathLike, *, tag: str = ""):
         """Opens the temporary file; an older one of the same name is overwritten."""
         self.path = epath.Path(path)
+        self._cloud = is_cloud(self.path)
         self._temporary = self.path.parent / f"incomplete.{self.path.name}{'.' * bool(tag)}{tag}"
+        if self._cloud:
+            self._temporary = self.path
         with _naming_file(self.path):
             self._file: Any = self._temporary.open("wb")
 
-    def write(self, data: bytes) -> None:
+    def write(self, data: bytes | memoryview) -> None:
         """Appends bytes."""
         with _naming_file(self.path):
-            self._file.write(data)
+            if not self._cloud:
+                self._file.write(data)
+                return
+            for start in range(0, len(data), _PART):  # its buffer grows to what it is given at once
+                self._file.write(data[start : start + _PART])
 
     def commit(self) -> None:
         """Closes the file and gives it its name; until then readers see nothing of it."""
@@ -72,10 +118,17 @@ class AtomicFile:
             with contextlib.suppress(AttributeError, NotImplementedError):
                 _sync(self._file)
             self._file.close()
-            self._temporary.replace(self.path)
+            if not self._cloud:
+                self._temporary.replace(self.path)
 
     def discard(self) -> None:
         """Closes and removes the temporary file."""
+        if self._cloud:
+            # Closing would complete the upload; so would forgetting the file, which closes it.
+            self._file.closed = True
+            with contextlib.suppress(OSError):
+                self._file.discard()
+            return
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._file.close()
         with contextlib.suppress(OSError):
@@ -116,6 +169,36 @@ def write_text(path: epath.PathLike, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
+def copy_file(source: epath.PathLike, target: epath.PathLike) -> None:
+    """Copies a file, local or in an object store; the copy appears when it is complete.
+
+    Raises:
+      UserError: the disk is full or the system refuses otherwise; names the copy.
+    """
+    with epath.Path(source).open("rb") as file, AtomicFile(target, tag="partial") as copy:
+        while part := file.read(_PART):
+            copy.write(part)
+
+
+def move_folder(source: epath.Path, target: epath.Path) -> None:
+    """Gives a folder another name, at which nothing is; in an object store file by file."""
+    if not is_cloud(source):
+        source.rename(target)
+        return
+    for file in files_below(source):
+        copy_file(file, target / file.relative_to(source))
+    source.rmtree()
+
+
+def files_below(folder: epath.Path) -> Iterator[epath.Path]:
+    """All files of a folder and of those in it."""
+    scheme, cloud, _ = os.fspath(folder).partition("://")
+    for parent, _, names in folder.walk():
+        if cloud and not is_cloud(parent):  # epath leaves the scheme out
+            parent = epath.Path(f"{scheme}://{os.fspath(parent).lstrip('/')}")
+        yield from (parent / name for name in names if name)  # an empty one stands for a folder
+
+
 # JSON files are configurations, indices and tokenizers: the largest vocabularies take 40 MB.
 _JSON_BYTES = 256 * 2**20
 _T = TypeVar("_T")
@@ -136,7 +219,7 @@ def check_regular(path: epath.PathLike) -> None:
     Raises:
       UserError: a local path is there and is neither a file nor a folder.
     """
-    if "://" in os.fspath(path):
+    if is_cloud(path):
         return
     try:
         mode = os.stat(path).st_mode

@@ -11,7 +11,7 @@
 #   --project=PROJECT   its project (default: gcloud's own)
 #   --tpu_type=TYPE     such as v5litepod-256
 #   --num_slices=N      slices (default 1)
-#   --image=IMAGE       container image in which imagen-jax is installed
+#   --image=IMAGE       container image in which imagen-jax is installed (pip install 'imagen_jax[gcs]', for gs://)
 #   --restarts=N        restarts of the whole job (default 100)
 #   --dry_run           only print the command
 # Everything else goes to `imagen-jax train`. --workdir and records must be in cloud storage that all pods see.

@@ -3,7 +3,7 @@
 #
 #   launch/tpu_vm.sh --name=my-pod --zone=us-central2-b --config=imagen/base64.py --workdir=gs://bucket/base
 #
-# Installs this checkout on every host first (--no_install leaves that out). Flags:
+# Installs this checkout, with what gs:// paths need, on every host first (--no_install leaves that out). Flags:
 #   --name=TPU          name of the TPU VM
 #   --zone=ZONE         its zone
 #   --project=PROJECT   its project (default: gcloud's own)
@@ -51,7 +51,7 @@ if [[ "$install" == 1 ]]; then
   run git -C "$root" archive --format=tar.gz --output="$archive" HEAD
   run gcloud compute tpus tpu-vm scp "$archive" "$name:imagen_jax.tar.gz" --worker=all "${where[@]}"
   run gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" \
-    --command="mkdir -p imagen_jax && tar -xzf imagen_jax.tar.gz -C imagen_jax && python3 -m pip install --quiet --editable 'imagen_jax' 'jax[tpu]'"
+    --command="mkdir -p imagen_jax && tar -xzf imagen_jax.tar.gz -C imagen_jax && python3 -m pip install --quiet --editable 'imagen_jax[gcs]' 'jax[tpu]'"
 fi
 # Codes 1, 2 and 130 would come again: a wrong flag, a full disk, Ctrl-C.
 printf -v quoted '%q ' python3 -m imagen_jax train "${train[@]}" --distributed

@@ -63,10 +63,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (UserError, OSError) as error:
-        if args.debug:
+    except Exception as error:
+        from imagen_jax.files import cloud_fault  # only here: --help does not wait for what it imports
+
+        fault = cloud_fault(error)
+        if args.debug or (fault is None and not isinstance(error, (UserError, OSError))):
             raise
-        print(f"imagen-jax {args.verb}: error: {error}", file=sys.stderr)
+        print(f"imagen-jax {args.verb}: error: {fault or error}", file=sys.stderr)
         return 1
 
 

@@ -106,10 +106,16 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_small_encoder(config: Any) -> None:
     """Makes the small encoder unless it is there; of several processes, all may try at once."""
+    from imagen_jax.files import is_cloud
     from imagen_jax.text.precompute import source_captions
     from imagen_jax.text.small import make_small_encoder
 
     target = epath.Path(config.text_encoder)
+    if is_cloud(target):
+        # Nothing is renamed there; several processes write the same bytes, and config.json last.
+        if not (target / "config.json").exists():
+            make_small_encoder(target, vocabulary_texts=source_captions(config))
+        return
     # A name per process: a killed one finds and overwrites its own.
     temporary = target.parent / f"incomplete.{target.name}.{config.process_index}"
     if not target.exists():

@@ -5,12 +5,12 @@ import contextlib
 import gc
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagen_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from etils import epath
     from jax.sharding import Mesh
 
     from imagen_jax.models.configs import SamplingConfig
@@ -108,17 +108,19 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     Raises:
       UserError: if the file cannot be read.
     """
+    from etils import epath
+
     found: list[str] = []
     for prompt in prompts:
         found += _lines(sys.stdin.read()) if prompt == "-" else [prompt]
     if file == "-":
         found += _lines(sys.stdin.read())
     elif file is not None:
-        path = Path(file)
+        path = epath.Path(file)
         if not path.is_file():
             raise UserError(f"--prompts_file {file}: there is no such file")
         try:
-            found += _lines(path.read_text(encoding="utf-8-sig"))
+            found += _lines(path.read_bytes().decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise UserError(f"--prompts_file {file} is not UTF-8 text: {error}") from error
     return found
@@ -203,7 +205,7 @@ def _say_what_is_there(places: "list[Place]", like: "PictureRecord | None") -> N
         )
 
 
-def _previewer(path: Path) -> "Any":
+def _previewer(path: "epath.Path") -> "Any":
     from imagen_jax.sampling.pictures import grid, save_png
 
     def show(preview: "Preview") -> None:
@@ -278,7 +280,7 @@ def _draw(
     places = [output.find_place(out, i // args.num_images, record) for i, record in enumerate(records)]
     _say_what_is_there(places, like)
     missing = [place for place in places if not place.there]
-    preview = _previewer(Path(args.out) / "preview.png") if args.preview else None
+    preview = _previewer(out / "preview.png") if args.preview else None
     made = model.draw(
         [(place.record.prompt, place.record.seed) for place in missing],
         batch_size=args.batch_size,

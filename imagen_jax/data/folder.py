@@ -11,6 +11,7 @@ from etils import epath
 
 from imagen_jax.data.examples import Example, Skipped, Source, clean_captions, even_ranges
 from imagen_jax.errors import UserError
+from imagen_jax.files import files_below
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 EXAMPLES_PER_UNIT = 1024  # about 200 MB with the embeddings of the largest T5
@@ -54,10 +55,9 @@ class FolderSource(Source):
         if not self._root.is_dir():
             raise UserError(f"--source: no folder {path!r}")
         pictures = sorted(
-            os.fspath((folder / name).relative_to(self._root))
-            for folder, _, names in self._root.walk()
-            for name in names
-            if name.lower().endswith(PICTURE_SUFFIXES) and not name.startswith(".")
+            os.fspath(file.relative_to(self._root))
+            for file in files_below(self._root)
+            if file.name.lower().endswith(PICTURE_SUFFIXES) and not file.name.startswith(".")
         )
         listing = self._root / "captions.jsonl"
         if listing.exists():

@@ -15,6 +15,7 @@ from imagen_jax.data.examples import Example, Skipped, Source, clean_captions
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT
 from imagen_jax.data.webdataset import expand_pattern
 from imagen_jax.errors import UserError
+from imagen_jax.files import files_below
 
 _ROWS_AT_A_TIME = 64  # rows decoded together: some tens of megabytes of pictures
 _BUFFER = 2**20  # bytes read ahead in a column, in place of the whole column of a row group
@@ -208,7 +209,7 @@ def _files(path: str) -> list[epath.Path]:
     """The files of a glob or a single one; of a folder all in it and below it."""
     folder = epath.Path(path).expanduser()
     if folder.is_dir():
-        found = [parent / name for parent, _, names in folder.walk() for name in names]
+        found = files_below(folder)
         return sorted(file for file in found if file.suffix == ".parquet" and not file.name.startswith("."))
     return expand_pattern(path)
 

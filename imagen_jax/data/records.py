@@ -11,7 +11,6 @@ import enum
 import hashlib
 import io
 import json
-import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -24,7 +23,7 @@ from jaxtyping import BFloat16, Float, Float32, Int8, UInt64
 
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, read_json
+from imagen_jax.files import AtomicFile, is_cloud, read_json
 
 IMAGE, CAPTION, KEY, TEXT_EMBEDDING = "image", "caption", "key", "text_embedding"
 TEXT_EMBEDDING_SCALE = "text_embedding_scale"
@@ -420,8 +419,7 @@ class KeyIndex:
         """Opens the index."""
         path = _key_index_path(folder, split)
         try:
-            cloud = "://" in os.fspath(path)
-            table = np.load(io.BytesIO(path.read_bytes())) if cloud else np.load(path, mmap_mode="r")
+            table = np.load(io.BytesIO(path.read_bytes())) if is_cloud(path) else np.load(path, mmap_mode="r")
         except FileNotFoundError:
             raise UserError(
                 f"{path}: no such file; only a folder of `imagen-jax precompute --embeddings_only` "

@@ -4,25 +4,23 @@ A record is `uint64 length, uint32 masked CRC of the length, data, uint32 masked
 little-endian; the CRC is CRC-32C (https://www.tensorflow.org/tutorials/load_data/tfrecord).
 """
 
-import collections
 import os
 import struct
 import threading
 from types import TracebackType
-from typing import Any
 
 import google_crc32c
 import numpy as np
 from etils import epath
+from fsspec.core import url_to_fs
 from jaxtyping import Int64
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile
+from imagen_jax.files import AtomicFile, is_cloud
 
 _HEADER = struct.Struct("<QI")  # length, its CRC
 _FOOTER = struct.Struct("<I")  # CRC of the data
 _MASK_DELTA = 0xA282EAD8
-_CLOUD_HANDLES = 8  # open cloud files per thread: each holds a read-ahead buffer of megabytes
 _HELP = "the file is damaged: delete it and run `imagen-jax precompute` again"
 
 
@@ -63,32 +61,12 @@ class TFRecordWriter:
         self._file.__exit__(kind, error, trace)
 
 
-class _CloudHandles(threading.local):
-    """The few cloud files a thread has open, the least recently used closed first."""
-
-    def __init__(self) -> None:
-        self._open: collections.OrderedDict[epath.Path, Any] = collections.OrderedDict()
-
-    def get(self, path: epath.Path) -> Any:
-        """The thread's own handle of a file."""
-        file = self._open.pop(path, None)
-        if file is None:
-            file = path.open("rb")
-            if len(self._open) >= _CLOUD_HANDLES:
-                self._open.popitem(last=False)[1].close()
-        self._open[path] = file
-        return file
-
-
-_cloud_handles = _CloudHandles()
-
-
 def _read_at(path: epath.Path, offset: int, length: int) -> bytes:
     """Reads up to `length` bytes at `offset`; safe from any thread."""
-    if "://" in os.fspath(path):
-        file = _cloud_handles.get(path)
-        file.seek(offset)
-        return file.read(length)
+    if is_cloud(path):
+        # The bytes alone: a file that is kept open reads megabytes ahead, at each of many random places.
+        storage, name = url_to_fs(os.fspath(path))
+        return storage.cat_file(name, start=offset, end=offset + length)
     # Opened for each read: thousands of shards kept open would pass the limit of open files.
     descriptor = os.open(path, os.O_RDONLY)
     try:

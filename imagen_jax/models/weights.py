@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import AtomicFile, is_cloud, make_folder
 
 _STEMS = ("model", "diffusion_pytorch_model")  # the names transformers and diffusers save under
 _VARIANTS = ("fp16", "bf16")  # tried, in this order, where the folder has no plain file
@@ -158,7 +159,7 @@ class SafetensorsReader:
 
     def _local(self, file: epath.Path) -> str:
         """Where the file can be memory-mapped: a cloud file is copied to the local disk first."""
-        if "://" not in os.fspath(file):
+        if not is_cloud(file):
             return os.fspath(file)
         if self._scratch is None:
             self._scratch = tempfile.TemporaryDirectory()
@@ -414,19 +415,17 @@ def _is_key(leaf: Any) -> bool:
 
 def _write_file(path: epath.Path, header: bytes, leaves: list[Any]) -> None:
     first = jax.process_index() == 0
-    partial = path.with_name(f".{path.name}.partial")
     if not first:
         for leaf in leaves:
             _to_host(leaf)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as file:
+    make_folder(path.parent)
+    with AtomicFile(path, tag="partial") as file:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for leaf in leaves:
             # As bytes of the array itself: `tobytes` would hold a second copy of the largest tensor.
             file.write(np.ascontiguousarray(_to_host(leaf)).reshape(-1).view(np.uint8).data)
-    partial.replace(path)
 
 
 def _to_host(leaf: Any) -> np.ndarray:

@@ -15,7 +15,7 @@ from etils import epath
 from imagen_jax.config import build, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
-from imagen_jax.files import read_json
+from imagen_jax.files import make_folder, read_json, write_text
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.weights import load_state, save_state
 
@@ -57,15 +57,14 @@ def check_cascade(stages: Sequence[StageConfig]) -> None:
 
 def save_stage(folder: epath.PathLike, config: StageConfig, params: Params) -> None:
     """Writes MODEL/<stage>/config.json and model.safetensors."""
-    folder = epath.Path(folder) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(epath.Path(folder) / config.name)
     save_state(params, folder / WEIGHTS)
-    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def save_index(folder: epath.PathLike, index: ModelIndex) -> None:
     """Writes model_index.json: last, so that a folder with an index is complete."""
-    (epath.Path(folder) / INDEX).write_text(json.dumps(to_dict(index), indent=2) + "\n")
+    write_text(epath.Path(folder) / INDEX, json.dumps(to_dict(index), indent=2) + "\n")
 
 
 class ModelFolder:

@@ -1,5 +1,6 @@
 """Grids of pictures, and PNG files that say how they were made."""
 
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,8 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+
+from imagen_jax.files import AtomicFile
 
 METADATA_KEY = "imagen_jax"  # PNG text chunk with what is needed to make the picture again, as JSON
 
@@ -42,15 +45,14 @@ def grid(
 def save_png(
     path: epath.PathLike, picture: UInt8[np.ndarray, "h w 3"], metadata: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes a PNG by renaming a complete file; `metadata` goes into a text chunk as JSON."""
-    path = epath.Path(path)
+    """Writes a PNG, which appears when it is complete; `metadata` goes into a text chunk as JSON."""
     info = PngInfo()
     if metadata is not None:
         info.add_itxt(METADATA_KEY, json.dumps(metadata, ensure_ascii=False))
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        Image.fromarray(picture).save(file, "PNG", pnginfo=info)
-    temporary.replace(path)
+    encoded = io.BytesIO()
+    Image.fromarray(picture).save(encoded, "PNG", pnginfo=info)
+    with AtomicFile(path, tag="tmp") as file:
+        file.write(encoded.getbuffer())
 
 
 def read_metadata(path: epath.PathLike) -> dict[str, Any] | None:

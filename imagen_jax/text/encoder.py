@@ -20,6 +20,7 @@ from tqdm import tqdm
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
+from imagen_jax.files import copy_file, is_cloud, make_folder
 from imagen_jax.models.t5_weights import T5Config, load_t5
 from imagen_jax.models.weights import SafetensorsReader
 from imagen_jax.text.identity import identify
@@ -321,11 +322,8 @@ def copy_encoder(
     target = epath.Path(folder if tokenizer is None else tokenizer)
     moves += [(words / name, target) for name in _TOKENIZER_FILES if (words / name).exists()]
     for file, place in moves:
-        place.mkdir(parents=True, exist_ok=True)
         # Under another name first: an encoder that is in use has its file mapped.
-        partial = place / f".{file.name}.partial"
-        file.copy(partial, overwrite=True)
-        partial.replace(place / file.name)
+        copy_file(file, make_folder(place) / file.name)
 
 
 def _check_dtype(name: str) -> np.dtype:
@@ -463,7 +461,7 @@ def _load_tokenizer(folder: epath.Path) -> Any:
         raise UserError(f"{folder}: spiece.model needs the sentencepiece package; pip install sentencepiece")
     with contextlib.ExitStack() as stack:
         local = os.fspath(folder)
-        if "://" in local:
+        if is_cloud(folder):
             local = stack.enter_context(tempfile.TemporaryDirectory())
             for name in ("config.json", *_TOKENIZER_FILES):
                 if (folder / name).exists():

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
+from imagen_jax.files import make_folder, write_text
 from imagen_jax.models.weights import save_state
 
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # their ids are T5's: 0, 1, 2
@@ -67,8 +68,7 @@ def make_small_encoder(
     """
     if width < 1 or layers < 1:
         raise ValueError(f"width and layers must be at least 1, got {width} and {layers}")
-    target = epath.Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    target = make_folder(folder)
     tokenizer = _make_tokenizer(vocabulary_texts)
     config = {
         "architectures": ["T5EncoderModel"],
@@ -97,9 +97,10 @@ def make_small_encoder(
     weights = _make_weights(tokenizer.get_vocab_size(), width, layers, seed)
     # transformers opens a safetensors file only if it says "pt".
     save_state(weights, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (target / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
-    (target / "tokenizer.json").write_text(tokenizer.to_str(pretty=True) + "\n")
+    write_text(target / "tokenizer_config.json", json.dumps(tokenizer_config, indent=2) + "\n")
+    write_text(target / "tokenizer.json", tokenizer.to_str(pretty=True) + "\n")
+    # Last: a folder with a configuration is complete.
+    write_text(target / "config.json", json.dumps(config, indent=2) + "\n")
     return target
 
 

@@ -6,6 +6,7 @@ import gc
 import io
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,9 +19,10 @@ from orbax.checkpoint import checkpoint_managers as policies
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json, identity_to_json
 from imagen_jax.errors import UserError
-from imagen_jax.files import read_json, write_text
+from imagen_jax.files import cloud_fault, is_cloud, make_folder, move_folder, read_json, write_text
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.training.config import RENAMEABLE, RESUMABLE, Best, TrainConfig
+from imagen_jax.training.orbax_s3 import teach_orbax_s3
 from imagen_jax.training.state import TrainState
 
 # What storage answers when it is not the checkpoint that is at fault.
@@ -88,7 +90,11 @@ class Checkpoints:
 
     def __init__(self, workdir: epath.PathLike, *, keep: Keep | None = None):
         """Opens WORKDIR/checkpoints; without `keep` for reading only, also while a run writes there."""
-        self.folder = epath.Path(workdir).resolve() / "checkpoints"
+        workdir = epath.Path(workdir)
+        # An absolute path is what orbax takes; of a cloud path `resolve` would make a local one.
+        self.folder = (workdir if is_cloud(workdir) else workdir.resolve()) / "checkpoints"
+        if os.fspath(self.folder).startswith("s3://"):
+            teach_orbax_s3()
         self._keep, self._failed = keep or Keep(), False
         self._echoes = contextlib.ExitStack()
         if keep is None:
@@ -107,7 +113,7 @@ class Checkpoints:
         """A read-only folder is refused before hours of training, not after."""
         probe = self.folder / "incomplete.probe"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             probe.write_text("")
             probe.unlink()
         except OSError as error:
@@ -199,6 +205,7 @@ class Checkpoints:
                 except Exception as error:
                     fault = _fault(error)
                     refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+                    refused = refused or cloud_fault(_root(error)) is not None
                     if refused or isinstance(error, MemoryError) or fault.startswith(_NOT_DAMAGE):
                         raise
             faults = [said for said in gather(fault) if said]
@@ -222,10 +229,10 @@ class Checkpoints:
         return None
 
     def _set_aside(self, step: int, place: epath.Path) -> None:
-        place.parent.mkdir(exist_ok=True)
+        make_folder(place.parent)
         if place.exists():
             place.rmtree()
-        (self.folder / str(step)).rename(place)
+        move_folder(self.folder / str(step), place)
 
     def check(self) -> None:
         """Raises what a save in the background has run into.
@@ -254,7 +261,8 @@ class Checkpoints:
             self._failed = True
             if isinstance(_root(error), jax.errors.JaxRuntimeError):
                 raise
-            intact = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+            # In an object store the folder of a checkpoint has its name before it is complete.
+            intact = self._manager.all_steps(read=True)
             newest = f"the newest complete one is from step {max(intact)}" if intact else "there is none yet"
             raise UserError(
                 f"{self.folder}: a checkpoint could not be saved ({_fault(error)}); {newest}; put it right and "
@@ -314,7 +322,7 @@ def _quiet() -> Iterator[None]:
 
 def write_config(workdir: epath.Path, config: TrainConfig) -> None:
     """Writes the resolved config as WORKDIR/config.json, by renaming a complete file, unless it is there."""
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     path, text = workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n"
     if path.exists() and path.read_text() == text:
         return

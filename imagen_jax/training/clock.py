@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import os
 import re
 import resource
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +16,7 @@ import jax
 from etils import epath
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import copy_file, files_below, is_cloud, make_folder
 
 
 class StepClock:
@@ -93,13 +97,17 @@ class Profiler:
 
     def __init__(self, workdir: epath.Path, steps: ProfileSteps | None):
         self._folder, self._steps, self._running = workdir / "profile", steps, False
+        self._local = ""  # where JAX writes
 
     def before(self, step: int, state: Any) -> None:
         """To be called before a step, with the arrays of the step before: the trace begins when they are done."""
         if self._steps is not None and self._steps.first <= step <= self._steps.last and not self._running:
             jax.block_until_ready(state)
-            self._folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(str(self._folder))
+            # JAX writes to local folders only.
+            self._local = (
+                tempfile.mkdtemp() if is_cloud(self._folder) else os.fspath(make_folder(self._folder))
+            )
+            jax.profiler.start_trace(self._local)
             self._running = True
 
     def after(self, step: int, state: Any) -> None:
@@ -113,3 +121,7 @@ class Profiler:
         if self._running:
             self._running = False
             jax.profiler.stop_trace()
+            if is_cloud(self._folder):
+                for file in files_below(epath.Path(self._local)):
+                    copy_file(file, self._folder / file.relative_to(self._local))
+                shutil.rmtree(self._local)

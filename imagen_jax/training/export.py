@@ -9,6 +9,7 @@ from imagen_jax.config import build
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.errors import UserError
+from imagen_jax.files import make_folder
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -62,8 +63,7 @@ def export(
             text_encoder = read_folder_info(data.embeddings or data.path).encoder.text_encoder
     identity = _stages_encoder(ordered)
     encoder = _check_encoder(text_encoder, identity)
-    out = epath.Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(out)
     reference, files = text_encoder, None
     if encoder is not None:
         if copy_text_encoder:

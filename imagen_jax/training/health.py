@@ -9,6 +9,7 @@ records: config.json, batch.npz and the state before the step, as a checkpoint.
 import collections
 import contextlib
 import dataclasses
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from etils import epath
 from imagen_jax.config import build
 from imagen_jax.data.pipeline import Batch
 from imagen_jax.errors import UserError
-from imagen_jax.files import write_text
+from imagen_jax.files import AtomicFile, make_folder, write_text
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.parallel.processes import on_first
@@ -114,7 +115,7 @@ def make_report(
 
 def save_report(folder: epath.Path, report: Report) -> None:
     """Writes FOLDER/report.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_text(folder / "report.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
 
 
@@ -125,10 +126,10 @@ def save_batch(folder: epath.Path, batch: Batch) -> None:
     }
     arrays["text"] = np.asarray(batch["text"], np.float32)  # exact: bfloat16 has no name in NumPy's format
     arrays["key"] = np.array([str(key) for key in batch["key"]])
-    temporary = folder / "batch.npz.tmp"
-    with temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(folder / "batch.npz")
+    packed = io.BytesIO()
+    np.savez(packed, **arrays)
+    with AtomicFile(folder / "batch.npz") as file:
+        file.write(packed.getbuffer())
 
 
 def load_batch(folder: epath.Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from imagen_jax.data import shapes
 from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
+from imagen_jax.files import make_folder
 from imagen_jax.models.configs import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import replicated
@@ -136,8 +137,7 @@ class SampleGrid:
         )
         result = grid(list(pictures))
         if jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            save_png(self._folder / f"{int(state.step):08d}.png", result)
+            save_png(make_folder(self._folder) / f"{int(state.step):08d}.png", result)
         if self._scorer is Scorer.NONE:
             return result, {}
         scores = SCORERS[self._scorer](pictures, self._batch["caption"])

@@ -7,7 +7,7 @@ import socket
 from etils import epath
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder
+from imagen_jax.files import is_cloud, make_folder
 
 
 class WorkdirLock:
@@ -23,7 +23,7 @@ class WorkdirLock:
     def __init__(self, workdir: epath.PathLike):
         self._file = None
         folder = make_folder(workdir)
-        if "://" in os.fspath(folder):
+        if is_cloud(folder):
             return
         path = os.path.join(os.fspath(folder), "lock")
         try:

@@ -1,6 +1,8 @@
 """Metrics as JSON lines, TensorBoard events and, if asked for, in Weights & Biases."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import secrets
@@ -11,10 +13,11 @@ import jax
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
+from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import write_text
+from imagen_jax.files import AtomicFile, is_cloud, write_text
 from imagen_jax.training.clock import StepClock, memory_in_use
 
 
@@ -32,6 +35,57 @@ class WandbRun:
 
     project: str
     config: Mapping[str, Any]  # shown beside the run
+
+
+class _Lines:
+    """A text file that grows by lines."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        # An object store takes whole files only: there the lines before are kept, and written again with the next.
+        self._before: str | None = None
+        if is_cloud(path):
+            self._before = path.read_text() if path.exists() else ""
+
+    def append(self, line: str) -> None:
+        if self._before is None:
+            with self._path.open("a") as file:
+                file.write(line + "\n")
+            return
+        self._before += line + "\n"
+        write_text(self._path, self._before)
+
+
+class _CloudEvents:
+    """A file of TensorBoard events in an object store: what there is is written anew at each flush."""
+
+    def __init__(self, path: str):
+        self._path, self._events = path, io.BytesIO()
+
+    def write(self, data: bytes) -> None:
+        self._events.write(data)
+
+    def flush(self) -> None:
+        # In a thread of tensorboardX's, which an error would end; the next flush tries again.
+        with contextlib.suppress(UserError), AtomicFile(self._path) as file:
+            file.write(self._events.getvalue())
+
+    def close(self) -> None:
+        self.flush()
+
+
+class _CloudEventFiles:
+    """Opens `_CloudEvents` for tensorboardX, whose own writers need other packages and sign-ins than ours."""
+
+    def open(self, path: str) -> _CloudEvents:
+        return _CloudEvents(path)
+
+    def directory_check(self, path: str) -> None:
+        """There are no folders to be made."""
+
+
+for _scheme in ("gs", "s3"):
+    register_writer_factory(_scheme, _CloudEventFiles())
 
 
 def trim_lines(path: epath.Path, last_step: int) -> None:
@@ -55,7 +109,8 @@ def trim_lines(path: epath.Path, last_step: int) -> None:
 def open_wandb(workdir: epath.Path, run: WandbRun) -> Any:
     """Opens the run of a work directory in Weights & Biases; a resumed run goes on there.
 
-    Its id is written to WORKDIR/wandb_id.txt. WANDB_MODE=offline keeps all in WORKDIR/wandb.
+    Its id is written to WORKDIR/wandb_id.txt. WANDB_MODE=offline keeps all in WORKDIR/wandb, or in ./wandb if the
+    work directory is in an object store.
 
     Raises:
       UserError: the package is not installed.
@@ -72,7 +127,7 @@ def open_wandb(workdir: epath.Path, run: WandbRun) -> Any:
         name=workdir.name,
         id=path.read_text().strip(),
         resume="allow",
-        dir=str(workdir),
+        dir=None if is_cloud(workdir) else str(workdir),
         config=dict(run.config),
     )
     # Its own step never goes back, that of a resumed run may.
@@ -108,12 +163,12 @@ class MetricsWriter:
     ):
         self.clock = StepClock()
         self._enabled, self._cost, self._batch_size = enabled, cost, batch_size
-        self._path = workdir / "metrics.jsonl"
         self._last_step = start_step
         if not enabled:
             return
         self._wandb = None if wandb is None else open_wandb(workdir, wandb)
-        trim_lines(self._path, start_step)
+        trim_lines(workdir / "metrics.jsonl", start_step)
+        self._lines = _Lines(workdir / "metrics.jsonl")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(total=steps, initial=start_step, unit="step", desc=workdir.name, dynamic_ncols=True)
 
@@ -145,8 +200,7 @@ class MetricsWriter:
         if self._cost is not None:
             line["mfu"] = round(rate / devices * self._cost.flops / self._cost.peak_flops, 4)
         line |= memory_in_use()
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._lines.append(json.dumps(line))
         shown = {name: value for name, value in line.items() if value is not None}
         for name, value in shown.items():
             if name != "step":

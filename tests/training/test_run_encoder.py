@@ -187,10 +187,10 @@ def test_export_takes_one_encoder_only(
     run, run_of, encoder, other, other_encoder, text_encoder, tmp_path, capsys
 ):
     out = tmp_path / "model"
-    with pytest.raises(UserError, match="were trained with different text encoders .*embeddings differ"):
+    with pytest.raises(UserError, match=r"were trained with different text encoders .*embeddings differ"):
         export([run, run_of(other, "sr")], out)
     for copy in (True, False):
-        with pytest.raises(UserError, match="is not the one that the stages were trained with .*differ"):
+        with pytest.raises(UserError, match=r"is not the one that the stages were trained with .*differ"):
             export([run], out, text_encoder=str(other_encoder), copy_text_encoder=copy)
     assert not out.exists()
     capsys.readouterr()
