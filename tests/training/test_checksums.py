@@ -103,11 +103,11 @@ def test_a_change_that_every_reader_takes_is_noticed(saved, tmp_path, capfd, cha
         shutil.rmtree(folder / "5" / changed)
     if changed == "state":  # that of a checkpoint whose arrays have the same shapes
         shutil.copytree(folder / "3" / "state", folder / "5" / "state")
-    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
-        with pytest.raises(
-            UserError, match=r"checkpoints/5 is damaged \(.*\); imagen-jax train sets it aside"
-        ):
-            checkpoints.restore(5, abstract(state_of(0)))
+    with (
+        contextlib.closing(Checkpoints(tmp_path)) as checkpoints,
+        pytest.raises(UserError, match=r"checkpoints/5 is damaged \(.*\); imagen-jax train sets it aside"),
+    ):
+        checkpoints.restore(5, abstract(state_of(0)))
     with contextlib.closing(Checkpoints(tmp_path, keep=Keep())) as checkpoints:
         assert checkpoints.restore_newest(abstract(state_of(0)))[2] == 3
     assert len(capfd.readouterr().err.splitlines()) == 1
