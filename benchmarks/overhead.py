@@ -12,6 +12,8 @@ stays where it is. Then every `--save_every` steps a checkpoint is saved. The la
   save_s             seconds from the beginning of a save to its end on the disk, median
   save_blocks_s      seconds of it during which the loop stands still, median
   save_blocks_share  their ratio, median
+  checksums_s        seconds of the standstill that checksums take, median
+  checksums_share    their share of the whole save, median
   checkpoint_mb      size of a checkpoint
 """
 
@@ -31,7 +33,7 @@ from imagen_jax.data import shapes
 from imagen_jax.parallel.mesh import use_cpu_devices
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.text.small import make_small_encoder
-from imagen_jax.training import trainer
+from imagen_jax.training import checkpoint, trainer
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.state import TrainState, state_bytes
@@ -136,8 +138,16 @@ def time_saves(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     begun: dict[int, float] = {}
     blocks: dict[int, float] = {}
     ended: dict[int, float] = {}
+    checksums: dict[int, float] = {}
     sizes: list[int] = []
-    save = Checkpoints.save
+    save, begin_checksums = Checkpoints.save, checkpoint.begin_checksums
+
+    def timed_checksums(state: TrainState) -> Callable[[], dict[str, int]]:
+        # The arrays are there: what is measured is not the wait for the step.
+        step, started = int(jax.block_until_ready(state).step), time.perf_counter()
+        finish = begin_checksums(state)
+        checksums[step] = time.perf_counter() - started
+        return finish
 
     def timed_save(self: Checkpoints, step: int, state: TrainState, **rest: Any) -> None:
         sizes.append(state_bytes(state))
@@ -157,6 +167,7 @@ def time_saves(folder: Path, args: argparse.Namespace) -> dict[str, float]:
                 ended[step] = time.perf_counter()
 
     Checkpoints.save = timed_save  # type: ignore[method-assign]
+    checkpoint.begin_checksums = timed_checksums
     trainer.MetricsWriter.advance = noting_advance  # type: ignore[method-assign]
     trainer.train(config, folder / "saves")
     seen = sorted(ended)[1:]  # the first starts threads and imports
@@ -165,6 +176,8 @@ def time_saves(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         "save_s": round(statistics.median(durations.values()), 4),
         "save_blocks_s": round(statistics.median(blocks[step] for step in seen), 4),
         "save_blocks_share": round(statistics.median(blocks[step] / durations[step] for step in seen), 4),
+        "checksums_s": round(statistics.median(checksums[step] for step in seen), 4),
+        "checksums_share": round(statistics.median(checksums[step] / durations[step] for step in seen), 4),
         "saves": len(seen),
         "checkpoint_mb": round(sizes[0] / 1e6, 1),
     }

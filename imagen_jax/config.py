@@ -7,12 +7,14 @@ carries that name under "kind".
 import dataclasses
 import difflib
 import enum
+import math
 import types
 import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from imagen_jax.errors import UserError
+from imagen_jax.limits import shown
 
 T = TypeVar("T")
 
@@ -37,7 +39,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
         naming it in full.
     """
     if not isinstance(values, Mapping):
-        raise UserError(f"{where} must be a group of fields, got {values!r}")
+        raise UserError(f"{where} must be a group of fields, got {shown(values)}")
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     given = {name: value for name, value in values.items() if not (name == "kind" and hasattr(cls, "KIND"))}
@@ -64,7 +66,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return _union(typing.get_args(hint), value, where)
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
-            raise UserError(f"{where} must be a list, got {value!r}")
+            raise UserError(f"{where} must be a list, got {shown(value)}")
         item = typing.get_args(hint)[0]
         return tuple(_value(item, each, f"{where}[{i}]") for i, each in enumerate(value))
     if dataclasses.is_dataclass(hint):
@@ -74,12 +76,25 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return hint(value)
         except ValueError:
             names = ", ".join(str(member.value) for member in hint)
-            raise UserError(f"{where} must be one of {names}; got {value!r}") from None
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+            raise UserError(f"{where} must be one of {names}; got {shown(value)}") from None
+    if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return _finite(value, where)
+    if hint is int and isinstance(value, int) and value.bit_length() > 63:
+        raise UserError(f"{where} must be a number of at most 63 bits, got {shown(value)}")
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where} must be of type {hint.__name__}, got {value!r}")
+        raise UserError(f"{where} must be of type {hint.__name__}, got {shown(value)}")
     return value
+
+
+def _finite(value: int | float, where: str) -> float:
+    """JSON as Python reads it has NaN, Infinity and whole numbers of any length; no config means any of them."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise UserError(f"{where} must be a finite number, got {shown(value)}")
+    return number
 
 
 def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -90,10 +105,10 @@ def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
     if not kinds:
         return _value(options[0], value, where)
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a group of fields, got {value!r}")
+        raise UserError(f"{where} must be a group of fields, got {shown(value)}")
     kind = value.get("kind")
-    if kind not in kinds:
-        raise UserError(f"{where}.kind must be one of {', '.join(sorted(kinds))}; got {kind!r}")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UserError(f"{where}.kind must be one of {', '.join(sorted(kinds))}; got {shown(kind)}")
     return build(kinds[kind], value, where)
 
 

@@ -46,12 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Plans; `overrides` are the arguments --config.some.field=value."""
     from imagen_jax.errors import UserError
+    from imagen_jax.limits import MAX_BATCH, shown
     from imagen_jax.plan.chips import parse_topology
     from imagen_jax.plan.environment import find_compiler
 
     topology = parse_topology(args.topology)
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size={args.batch_size}: must be at least 1")
+    if args.batch_size is not None and args.batch_size > MAX_BATCH:
+        raise UserError(f"--batch_size={shown(args.batch_size)}: must be at most {MAX_BATCH}")
     find_compiler()
     from etils import epath
 

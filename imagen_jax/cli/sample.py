@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from imagen_jax.errors import UserError
+from imagen_jax.limits import is_count
 
 if TYPE_CHECKING:
     from etils import epath
@@ -135,7 +136,7 @@ def _rows(text: str | None, names: list[str]) -> dict[str, int]:
     if text is None:
         return {}
     parts = text.split(",")
-    if len(parts) not in (1, len(names)) or not all(part.strip().isdecimal() for part in parts):
+    if len(parts) not in (1, len(names)) or not all(is_count(part.strip()) for part in parts):
         raise UserError(f"--rows {text}: give one whole number, or one for each of the {len(names)} stages")
     return dict(zip(names, map(int, parts * len(names) if len(parts) == 1 else parts)))
 

@@ -23,6 +23,7 @@ from jaxtyping import BFloat16, Bool
 from imagen_jax.data import pictures, records
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_BATCH, MAX_SIDE, MAX_TEXT_LENGTH, MAX_THREADS, check_numbers
 
 # image uint8 (b, R, R, 3); low_res uint8 (b, r, r, 3) if asked for; text bfloat16 (b, L, d);
 # text_mask bool (b, L); index int64 (b,); key str (b,); caption list[str] of b, if asked for
@@ -58,6 +59,15 @@ class PipelineConfig:
         for field in ("resolution", "max_text_length", "batch_size", "num_threads", "prefetch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        check_numbers(
+            self,
+            **dict.fromkeys(("resolution", "low_resolution", "crop"), MAX_SIDE),
+            max_text_length=MAX_TEXT_LENGTH,
+            batch_size=MAX_BATCH,
+            num_threads=MAX_THREADS,
+            prefetch=MAX_THREADS,
+            seed=2**32,  # refused below
+        )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
         if self.low_resolution is not None and (

@@ -16,7 +16,9 @@ from imagen_jax.data.parquet import ParquetOptions, ParquetSource
 from imagen_jax.data.tfds_source import TfdsOptions, TfdsSource
 from imagen_jax.data.webdataset import WebDatasetSource
 from imagen_jax.errors import UserError
+from imagen_jax.limits import is_count, shown
 
+_MAX_SHAPES = 10_000_000  # pictures: scenes repeat long before
 _LANGUAGES = ("en", "zh", "both")
 _OBJECTS = {"1": 1, "2": 2, "any": None}
 
@@ -42,6 +44,8 @@ class ShapesOptions:
                 f"from {shapes.MIN_RESOLUTION} to {shapes.MAX_RESOLUTION}, "
                 f"got count={self.count}, resolution={self.resolution}"
             )
+        if self.count > _MAX_SHAPES:
+            raise UserError(f"--source: shapes wants count of at most {_MAX_SHAPES}, got {shown(self.count)}")
         if self.language not in _LANGUAGES:
             raise UserError(f"--source: shapes wants language=en|zh|both, got {self.language!r}")
         if self.objects not in _OBJECTS:
@@ -59,8 +63,8 @@ class ShapesOptions:
                     "(accepted: count=N, resolution=PIXELS, language=en|zh|both, objects=1|2|any)"
                 )
             if name in ("count", "resolution"):
-                if not value.isdecimal():
-                    raise UserError(f"--source: shapes wants a whole number for {name}, got {value!r}")
+                if not is_count(value):
+                    raise UserError(f"--source: shapes wants a whole number for {name}, got {shown(value)}")
                 options[name] = int(value)
             else:
                 options[name] = value

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedule
+from imagen_jax.limits import check_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class NoiseAugmentation:
             raise ValueError(f"blur must be at least 0, got {self.blur}")
         if not 0.0 <= self.max_level <= 1.0:
             raise ValueError(f"max_level must be in [0, 1], got {self.max_level}")
+        check_numbers(self, blur=64.0)
 
     def log_snr(self, aug_level: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Log-SNR of the low-resolution input at aug_level in [0, 1]."""

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagen_jax.diffusion.schedules import Schedule
+from imagen_jax.limits import MAX_LOG_SNR, check_numbers
 
 
 class Grid(enum.StrEnum):
@@ -64,6 +65,7 @@ class GridConfig:
     log_snr_max: float = 12.0  # the other end, of little noise
 
     def __post_init__(self) -> None:
+        check_numbers(self, rho=1000.0, log_snr_min=MAX_LOG_SNR, log_snr_max=MAX_LOG_SNR)
         if self.rho < 1.0:
             raise ValueError(f"rho must be at least 1, got {self.rho}")
         if not self.log_snr_min < self.log_snr_max:

@@ -6,6 +6,8 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from imagen_jax.limits import MAX_LOG_SNR, check_numbers
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuidanceConfig:
@@ -23,6 +25,7 @@ class GuidanceConfig:
     rescale: float = 0.0  # φ in [0, 1] of arXiv 2305.08891, section 3.4 (there 0.7); 0: off
 
     def __post_init__(self) -> None:
+        check_numbers(self, log_snr_min=MAX_LOG_SNR, log_snr_max=MAX_LOG_SNR)
         low, high = self.log_snr_min, self.log_snr_max
         if low is not None and high is not None and not low < high:
             raise ValueError(f"guidance log_snr_min must be below log_snr_max, got {low} and {high}")

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagen_jax.diffusion.process import Prediction, convert
+from imagen_jax.limits import check_numbers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class LossConfig:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.space is Prediction.SCORE:
             raise ValueError("loss space must be x0, epsilon or v, got 'score'")
         for name in ("snr_cap", "min_snr_gamma"):

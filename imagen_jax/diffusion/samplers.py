@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from imagen_jax.diffusion.grids import Grid, GridConfig
 from imagen_jax.diffusion.schedules import Schedule
 from imagen_jax.diffusion.steps import add_noise, ddim_step, ddpm_step, heun_correction
+from imagen_jax.limits import MAX_STEPS, check_numbers
 
 
 class Denoised(NamedTuple):
@@ -85,6 +86,7 @@ class SamplerConfig:
         for name in ("churn", "churn_noise"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        check_numbers(self, steps=MAX_STEPS, churn_noise=10.0)
 
     @property
     def network_calls(self) -> int:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from imagen_jax.limits import MAX_LOG_SNR, MAX_STEPS, check_numbers
+
 
 @runtime_checkable
 class Schedule(Protocol):
@@ -49,6 +51,7 @@ class CosineSchedule:
 
     def __post_init__(self) -> None:
         _check_bounds(self.log_snr_min, self.log_snr_max)
+        check_numbers(self, log_snr_min=MAX_LOG_SNR, log_snr_max=MAX_LOG_SNR, shift=MAX_LOG_SNR)
 
     def log_snr(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Log-SNR −2·log(tan(angle(t))) + shift at times t in [0, 1]."""
@@ -70,6 +73,9 @@ class LinearSchedule:
 
     KIND: ClassVar[str] = "linear"
     log_snr_max: float = 15.0  # nats; the unbounded schedule is infinite at t = 0
+
+    def __post_init__(self) -> None:
+        check_numbers(self, log_snr_max=MAX_LOG_SNR)
 
     def log_snr(self, t: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """Log-SNR −log(expm1(0.1·t + 9.95·t²)), at most `log_snr_max`, at times t in [0, 1]."""
@@ -99,6 +105,7 @@ class DiscreteCosineSchedule:
             raise ValueError(f"steps must be at least 2, got {self.steps}")
         if not 0.0 < self.max_beta < 1.0:
             raise ValueError(f"max_beta must be in (0, 1), got {self.max_beta}")
+        check_numbers(self, steps=MAX_STEPS)
 
     def betas(self) -> Float[np.ndarray, " steps"]:
         """β of each step, float32: min(1 − f(i+1)/f(i), max_beta) with f(i) = cos²((i/steps + 0.008)/1.008·π/2)."""

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from imagen_jax.limits import check_numbers
+
 
 class Threshold(enum.StrEnum):
     """How x̂0 is kept in range."""
@@ -29,6 +31,7 @@ class ThresholdConfig:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         if self.max_scale is not None and self.max_scale < 1.0:
             raise ValueError(f"max_scale must be at least 1, got {self.max_scale}")
         if not 0.0 <= self.percentile <= 100.0:

@@ -18,6 +18,16 @@ from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedule, LinearSchedule
 from imagen_jax.diffusion.thresholding import ThresholdConfig
+from imagen_jax.limits import (
+    MAX_BLOCKS,
+    MAX_CHANNELS,
+    MAX_GUIDANCE,
+    MAX_IMAGE_CHANNELS,
+    MAX_LEVELS,
+    MAX_SIDE,
+    MAX_TEXT_LENGTH,
+    check_numbers,
+)
 
 Params = dict[str, Any]  # arrays (or their shapes) under dotted names
 
@@ -85,6 +95,10 @@ class DeepFloydOptions:
         for name in ("text_channels", "pool_heads", "norm_groups", "text_norm_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(
+            self,
+            **dict.fromkeys(("text_channels", "pool_heads", "norm_groups", "text_norm_groups"), MAX_CHANNELS),
+        )
         if self.text_channels % self.text_norm_groups:
             raise ValueError(
                 f"text_norm_groups {self.text_norm_groups} does not divide text_channels {self.text_channels}"
@@ -139,6 +153,46 @@ class UNetConfig:
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"{name} must be float32 or bfloat16, got {getattr(self, name)!r}")
+        self._check_sizes()
+        self._check_buildable()
+
+    def _check_sizes(self) -> None:
+        """Refuses numbers that nobody means."""
+        if len(self.channels) > MAX_LEVELS:
+            raise ValueError(f"channels has {len(self.channels)} levels; at most {MAX_LEVELS}")
+        for name, least in (("num_res_blocks", 0), ("embedding_width", 1), ("low_res_channels", 0)):
+            value = getattr(self, name)
+            if value is not None and min(value if isinstance(value, tuple) else (value,)) < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        widths = dict.fromkeys(("channels", "text_width", "head_channels", "embedding_width"), MAX_CHANNELS)
+        check_numbers(
+            self,
+            **widths,
+            num_res_blocks=MAX_BLOCKS,
+            low_res_channels=MAX_IMAGE_CHANNELS,
+            image_channels=MAX_IMAGE_CHANNELS,
+            patch_size=MAX_SIDE,
+        )
+
+    def _check_buildable(self) -> None:
+        """Refuses what the layers refuse: heads and groups that do not divide the channels that they share."""
+        options, last = self.deepfloyd, len(self.channels) - 1
+        for level, channels in enumerate(self.channels):
+            attends = self.text_attention[level] or (options is None and self.self_attention[level])
+            if (attends or (options is not None and level == last)) and channels % self.head_channels:
+                raise ValueError(
+                    f"head_channels {self.head_channels} does not divide the {channels} channels of level {level}"
+                )
+            if options is not None and channels % options.norm_groups:
+                raise ValueError(
+                    f"norm_groups {options.norm_groups} does not divide the {channels} channels of level {level}"
+                )
+        shared, heads = self.width, max(1, self.width // self.head_channels)
+        if options is not None:
+            shared, heads = self.text_width, options.pool_heads
+        if shared % heads:
+            of = "text_width" if options is not None else "embedding_width"
+            raise ValueError(f"{heads} heads, which pool the text, do not divide {of} {shared}")
 
     @property
     def side_multiple(self) -> int:
@@ -205,6 +259,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0.0 <= self.aug_level <= 1.0:
             raise ValueError(f"aug_level must be in [0, 1], got {self.aug_level}")
+        check_numbers(self, guidance_weight=MAX_GUIDANCE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,6 +293,11 @@ class StageConfig:
             raise ValueError("a deepfloyd network sees no mask: it needs padded_text")
         if self.max_text_length < 1:
             raise ValueError(f"max_text_length must be at least 1, got {self.max_text_length}")
+        check_numbers(
+            self,
+            max_text_length=MAX_TEXT_LENGTH,
+            **dict.fromkeys(("resolution", "low_resolution", "crop"), MAX_SIDE),
+        )
         low = self.low_resolution
         if low is not None and (low < 1 or self.resolution % low):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {low}")

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from imagen_jax.config import build
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_BLOCKS, MAX_CHANNELS, MAX_VOCABULARY, check_numbers
 from imagen_jax.models.weights import SafetensorsReader, TensorSource, load_tensors
 
 
@@ -49,6 +51,15 @@ class T5Config:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         if self.num_buckets < 4 or self.num_buckets % 4:
             raise ValueError(f"num_buckets must be a multiple of 4, got {self.num_buckets}")
+        check_numbers(
+            self,
+            vocab_size=MAX_VOCABULARY,
+            num_layers=MAX_BLOCKS,
+            **dict.fromkeys(("width", "head_dim", "num_heads", "num_buckets"), MAX_CHANNELS),
+            feed_forward_width=8 * MAX_CHANNELS,
+        )
+        if not self.norm_epsilon > 0.0:
+            raise ValueError(f"norm_epsilon must be positive, got {self.norm_epsilon}")
         if self.max_distance <= self.num_buckets // 4:
             raise ValueError(f"max_distance must exceed num_buckets / 4, got {self.max_distance}")
 
@@ -71,20 +82,21 @@ class T5Config:
         name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
         if name not in [activation.value for activation in Activation]:
             raise UserError(f"config.json: feed_forward_proj {projection!r} is not supported")
-        return cls(
-            vocab_size=config["vocab_size"],
-            width=config["d_model"],
-            head_dim=config["d_kv"],
-            num_heads=config["num_heads"],
-            feed_forward_width=config["d_ff"],
-            num_layers=config["num_layers"],
-            activation=Activation(name),
-            gated=gated,
-            bias_per_layer=kind == "umt5",
-            num_buckets=config.get("relative_attention_num_buckets", 32),
-            max_distance=config.get("relative_attention_max_distance", 128),
-            norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
-        )
+        values = {
+            "vocab_size": config["vocab_size"],
+            "width": config["d_model"],
+            "head_dim": config["d_kv"],
+            "num_heads": config["num_heads"],
+            "feed_forward_width": config["d_ff"],
+            "num_layers": config["num_layers"],
+            "activation": name,
+            "gated": gated,
+            "bias_per_layer": kind == "umt5",
+            "num_buckets": config.get("relative_attention_num_buckets", 32),
+            "max_distance": config.get("relative_attention_max_distance", 128),
+            "norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
+        }
+        return build(cls, values, "config.json")
 
     @classmethod
     def from_folder(cls, folder: epath.PathLike) -> "T5Config":

@@ -15,10 +15,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_DEVICES, check_numbers
 
 T = TypeVar("T")  # a tree of arrays
 
 AXES = ("data", "fsdp", "tensor")
+_MAX_CPU_DEVICES = 1024  # each has threads of its own
 # Below this a shard costs more in collectives than it saves in memory.
 MIN_SHARDED_SIZE = 2**12
 # Shares of fewer rows, a tile of bfloat16, are cut out of the whole sum by the TPU compiler in any case.
@@ -40,6 +42,7 @@ class MeshConfig:
             raise ValueError(f"mesh axes must be positive, at most one of them -1; got {sizes}")
         if self.fsdp_limit < 0:
             raise ValueError(f"fsdp_limit must be 0 or positive, got {self.fsdp_limit}")
+        check_numbers(self, **dict.fromkeys((*AXES, "fsdp_limit"), MAX_DEVICES))
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -75,7 +78,12 @@ def use_cpu_devices(count: int | None = None) -> None:
 
     Args:
       count: devices; None: the largest power of two that is at most the number of cores, and at most 8.
+
+    Raises:
+      UserError: no such number of devices; names --cpu_devices, which is where it comes from.
     """
+    if count is not None and not 1 <= count <= _MAX_CPU_DEVICES:
+        raise UserError(f"--cpu_devices {count}: must be from 1 to {_MAX_CPU_DEVICES}")
     if count is None:
         count = 2 ** int(math.log2(min(os.cpu_count() or 1, 8)))
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):

@@ -19,6 +19,7 @@ from jax._src import distributed  # the service's key-value store has no public 
 from jax.experimental import multihost_utils
 
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_PROCESSES, MAX_SIZE, shown
 
 # Longer than anything that one process does while the others wait for its word; a process that dies is noticed
 # by the heartbeats, much earlier.
@@ -53,6 +54,12 @@ class ProcessConfig:
         if self.process_id is not None and not 0 <= self.process_id < (self.num_processes or 0):
             raise UserError(
                 f"--process_id={self.process_id} is not below --num_processes={self.num_processes}"
+            )
+        if self.num_processes is not None and self.num_processes > MAX_PROCESSES:
+            raise UserError(f"--num_processes={shown(self.num_processes)}: must be at most {MAX_PROCESSES}")
+        if not 0.0 < self.peer_timeout <= MAX_SIZE:
+            raise UserError(
+                f"--peer_timeout={self.peer_timeout}: must be above 0 and at most {MAX_SIZE:.0f} seconds"
             )
         if self.coordinator is not None and not self.coordinator.rpartition(":")[2].isdigit():
             raise UserError(f"--coordinator must be HOST:PORT, got {self.coordinator!r}")

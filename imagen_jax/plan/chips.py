@@ -16,6 +16,7 @@ import enum
 import math
 
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_DEVICES, is_count
 
 _GIB = 2**30
 
@@ -155,7 +156,7 @@ def parse_topology(text: str) -> Topology:
       UserError: for an unknown chip or a shape that is none of its own, naming --topology.
     """
     name, _, shape = text.partition(":")
-    known = ", ".join(CHIPS)
+    known, text = ", ".join(CHIPS), text[:80]
     chip = CHIPS.get(name)
     if chip is None:
         raise UserError(
@@ -163,8 +164,13 @@ def parse_topology(text: str) -> Topology:
         )
     example = "x".join(["4"] * chip.axes)
     parts = shape.split("x")
-    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) != chip.axes:
+    if not all(is_count(part) and int(part) > 0 for part in parts) or len(parts) != chip.axes:
         raise UserError(
             f"--topology={text}: a slice of {name} has {chip.axes} axes of chips, as in {name}:{example}"
         )
-    return Topology(chip=chip, sizes=tuple(int(part) for part in parts))
+    topology = Topology(chip=chip, sizes=tuple(int(part) for part in parts))
+    if topology.count > MAX_DEVICES:
+        raise UserError(
+            f"--topology={text}: {topology.count} chips; there is no slice of more than {MAX_DEVICES}"
+        )
+    return topology

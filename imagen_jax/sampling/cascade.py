@@ -20,6 +20,7 @@ from imagen_jax.cache import cache_folder, enable_compilation_cache
 from imagen_jax.config import nearest
 from imagen_jax.data.encoder_identity import warn_unknown_encoder
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, shown
 from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.sampling.identity import check_encoder, encoder_identity, stage_identity
@@ -31,7 +32,6 @@ from imagen_jax.sampling.prompts import PromptEncoder
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.text.encoder import TextEncoder
 
-MAX_SEED = 2**32 - 1
 # Share of a device's memory beyond which weights that are not in use are freed: the rest is for activations.
 _WEIGHTS_SHARE = 0.5
 # Batches that go through a stage before the next stage's turn, where weights are read anew at each turn.
@@ -100,8 +100,14 @@ def wanted_pictures(prompts: Sequence[str], seed: int, num_images: int) -> list[
         raise UserError("there is no prompt to make a picture of")
     if num_images < 1:
         raise UserError(f"num_images must be at least 1, got {num_images}")
+    if num_images * len(prompts) > MAX_PICTURES:
+        raise UserError(
+            f"num_images {shown(num_images)} of {len(prompts)} prompts: more than {MAX_PICTURES} pictures at once"
+        )
     if seed < 0 or seed + num_images - 1 > MAX_SEED:
-        raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {seed} … {seed + num_images - 1}")
+        raise UserError(
+            f"seeds must lie in 0 … {MAX_SEED}, got {shown(seed)} … {shown(seed + num_images - 1)}"
+        )
     return [(prompt, seed + j) for prompt in prompts for j in range(num_images)]
 
 
@@ -270,6 +276,8 @@ class Imagen:
                 )
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
+        if batch_size > MAX_BATCH:
+            raise UserError(f"batch_size must be at most {MAX_BATCH}, got {shown(batch_size)}")
         stages = self.stages_until(until)
         chosen = {stage.name: (sampling or {}).get(stage.name, stage.sampling) for stage in stages}
         if negative_prompt is not None and all(each.guidance_weight == 1.0 for each in chosen.values()):

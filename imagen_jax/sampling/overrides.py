@@ -1,6 +1,7 @@
 """Sampling settings of each stage with some of them replaced."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ from imagen_jax.diffusion.grids import NAMED_COUNTS, Grid, GridConfig
 from imagen_jax.diffusion.samplers import Sampler
 from imagen_jax.diffusion.thresholding import Threshold
 from imagen_jax.errors import UserError
+from imagen_jax.limits import shown
 from imagen_jax.models.configs import SamplingConfig
 
 
@@ -68,13 +70,21 @@ def _replace(config: Any, **values: Any) -> Any:
     return dataclasses.replace(config, **{name: value for name, value in values.items() if value is not None})
 
 
+def _number(text: str) -> float:
+    """A finite number: no setting of sampling means another."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
 def _interval(text: str) -> tuple[float | None, float | None]:
     if text in ("none", "off"):
         return None, None
     low, separator, high = text.partition(":")
     if not separator:
         raise ValueError(text)
-    return (float(low) if low else None), (float(high) if high else None)
+    return (_number(low) if low else None), (_number(high) if high else None)
 
 
 def _oscillation(text: str) -> int:
@@ -87,15 +97,15 @@ FLAGS: dict[str, tuple[str, Callable[[str], Any], str]] = {
     "sampler": ("sampler", Sampler, ", ".join(Sampler)),
     "grid": ("grid", Grid, ", ".join(Grid)),
     "timesteps": ("grid", Grid, ", ".join((Grid.LEADING, *NAMED_COUNTS))),
-    "eta": ("eta", float, "a number"),
-    "churn": ("churn", float, "a number"),
-    "guidance": ("guidance_weight", float, "a number"),
+    "eta": ("eta", _number, "a number"),
+    "churn": ("churn", _number, "a number"),
+    "guidance": ("guidance_weight", _number, "a number"),
     "guidance_interval": ("guidance_interval", _interval, 'LOW:HIGH in nats of log-SNR, or "none"'),
     "guidance_oscillate": ("oscillate_after", _oscillation, 'a number of steps, or "none"'),
-    "guidance_rescale": ("rescale", float, "a number"),
+    "guidance_rescale": ("rescale", _number, "a number"),
     "threshold": ("threshold", Threshold, ", ".join(Threshold)),
-    "percentile": ("percentile", float, "a number, in percent"),
-    "aug_level": ("aug_level", float, "a number"),
+    "percentile": ("percentile", _number, "a number, in percent"),
+    "aug_level": ("aug_level", _number, "a number"),
 }
 
 
@@ -124,7 +134,7 @@ def parse_overrides(flags: dict[str, str | None], stages: int) -> list[SamplingO
             try:
                 found[number][field] = read(part)
             except ValueError:
-                raise UserError(f"--{flag} {text}: {part!r} is not {meaning}") from None
+                raise UserError(f"--{flag} {text[:80]}: {shown(part)} is not {meaning}") from None
     return [SamplingOverrides(**fields) for fields in found]
 
 

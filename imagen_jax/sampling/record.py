@@ -8,6 +8,7 @@ from etils import epath
 import imagen_jax
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_SEED, check_numbers
 from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.sampling.pictures import read_metadata
 
@@ -35,6 +36,11 @@ class PictureRecord:
     negative_prompt: str | None = None
     version: str = imagen_jax.__version__  # of this package
     format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_numbers(self, seed=MAX_SEED)
 
     def to_metadata(self) -> dict[str, Any]:
         """JSON types, as `save_png` takes them."""

@@ -25,6 +25,7 @@ from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
 from imagen_jax.files import make_folder
+from imagen_jax.limits import MAX_COUNT, MAX_PROCESSES, MAX_TEXT_LENGTH, shown
 from imagen_jax.text import job_folder, shards
 from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
 from imagen_jax.text.store import BLOCK_SIZE, EmbeddingDtype
@@ -68,6 +69,13 @@ class PrecomputeConfig:
             raise UserError(f"--name: wants lower-case letters, digits and _, got {self.name!r}")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.split):
             raise UserError(f"--split: wants lower-case letters, digits and _, got {self.split!r}")
+        for flag, most in (
+            ("max_length", MAX_TEXT_LENGTH),
+            ("num_processes", MAX_PROCESSES),
+            ("limit", MAX_COUNT),
+        ):
+            if (value := getattr(self, flag)) is not None and value > most:
+                raise UserError(f"--{flag}: must be at most {most}, got {shown(value)}")
         if self.num_processes < 1:
             raise UserError(f"--num_processes: must be at least 1, got {self.num_processes}")
         if not 0 <= self.process_index < self.num_processes:

@@ -1,4 +1,9 @@
-"""Checkpoints of a work directory, through orbax. The only module that knows orbax's interface."""
+"""Checkpoints of a work directory, through orbax. The only module that knows orbax's interface.
+
+A checkpoint knows its own content. Beside the arrays it holds a checksum of each, summed up where the array lay before
+it was copied and compared with what was restored: whatever becomes of the bytes between the two is noticed. What it
+holds as JSON carries a checksum of its own.
+"""
 
 import contextlib
 import dataclasses
@@ -8,8 +13,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -21,6 +26,7 @@ from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
 from imagen_jax.errors import UserError
 from imagen_jax.files import cloud_fault, is_cloud, make_folder, move_folder, read_json, write_text
 from imagen_jax.parallel.processes import gather, on_first
+from imagen_jax.training.checksums import add_checksums, begin_checksums, json_checksum
 from imagen_jax.training.config import RENAMEABLE, RESUMABLE, Best, TrainConfig
 from imagen_jax.training.orbax_s3 import teach_orbax_s3
 from imagen_jax.training.state import TrainState
@@ -65,6 +71,23 @@ def _score(metrics: Mapping[str, float]) -> float:
     return metrics["score"]
 
 
+def _damaged_metrics(folder: epath.Path) -> list[epath.Path]:
+    """Files of the complete checkpoints' metrics that are not as they were written."""
+    if not folder.exists():
+        return []
+    paths = [step / "metrics" / "metrics" for step in folder.iterdir() if step.name.isdigit()]
+    return [path for path in paths if path.exists() and not _intact_metrics(path)]
+
+
+def _intact_metrics(path: epath.Path) -> bool:
+    try:
+        values = json.loads(path.read_text())
+        checksum = values.pop("crc32c", None)  # older versions wrote none
+        return values.keys() == {"value", "score"} and checksum in (None, json_checksum(values))
+    except (ValueError, AttributeError):
+        return False
+
+
 class _NoEchoes(logging.Filter):
     """Drops what orbax's threads and asyncio print of a save or restore that has failed: it is raised as well."""
 
@@ -75,6 +98,37 @@ class _NoEchoes(logging.Filter):
 
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_NoEchoes())
+
+
+class _ChecksumHandler(ocp.AsyncCheckpointHandler):
+    """Writes checksums in the background, as orbax writes the arrays: those of each process in a file of its own."""
+
+    async def async_save(self, directory: epath.Path, args: "_ChecksumSave") -> list[ocp.future.Future]:
+        async def write() -> None:
+            text = json.dumps(args.finish())
+            (directory / f"process_{jax.process_index()}.json").write_text(text)
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="checksums")]
+
+    def save(self, directory: epath.Path, args: "_ChecksumSave") -> None:
+        raise NotImplementedError
+
+    def restore(self, directory: epath.Path, args: Any = None) -> dict[str, int]:
+        return add_checksums(json.loads(path.read_text()) for path in directory.glob("process_*.json"))
+
+
+@ocp.args.register_with_handler(_ChecksumHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _ChecksumSave(ocp.args.CheckpointArgs):
+    finish: Callable[[], dict[str, int]]  # as `begin_checksums` gives it
+
+
+class _Content(NamedTuple):
+    """What is in a checkpoint."""
+
+    state: TrainState
+    run: dict[str, Any]
+    checksums: dict[str, int] | None  # by an array's path; None: it was made by a version that wrote none
 
 
 class Checkpoints:
@@ -98,15 +152,21 @@ class Checkpoints:
         self._keep, self._failed = keep or Keep(), False
         self._echoes = contextlib.ExitStack()
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, best_fn=_score)
+            best = None if _damaged_metrics(self.folder) else _score
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, best_fn=best)
         else:
             on_first(self._check_writable)
+            on_first(self._drop_damaged_metrics)
             options = keep.options()
             self._echoes.enter_context(_no_late_answers())
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=options,
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "run": ocp.JsonCheckpointHandler()},
+            item_handlers={
+                "state": ocp.StandardCheckpointHandler(),
+                "run": ocp.JsonCheckpointHandler(),
+                "checksums": _ChecksumHandler(),
+            },
         )
 
     def _check_writable(self) -> None:
@@ -121,13 +181,23 @@ class Checkpoints:
                 f"{self.folder}: {error.strerror or error}; checkpoints must be written there"
             ) from error
 
+    def _drop_damaged_metrics(self) -> None:
+        """The manager reads the metrics of all checkpoints at once, and fails at one that it cannot read."""
+        for path in _damaged_metrics(self.folder):
+            path.rename(path.parent / "damaged")
+            print(
+                f"{path} is damaged; the checkpoint is not among the best any more",
+                file=sys.stderr,
+                flush=True,
+            )
+
     def latest_step(self) -> int | None:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the best metric; None: no checkpoint has one."""
-        return self._manager.best_step()
+        """Step of the checkpoint with the best metric; None: no checkpoint has one, or one of them is damaged."""
+        return None if _damaged_metrics(self.folder) else self._manager.best_step()
 
     def save(
         self,
@@ -159,10 +229,15 @@ class Checkpoints:
             "config": to_dict(config),
             "text_encoder": identity_to_json(encoder),
         }
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), run=ocp.args.JsonSave(run))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            run=ocp.args.JsonSave({**run, "crc32c": json_checksum(run)}),
+            checksums=_ChecksumSave(begin_checksums(state)),
+        )
         metrics = None
         if metric is not None and self._keep.best:
             metrics = {"value": metric, "score": metric if self._keep.best_is is Best.HIGHEST else -metric}
+            metrics["crc32c"] = json_checksum(metrics)
         with self._failing():
             self._manager.save(step, args=args, metrics=metrics)
 
@@ -170,22 +245,71 @@ class Checkpoints:
         """The text encoder of the run; None: not known.
 
         Raises:
-          UserError: the checkpoint says something else there.
+          UserError: the checkpoint is damaged.
         """
-        folder = self.folder / str(step) / "run"
-        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
-        run = ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder)
-        return identity_from_json(run.get("text_encoder"), f"{folder}: text_encoder")
+        try:
+            run, _ = self._read_run(step)
+        except ValueError as error:
+            raise UserError(f"{self.folder / str(step)} is damaged ({_fault(error)})") from error
+        return identity_from_json(run.get("text_encoder"), f"{self.folder / str(step) / 'run'}: text_encoder")
 
     def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, int]:
-        """The state, onto the shardings of `abstract`, and the count of examples consumed."""
+        """The state, onto the shardings of `abstract`, and the count of examples consumed.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        try:
+            with _quiet():
+                content = self._read(step, abstract)
+            fault = self._compare(step, content)
+        except Exception as error:
+            if _refused(error):
+                raise
+            fault = _fault(error)
+        if fault:
+            raise UserError(
+                f"{self.folder / str(step)} is damaged ({fault}); imagen-jax train sets it aside and goes on from "
+                "the checkpoint before"
+            )
+        return content.state, content.run["examples"]
+
+    def _read(self, step: int, abstract: TrainState) -> _Content:
+        """Reads a checkpoint; its arrays are still to be compared with their checksums."""
         # Not through the manager: there a process that fails leaves the others waiting at a barrier.
         alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
-        folder = self.folder / str(step)
-        run = ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder / "run")
+        run, checksums = self._read_run(step)
         handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        restored = handler.restore(folder / "state", args=ocp.args.StandardRestore(abstract))
-        return TrainState(*restored), run["examples"]
+        restored = handler.restore(self.folder / str(step) / "state", args=ocp.args.StandardRestore(abstract))
+        return _Content(TrainState(*restored), run, checksums)
+
+    def _read_run(self, step: int) -> tuple[dict[str, Any], dict[str, int] | None]:
+        """What is said of the run, and the arrays' checksums; ValueError: it is not as it was saved."""
+        alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
+        folder, checksums = self.folder / str(step), None
+        run = dict(ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder / "run"))
+        if (folder / "checksums").exists() or "crc32c" in run:
+            checksums = _ChecksumHandler().restore(folder / "checksums")
+            if run.pop("crc32c", None) != json_checksum(run):
+                raise ValueError(f"{folder / 'run'} is not as saved")
+        return run, checksums
+
+    def _compare(self, step: int, content: _Content) -> str:
+        """Compares arrays with their checksums; what is wrong, or nothing. All processes have to call it."""
+        saved = content.checksums
+        if saved is None:
+            if jax.process_index() == 0:
+                print(
+                    f"{self.folder / str(step)} is of a version that wrote no checksums: whether its content has "
+                    "changed cannot be seen",
+                    file=sys.stderr,
+                    flush=True,
+                )
+            return ""
+        here = add_checksums(map(json.loads, gather(json.dumps(begin_checksums(content.state)()))))
+        wrong = [name for name in here | saved if here.get(name) != saved.get(name)]
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        return f"state{wrong[0]}{more} not as saved" if wrong else ""
 
     def restore_newest(self, abstract: TrainState) -> tuple[TrainState, int, int] | None:
         """State, count of examples and step of the newest checkpoint that is intact, or None without any.
@@ -201,16 +325,17 @@ class Checkpoints:
             found, fault = None, ""
             with _quiet():
                 try:
-                    found = self.restore(step, abstract)
+                    found = self._read(step, abstract)
                 except Exception as error:
-                    fault = _fault(error)
-                    refused = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-                    refused = refused or cloud_fault(_root(error)) is not None
-                    if refused or isinstance(error, MemoryError) or fault.startswith(_NOT_DAMAGE):
+                    if _refused(error):
                         raise
+                    fault = _fault(error)
             faults = [said for said in gather(fault) if said]
             if found is not None and not faults:
-                return *found, step
+                # Only now: all processes have their parts.
+                faults = [said for said in gather(self._compare(step, found)) if said]
+                if not faults:
+                    return found.state, found.run["examples"], step
             place = self.folder.parent / "damaged_checkpoints" / str(step)
             on_first(lambda step=step, place=place: self._set_aside(step, place))  # type: ignore[misc]
             if jax.process_index() == 0:
@@ -281,6 +406,13 @@ def _root(error: BaseException) -> BaseException:
     while error.__cause__ is not None:
         error = error.__cause__
     return error
+
+
+def _refused(error: BaseException) -> bool:
+    """Whether it is not the checkpoint that is at fault, but the storage, the memory or what was asked for."""
+    storage = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    storage = storage or cloud_fault(_root(error)) is not None
+    return storage or isinstance(error, MemoryError) or _fault(error).startswith(_NOT_DAMAGE)
 
 
 def _fault(error: BaseException) -> str:

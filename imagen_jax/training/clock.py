@@ -86,7 +86,7 @@ class ProfileSteps:
         Raises:
           UserError: it is not of that form, or ends before it begins.
         """
-        match = re.fullmatch(r"(\d+):(\d+)", text)
+        match = re.fullmatch(r"(\d{1,10}):(\d{1,10})", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise UserError(f"--profile_steps {text}: give FIRST:LAST, such as 100:105")
         return cls(first=int(match[1]), last=int(match[2]))

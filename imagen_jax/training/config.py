@@ -14,6 +14,7 @@ import imagen_jax
 from imagen_jax.config import build
 from imagen_jax.diffusion.losses import LossConfig
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, MAX_THREADS, check_numbers
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.parallel.mesh import MeshConfig
 
@@ -51,6 +52,13 @@ class OptimizerConfig:
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate}")
         if self.warmup_steps < 0:
             raise ValueError(f"warmup_steps must not be negative, got {self.warmup_steps}")
+        for name in ("b1", "b2"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        for name in ("eps", "clip_norm"):
+            if (value := getattr(self, name)) is not None and not value > 0.0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        check_numbers(self, learning_rate=10.0, eps=1.0)
 
 
 class TextDtype(enum.StrEnum):
@@ -77,6 +85,10 @@ class DataConfig:
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
+        for name in ("num_threads", "prefetch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self, batch_size=MAX_BATCH, num_threads=MAX_THREADS, prefetch=MAX_THREADS)
         if self.embeddings is not None and self.text_encoder is not None:
             raise ValueError(
                 f"embeddings={self.embeddings} and text_encoder={self.text_encoder} exclude each other; "
@@ -138,6 +150,7 @@ class LoopConfig:
     tpu_operation_kib: int = 0  # on-chip memory of a TPU operation, less compiles faster; 0: libtpu's
 
     def __post_init__(self) -> None:
+        check_numbers(self, sample_count=MAX_PICTURES, accumulate=MAX_BATCH)
         at_least_one = ("steps", "log_every", "checkpoint_every", "keep_checkpoints", "sample_count")
         for name in (*at_least_one, "accumulate", "eval_batches"):
             if getattr(self, name) < 1:
@@ -170,6 +183,11 @@ class TrainConfig:
     loss: LossConfig = LossConfig()  # which error is made small
     optimizer: OptimizerConfig = OptimizerConfig()  # by which rule, at which rate
     mesh: MeshConfig = MeshConfig()  # on which arrangement of devices
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ValueError(f"seed must not be negative, got {self.seed}")
+        check_numbers(self, seed=MAX_SEED)
 
     def check_trainable(self) -> None:
         """Raises UserError for a network that can draw pictures but not be trained."""
