@@ -148,7 +148,9 @@ def test_alpha_of_other_formats(kind):
     rgba = np.zeros((32, 32, 4), np.uint8)
     rgba[..., :3] = (200, 100, 50)
     rgba[:16, :, 3] = 255
-    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 95}, "ICO": {"sizes": [(32, 32)]}}.get(kind, {})
+    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 95}, "ICO": {"sizes": [(32, 32)]}}.get(
+        kind, {}
+    )
     shown = decoded(encoded(Image.fromarray(rgba), kind, **options))
     near = 4 if kind == "AVIF" else 0
     assert np.abs(shown[:14] - (200, 100, 50)).max() <= near
@@ -164,7 +166,9 @@ def test_tiff_alpha(order, dtype, associated):
     colours = RNG.integers(0, top, (6, 8, 3), endpoint=True)
     opacity = RNG.choice([0, top // 2, top], (6, 8, 1))
     stored = (colours * (opacity / top) if associated else colours).round()
-    data = tiff(np.concatenate([stored, opacity], -1).astype(dtype), order, t338=(3, [1 if associated else 2]))
+    data = tiff(
+        np.concatenate([stored, opacity], -1).astype(dtype), order, t338=(3, [1 if associated else 2])
+    )
     expected = on_white(colours * (255 / top), opacity[..., 0] * (255 / top))
     np.testing.assert_allclose(decoded(data), expected, atol=2)
 
@@ -209,7 +213,13 @@ def test_a_first_frame_that_does_not_fill_its_gif():
     part = encoded(Image.new("P", (4, 4), 0), "GIF")
     place = part.index(b",\0\0\0\0")
     # Screen of 8 × 8, the frame at (2, 3).
-    data = part[:6] + struct.pack("<HH", 8, 8) + part[10 : place + 1] + struct.pack("<HH", 2, 3) + part[place + 5 :]
+    data = (
+        part[:6]
+        + struct.pack("<HH", 8, 8)
+        + part[10 : place + 1]
+        + struct.pack("<HH", 2, 3)
+        + part[place + 5 :]
+    )
     shown = decoded(data)
     assert shown.shape == (8, 8, 3) and (shown[3:7, 2:6] == 0).all() and shown.sum() == (64 - 16) * 3 * 255
 
@@ -238,7 +248,9 @@ def test_white_is_zero(dtype):
 
 def test_twelve_bits_of_tiff():
     grey = np.array([[0, 4095, 2048, 1000]])
-    bits = np.unpackbits(grey.astype(">u2").view(np.uint8).reshape(1, 4, 2), axis=-1).reshape(1, 4, 16)[..., 4:]
+    bits = np.unpackbits(grey.astype(">u2").view(np.uint8).reshape(1, 4, 2), axis=-1).reshape(1, 4, 16)[
+        ..., 4:
+    ]
     data = tiff(np.packbits(bits.reshape(1, -1), axis=-1)[..., None], t256=(4, [4]), t258=(3, [12]))
     np.testing.assert_allclose(decoded(data)[0, :, 0], grey[0] * (255 / 4095), atol=0.5)
 
@@ -361,7 +373,15 @@ def test_tiff_orientation(orientation):
 
 @pytest.mark.parametrize(
     "metadata",
-    [b"Exif\0\0", b"Exif\0\0nonsense", exif(6)[:20], exif(0), exif(9), exif(200), exif(6).replace(b"*", b"?")],
+    [
+        b"Exif\0\0",
+        b"Exif\0\0nonsense",
+        exif(6)[:20],
+        exif(0),
+        exif(9),
+        exif(200),
+        exif(6).replace(b"*", b"?"),
+    ],
 )
 def test_metadata_that_cannot_be_read_turn_nothing(metadata):
     for kind in ("JPEG", "PNG", "WEBP"):
@@ -378,7 +398,9 @@ def big_png(width, height):
     )
 
 
-@pytest.mark.parametrize(("width", "height"), [(9_460, 9_460), (13_000, 13_000), (60_000, 60_000), (2**31 - 1, 1)])
+@pytest.mark.parametrize(
+    ("width", "height"), [(9_460, 9_460), (13_000, 13_000), (60_000, 60_000), (2**31 - 1, 1)]
+)
 def test_too_many_pixels_are_a_fault_before_memory_is_asked_for(width, height):
     with warnings.catch_warnings(record=True) as caught:
         warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -42,7 +42,9 @@ def profile(space, tags, *, connection=b"XYZ ", kind=b"mntr"):
         data += bytes(-len(data) % 4)
         entries += name + struct.pack(">II", place + len(body), len(data))
         body += data
-    header = struct.pack(">I4sI4s4s4s12s4s", place + len(body), b"", 0x02400000, kind, space, connection, b"", b"acsp")
+    header = struct.pack(
+        ">I4sI4s4s4s12s4s", place + len(body), b"", 0x02400000, kind, space, connection, b"", b"acsp"
+    )
     header = header.ljust(68, b"\0") + numbers(*D50)
     return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + entries + body
 
@@ -58,7 +60,8 @@ def rgb_profile(primaries="rgb", function=to_light):
 SRGB = rgb_profile()
 LINEAR = rgb_profile(function=lambda value: value)
 SWAPPED = rgb_profile("bgr")
-GREY_LINEAR = profile(b"GRAY", {b"kTRC": curve(lambda value: value)})
+GREY_GAMMA = 1.8  # of old Macintoshes
+GREY = profile(b"GRAY", {b"kTRC": curve(lambda value: value**GREY_GAMMA)})
 
 
 def cmyk_profile():
@@ -130,12 +133,11 @@ def test_opacity_and_palette_are_as_without_a_profile():
 @pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
 def test_profiles_of_grey(mode):
     grey = colours(1)[..., 0]
-    if mode == "I;16":
-        picture = Image.fromarray(grey.astype(np.uint16) * 257)
-    else:
-        picture = Image.fromarray(grey).convert(mode)
-    shown = decoded(encoded(picture, "PNG", icc_profile=GREY_LINEAR))
-    np.testing.assert_allclose(shown, np.repeat(brightened(grey)[..., None], 3, -1), atol=2)
+    wide = Image.fromarray(grey.astype(np.uint16) * 257)
+    picture = wide if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    shown = decoded(encoded(picture, "PNG", icc_profile=GREY))
+    expected = 255 * from_light((grey / 255) ** GREY_GAMMA)
+    np.testing.assert_allclose(shown, np.repeat(expected[..., None], 3, -1), atol=2)
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "JPEG"])
@@ -154,15 +156,19 @@ def test_profiles_that_are_srgb_leave_every_pixel_alone():
     pixels = colours()
     built_in = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     for name in (SRGB, built_in):
-        np.testing.assert_array_equal(decoded(encoded(Image.fromarray(pixels), "PNG", icc_profile=name)), pixels)
+        np.testing.assert_array_equal(
+            decoded(encoded(Image.fromarray(pixels), "PNG", icc_profile=name)), pixels
+        )
 
 
 @pytest.mark.parametrize(
     "broken",
-    [b"\0", b"nonsense" * 40, LINEAR[:200], LINEAR[:-300], LINEAR.replace(b"rTRC", b"none"), GREY_LINEAR],
+    [b"\0", b"nonsense" * 40, LINEAR[:200], LINEAR[:-300], LINEAR.replace(b"rTRC", b"none"), GREY],
 )
 def test_profiles_that_are_damaged_or_for_other_modes_are_ignored(broken):
     pixels = colours()
-    np.testing.assert_array_equal(decoded(encoded(Image.fromarray(pixels), "PNG", icc_profile=broken)), pixels)
+    np.testing.assert_array_equal(
+        decoded(encoded(Image.fromarray(pixels), "PNG", icc_profile=broken)), pixels
+    )
     grey = Image.fromarray(pixels[..., 0])
     np.testing.assert_array_equal(decoded(encoded(grey, "PNG", icc_profile=LINEAR))[..., 0], pixels[..., 0])
