@@ -26,15 +26,25 @@ class FolderLock:
     Args:
       folder: of the run; created if it is not there.
       flag: that named it, for messages.
-      name: of the file in the folder, which is there only as long as it is held (or its holder was killed).
+      name: of the file in the folder.
       what: the run is called.
+      remove: whether `close` removes the file; one whose holder was killed stays (see `remove_unheld`).
 
     Raises:
       UserError: another run holds it; names its host and process. Or the folder cannot be written.
     """
 
-    def __init__(self, folder: epath.PathLike, *, flag: str, name: str = "lock", what: str = "run"):
+    def __init__(
+        self,
+        folder: epath.PathLike,
+        *,
+        flag: str,
+        name: str = "lock",
+        what: str = "run",
+        remove: bool = False,
+    ):
         self._file: Any = None
+        self._remove = remove
         folder = make_folder(folder)
         if "://" in os.fspath(folder):
             return
@@ -77,8 +87,9 @@ class FolderLock:
     def close(self) -> None:
         """Lets go."""
         if self._file is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(self._path)  # before it is let go: afterwards it may be another's
+            if self._remove:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._path)  # before it is let go: afterwards it may be another's
             self._file.close()
             self._file = None
 

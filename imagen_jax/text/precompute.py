@@ -200,7 +200,7 @@ class _Job:
         process = f"{config.process_index}-of-{config.num_processes}"
         name = job_folder.lock_name(config.split, process)
         what = "run" if config.num_processes == 1 else f"run of --process_index={config.process_index}"
-        with FolderLock(self.out, flag="--out", name=name, what=what):
+        with FolderLock(self.out, flag="--out", name=name, what=what, remove=True):
             # Until it let go, another run may have written them.
             reports[:] = [self.report(number) for number in range(len(self.units))]
             missing = [number for number in mine if reports[number] is None]

@@ -441,6 +441,6 @@ def test_a_bomb_of_pixels_in_a_record_is_named(tmp_path):
     write_folder(tmp_path, [png(picture(0))] * 3 + [bomb.getvalue()], (4,))
     with (
         open_batches(config(tmp_path)) as batches,
-        pytest.raises(UserError, match="'key 3'.*more than .* pixels"),
+        pytest.raises(UserError, match=r"'key 3'.*more than .* pixels"),
     ):
         next(batches)
