@@ -49,6 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the stored embeddings; int8 has a scale per token and 64 channels (%(default)s)",
     )
     parser.add_argument(
+        "--min_side",
+        type=int,
+        metavar="PIXELS",
+        help="leave out pictures whose shorter side is smaller, which training would have to enlarge (default: none)",
+    )
+    parser.add_argument(
         "--embeddings_only",
         action="store_true",
         help="leave the pictures out: keyed embeddings, to be joined to the pictures of another record folder",
@@ -90,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         num_shards=args.num_shards,
         name=args.name,
         limit=args.limit,
+        min_side=args.min_side,
         embeddings_only=args.embeddings_only,
         num_processes=args.num_processes,
         process_index=args.process_index,

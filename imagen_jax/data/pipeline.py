@@ -10,6 +10,7 @@ import functools
 import hashlib
 import itertools
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any
@@ -31,6 +32,9 @@ Batch = dict[str, Any]
 
 # Examples, at most, that a thread makes at a time: handing each over costs as much as half of making it.
 _CHUNK = 16
+# Side of the result over that of the picture beyond which too little is left to learn details from.
+_MAX_ENLARGEMENT = 2
+_MAX_ENLARGED = 0.01  # share of such pictures above which a run says so
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -206,6 +210,44 @@ def _random_view(config: PipelineConfig, index: int) -> tuple[bool, int, int]:
     return config.flip and flip % 2 == 1, top % places, left % places
 
 
+class PictureCount:
+    """How many pictures were decoded, and how many of them were far too small; counted by several threads.
+
+    Args:
+      resolution: side in pixels that they get.
+    """
+
+    def __init__(self, resolution: int):
+        self._lock = threading.Lock()
+        self._resolution = resolution
+        self._warned = False
+        self.decoded = 0
+        self.enlarged = 0  # more than twice, along one side
+
+    def add(self, side: int) -> None:
+        """Counts a picture whose shorter side is `side` pixels."""
+        with self._lock:
+            self.decoded += 1
+            self.enlarged += side * _MAX_ENLARGEMENT < self._resolution
+
+    @property
+    def enlarged_share(self) -> float:
+        """Of the pictures decoded so far; 0 to 1."""
+        with self._lock:
+            return self.enlarged / max(self.decoded, 1)
+
+    def warning(self) -> str | None:
+        """One line, once, if more than a hundredth of the pictures are enlarged."""
+        share, side = self.enlarged_share, self._resolution
+        if self._warned or share <= _MAX_ENLARGED:
+            return None
+        self._warned = True
+        return (
+            f"warning: {share:.1%} of {self.decoded} pictures have a side of less than half of {side} pixels and are "
+            f"enlarged; `imagen-jax precompute --min_side={side}` leaves out smaller ones than that"
+        )
+
+
 class _MakeExample:
     """Turns a stored record into one example of a batch."""
 
@@ -215,7 +257,9 @@ class _MakeExample:
         encoder: records.EncoderInfo,
         joined: _JoinedEmbeddings | None,
         captions: bool,
+        count: PictureCount,
     ):
+        self._count = count
         self._config = config
         self._encoder = encoder
         self._joined = joined
@@ -232,7 +276,13 @@ class _MakeExample:
             exact = pictures.decode_exact(record.image, config.resolution)
             decoded = pictures.decode_picture(record.image, config.resolution) if exact is None else exact
         except pictures.DECODE_ERRORS as error:
-            raise UserError(f"{stored.where}: picture of {record.key!r} does not decode ({error})") from error
+            reason = pictures.fault_text(error)
+            raise UserError(
+                f"{stored.where}: picture of {record.key!r} does not decode ({reason})"
+            ) from error
+        # What was decoded at a fraction of its size is more than large enough.
+        size = decoded.shape[:2] if isinstance(decoded, np.ndarray) else decoded.size
+        self._count.add(min(size))
         mirror, top, left = _random_view(config, index)
         side = config.crop or config.resolution
         try:
@@ -267,9 +317,10 @@ def _collate(chunks: Sequence[list[dict[str, Any]]], max_text_length: int) -> Ba
 class Batches(Iterator[Batch]):
     """An endless iterator over batches; `close` (or the end of a `with` block) stops its threads."""
 
-    def __init__(self, iterator: Any):
-        """Takes over a Grain iterator."""
+    def __init__(self, iterator: Any, count: PictureCount):
+        """Takes over a Grain iterator and what its threads count."""
         self._iterator = iterator
+        self.count = count
 
     def __next__(self) -> Batch:
         return next(self._iterator)
@@ -336,7 +387,9 @@ def open_batches(
     dataset = grain.MapDataset.source(source)
     if config.shuffle:
         dataset = dataset.shuffle(config.seed)
-    dataset = dataset.repeat().map_with_index(_MakeExample(config, source.encoder, joined, captions))
+    count = PictureCount(config.resolution)
+    make = _MakeExample(config, source.encoder, joined, captions, count)
+    dataset = dataset.repeat().map_with_index(make)
     chunk = max(size for size in range(1, _CHUNK + 1) if local_batch % size == 0)
     read_options = grain.ReadOptions(
         num_threads=config.num_threads,
@@ -348,4 +401,4 @@ def open_batches(
     batches = chunks.batch(local_batch // chunk, batch_fn=collate)
     # Put together in a thread of their own: else the training loop would do it between two steps.
     ahead = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=1)
-    return Batches(iter(ahead))
+    return Batches(iter(ahead), count)

@@ -37,9 +37,9 @@ class TFRecordWriter:
       UserError: the disk is full; nothing of the file is left.
     """
 
-    def __init__(self, path: epath.PathLike):
-        """Opens the temporary file beside `path`."""
-        self._file = AtomicFile(path)
+    def __init__(self, path: epath.PathLike, *, tag: str = ""):
+        """Opens the temporary file beside `path`, with a tag of its own where several processes may write it."""
+        self._file = AtomicFile(path, tag=tag)
         self.num_records = 0
         self.num_bytes = 0  # size of the file so far
 

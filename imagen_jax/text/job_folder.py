@@ -16,6 +16,7 @@ from imagen_jax.data import records
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
+from imagen_jax.lock import remove_unheld
 from imagen_jax.text.shards import ShardReport, read_key_hashes, report_files
 
 
@@ -119,6 +120,11 @@ def still_ours(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
         raise UserError(f"--out: {out} was taken by another job in the meantime; use another --out")
 
 
+def lock_name(split: str, process: str) -> str:
+    """The file in a job's folder that a process holds while it writes shards of a split."""
+    return f"job/{split}.{process}.lock"
+
+
 def write_skipped(out: epath.Path) -> None:
     """Collects what the shards of all splits skipped into `skipped.jsonl`, in order."""
     skipped = [item for file in report_files(out) for item in json.loads(file.read_text())["skipped"]]
@@ -188,6 +194,8 @@ def remove_leftovers(out: epath.Path, split: str) -> None:
     Shards of other splits may be being written; theirs stay. A process that is writing the same metadata at
     this moment does so once more (`write_shared`).
     """
+    for file in out.glob(lock_name(split, "*")):
+        remove_unheld(file)
     for folder in (out, out / "job"):
         for file in folder.glob("incomplete.*"):
             if ".tfrecord-" not in file.name or f"-{split}.tfrecord-" in file.name:

@@ -26,6 +26,7 @@ from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
 from imagen_jax.files import make_folder
 from imagen_jax.limits import MAX_COUNT, MAX_PROCESSES, MAX_TEXT_LENGTH, shown
+from imagen_jax.lock import FolderLock
 from imagen_jax.text import job_folder, shards
 from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
 from imagen_jax.text.store import BLOCK_SIZE, EmbeddingDtype
@@ -55,6 +56,7 @@ class PrecomputeConfig:
     num_shards: int | None = None  # files; None: by the size of the source, about 1000 pictures each
     name: str = "captions"  # of the data set: the first part of the file names
     limit: int | None = None  # samples; None: all
+    min_side: int | None = None  # pixels; pictures whose shorter side is smaller are left out; None: none is
     embeddings_only: bool = False  # leave the pictures out, to be joined by key to those of another folder
     num_processes: int = 1  # that share the job
     process_index: int = 0  # of this one, from 0; it writes every num_processes-th shard
@@ -65,6 +67,10 @@ class PrecomputeConfig:
             raise UserError(f"--max_length: must be at least 1, got {self.max_length}")
         if self.num_shards is not None and not 1 <= self.num_shards <= 99_999:
             raise UserError(f"--num_shards: must be from 1 to 99999, got {self.num_shards}")
+        if self.min_side is not None and self.min_side < 1:
+            raise UserError(f"--min_side: must be at least 1, got {self.min_side}")
+        if self.min_side is not None and self.embeddings_only:
+            raise UserError("--min_side: pictures are not looked at with --embeddings_only")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
             raise UserError(f"--name: wants lower-case letters, digits and _, got {self.name!r}")
         if not re.fullmatch(r"[a-z][a-z0-9_]*", self.split):
@@ -140,6 +146,7 @@ def _job_description(config: PrecomputeConfig, source: Source, num_shards: int) 
         "split": {
             "source": config.source,
             "limit": config.limit,
+            "min_side": config.min_side,
             "fingerprint": source.fingerprint(),
             "num_shards": num_shards,
         },
@@ -243,14 +250,34 @@ class _Job:
         """Writes this process's shards that have no report yet, adds theirs; returns their captions."""
         config = self.config
         mine = range(config.process_index, len(self.units), config.num_processes)
-        missing = [number for number in mine if reports[number] is None]
-        done = [report for report in reports if report is not None]
-        self.warn_of_unknown(done)
-        if not missing:
+        self.warn_of_unknown([report for report in reports if report is not None])
+        if all(reports[number] is not None for number in mine):
             return 0
+        process = f"{config.process_index}-of-{config.num_processes}"
+        name = job_folder.lock_name(config.split, process)
+        what = "run" if config.num_processes == 1 else f"run of --process_index={config.process_index}"
+        with FolderLock(self.out, flag="--out", name=name, what=what, remove=True):
+            # Until it let go, another run may have written them.
+            reports[:] = [self.report(number) for number in range(len(self.units))]
+            missing = [number for number in mine if reports[number] is None]
+            return self._write(missing, mine, reports, process) if missing else 0
+
+    def _write(
+        self,
+        missing: Sequence[int],
+        mine: Sequence[int],
+        reports: list[ShardReport | None],
+        process: str,
+    ) -> int:
+        """Writes the missing ones of this process's shards; the lock is held."""
+        config = self.config
+        done = [report for report in reports if report is not None]
         self._check_encoder(done)
         settings = shards.ShardSettings(
-            max_length=config.max_length, dtype=config.dtype, images=not config.embeddings_only
+            max_length=config.max_length,
+            dtype=config.dtype,
+            images=not config.embeddings_only,
+            min_side=config.min_side,
         )
         written = 0
         with (
@@ -258,7 +285,7 @@ class _Job:
             ThreadPoolExecutor(_PICTURE_THREADS) as pool,
         ):
             progress.update(sum(there.records for i in mine if (there := reports[i]) is not None))
-            writer = ShardWriter(self.out, settings, self.source, self.encoder, progress)
+            writer = ShardWriter(self.out, settings, self.source, self.encoder, progress, tag=process)
             for number in missing:
                 report = writer.write(self.shards[number], self.units[number], pool)
                 shards.write_report(self.out, self.shards[number], report)

@@ -17,10 +17,10 @@ from etils import epath
 from imagen_jax.data import records
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
 from imagen_jax.data.examples import Example, Skipped, Source
-from imagen_jax.data.pictures import picture_fault
+from imagen_jax.data.pictures import picture_fault, shorter_side
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, json_object, parse_json, write_text
+from imagen_jax.files import AtomicFile, json_object, parse_json
 from imagen_jax.text.store import EmbeddingDtype, StoredEmbedding, TokenCounts, pack
 
 WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together
@@ -90,6 +90,7 @@ class ShardSettings:
     max_length: int  # tokens
     dtype: EmbeddingDtype
     images: bool  # whether the records hold the pictures
+    min_side: int | None = None  # pixels; pictures whose shorter side is smaller are left out
 
 
 def _report_path(out: epath.Path, shard: str) -> epath.Path:
@@ -128,7 +129,7 @@ def read_key_hashes(out: epath.Path, shards: Iterable[str]) -> np.ndarray:
 def write_report(out: epath.Path, shard: str, report: ShardReport) -> None:
     """Says that a shard is complete."""
     content = json.dumps(dataclasses.asdict(report), ensure_ascii=False)
-    write_text(_report_path(out, shard), content + "\n")
+    records.write_shared(_report_path(out, shard), lambda: [f"{content}\n".encode()])
 
 
 def withdraw_report(out: epath.Path, shard: str) -> None:
@@ -140,7 +141,14 @@ class ShardWriter:
     """Writes single shards; holds the text encoder."""
 
     def __init__(
-        self, out: epath.Path, settings: ShardSettings, source: Source, encoder: Encoder, progress: Any
+        self,
+        out: epath.Path,
+        settings: ShardSettings,
+        source: Source,
+        encoder: Encoder,
+        progress: Any,
+        *,
+        tag: str = "",
     ):
         """Opens nothing yet.
 
@@ -150,12 +158,14 @@ class ShardWriter:
           source: where the units come from.
           encoder: the text encoder.
           progress: a tqdm bar, moved on by captions.
+          tag: of this process's temporary files.
         """
         self._out = out
         self._settings = settings
         self._source = source
         self._encoder = encoder
         self._progress = progress
+        self._tag = tag
 
     def write(self, shard: str, unit: Any, pool: ThreadPoolExecutor) -> ShardReport:
         """Writes the shard of one unit; it counts as complete once its report is written, too."""
@@ -163,9 +173,9 @@ class ShardWriter:
         known: dict[str, tuple[StoredEmbedding, int]] = {}
         hashes: list[int] = []
         tokens = unknown = encoded = computed = 0
-        with TFRecordWriter(self._out / shard) as writer:
+        with TFRecordWriter(self._out / shard, tag=self._tag) as writer:
             for window in _windows(self._source.read(unit)):
-                examples = _usable(window, skipped, pool, pictures=self._settings.images)
+                examples = _usable(window, skipped, pool, self._settings)
                 captions = [text for example in examples for text in example.captions]
                 found, counts = self._embed(captions, known)
                 encoded, computed = encoded + counts.useful, computed + counts.computed
@@ -185,7 +195,7 @@ class ShardWriter:
                         tokens += len(embedding.values)
                         unknown += unknown_tokens
         if not self._settings.images:
-            with AtomicFile(_hashes_path(self._out, shard)) as file:
+            with AtomicFile(_hashes_path(self._out, shard), tag=self._tag) as file:
                 file.write(np.array(hashes, _HASH).tobytes())
         return ShardReport(
             records=writer.num_records,
@@ -241,22 +251,34 @@ def _windows(samples: Iterable[Example | Skipped]) -> Iterator[list[Example | Sk
         yield window
 
 
+def _fault(sample: Example, settings: ShardSettings) -> Skipped | None:
+    """Why the picture of a sample cannot be used; None if it can, or if it does not matter."""
+    if not settings.images:
+        return None
+    fault = picture_fault(sample.image)
+    if fault is not None:
+        return Skipped(file=sample.file, key=sample.key, reason="undecodable picture", detail=fault)
+    if settings.min_side is None or (side := shorter_side(sample.image)) >= settings.min_side:
+        return None
+    return Skipped(
+        file=sample.file, key=sample.key, reason="smaller than --min_side", detail=f"{side} pixels"
+    )
+
+
 def _usable(
-    window: Sequence[Example | Skipped], skipped: list[Skipped], pool: ThreadPoolExecutor, *, pictures: bool
+    window: Sequence[Example | Skipped],
+    skipped: list[Skipped],
+    pool: ThreadPoolExecutor,
+    settings: ShardSettings,
 ) -> list[Example]:
-    """The examples whose picture decodes, if it matters; the others go to `skipped`, all in order."""
+    """The examples whose picture can be used; the others go to `skipped`, all in order."""
     faults = pool.map(
-        lambda sample: picture_fault(sample.image) if pictures and isinstance(sample, Example) else None,
-        window,
+        lambda sample: _fault(sample, settings) if isinstance(sample, Example) else sample, window
     )
     examples = []
     for sample, fault in zip(window, faults):
-        if isinstance(sample, Skipped):
-            skipped.append(sample)
-        elif fault is not None:
-            skipped.append(
-                Skipped(file=sample.file, key=sample.key, reason="undecodable picture", detail=fault)
-            )
-        else:
+        if fault is not None:
+            skipped.append(fault)
+        elif isinstance(sample, Example):
             examples.append(sample)
     return examples

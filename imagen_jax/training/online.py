@@ -162,6 +162,7 @@ class TokenizedBatches(Iterator[Batch]):
 
     def __init__(self, batches: Batches, online: OnlineText, *, ahead: int):
         self._batches, self._online, self._ahead = batches, online, ahead
+        self.count = batches.count
         # One thread: the order of the batches is theirs.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._waiting: collections.deque[Future[Batch]] = collections.deque()

@@ -329,7 +329,9 @@ class _Run:
         self._held_out: HeldOutLoss | None = None
         self._best: float | None = None  # newest value of the metric by which the best checkpoints are kept
 
-    def loop(self, state: TrainState, step: int, train_step: Any, batches: Iterator[Any]) -> TrainState:
+    def loop(
+        self, state: TrainState, step: int, train_step: Any, batches: Batches | TokenizedBatches
+    ) -> TrainState:
         """Steps from `step` + 1 to the last, or until stopped; the last state is saved."""
         loop, start = self.config.train, step
         # The next batch is put on the devices while they work on this one.
@@ -357,7 +359,9 @@ class _Run:
             seen = self._look(step, state, last) if not stopping else {}
             if step % loop.log_every == 0 or last or seen:
                 self.watchdog.at(step + 1, Phase.LOG)
-                self._log(step, values, state, seen)
+                self._log(step, values, state, seen | {"enlarged": batches.count.enlarged_share})
+                if warning := batches.count.warning():
+                    self.metrics.say(warning)
             if step % loop.checkpoint_every == 0 or last:
                 self._save(step, state)
             if stopping:

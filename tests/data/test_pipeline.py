@@ -417,3 +417,30 @@ print("read")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
+
+
+def test_pictures_that_are_enlarged_are_counted(tmp_path):
+    """Of four, one has a side of less than half of the resolution; one of half of it is not counted."""
+    sides = (16, 8, 7, 20)
+    write_folder(tmp_path, [png(np.zeros((side, 30, 3), np.uint8)) for side in sides], (4,))
+    with open_batches(config(tmp_path, shuffle=False, num_threads=1)) as batches:
+        next(batches)
+    count = batches.count
+    assert count.decoded >= 4 and count.enlarged == (count.decoded + 1) // 4
+    line = count.warning()
+    assert line.startswith(f"warning: {count.enlarged / count.decoded:.1%} of {count.decoded} pictures")
+    assert "--min_side=16" in line and "\n" not in line and count.warning() is None
+    with open_batches(config(tmp_path, resolution=14, shuffle=False)) as batches:
+        next(batches)
+    assert batches.count.enlarged == 0 and batches.count.warning() is None
+
+
+def test_a_bomb_of_pixels_in_a_record_is_named(tmp_path):
+    bomb = io.BytesIO()
+    Image.new("1", (10_000, 10_000)).save(bomb, "PNG")
+    write_folder(tmp_path, [png(picture(0))] * 3 + [bomb.getvalue()], (4,))
+    with (
+        open_batches(config(tmp_path)) as batches,
+        pytest.raises(UserError, match=r"'key 3'.*more than .* pixels"),
+    ):
+        next(batches)

@@ -569,3 +569,47 @@ def test_two_encoders_at_the_same_moment_are_noticed_at_the_end(tmp_path, source
     ):
         precompute(dataclasses.replace(settings, num_processes=2), encoder=Slow())
     assert not (tmp_path / "out" / "dataset_info.json").exists()
+
+
+def test_small_pictures_are_left_out(tmp_path, source):
+    folder = tmp_path / "sizes"
+    folder.mkdir()
+    for name, size in {"a": (8, 30), "b": (7, 30), "c": (30, 7), "d": (9, 9)}.items():
+        Image.new("RGB", size).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(name)
+    settings = config(tmp_path, f"folder:{folder}", min_side=8)
+    assert precompute(settings, encoder=FakeEncoder()).skipped == {"smaller than --min_side": 2}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["reason"], line["detail"]) for line in lines] == [
+        (key, "smaller than --min_side", "7 pixels") for key in "bc"
+    ]
+    with pytest.raises(UserError, match="--min_side was 8, now 9"):
+        precompute(config(tmp_path, f"folder:{folder}", min_side=9), encoder=FakeEncoder())
+    with pytest.raises(UserError, match="--min_side: must be at least 1, got 0"):
+        config(tmp_path, f"folder:{folder}", min_side=0)
+
+
+def test_pictures_that_cannot_be_used_are_listed_the_same_in_every_run(tmp_path):
+    """No addresses in memory, and nothing decoded that is too large or of unknown range."""
+    bomb, floats = io.BytesIO(), io.BytesIO()
+    Image.new("1", (20_000, 20_000)).save(bomb, "PNG")
+    Image.fromarray(np.ones((4, 4), np.float32)).save(floats, "TIFF")
+    files = {"a": b"", "b": b"<html>404</html>", "c": bomb.getvalue(), "d": floats.getvalue(), "e": png(1)}
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, data in files.items():
+            add(tar, f"{name}.png", data)
+            add(tar, f"{name}.txt", b"text")
+    written = []
+    for out in ("one", "two"):
+        precompute(
+            config(tmp_path, f"webdataset:{tmp_path}/a.tar", out=str(tmp_path / out)), encoder=FakeEncoder()
+        )
+        written.append(contents(tmp_path / out))
+    assert written[0] == written[1]
+    lines = [json.loads(line) for line in written[0]["skipped.jsonl"].decode().splitlines()]
+    assert [line["detail"] for line in lines] == [
+        "cannot identify image file",
+        "cannot identify image file",
+        "more than 89478485 pixels",
+        "32-bit grey of unknown range",
+    ]

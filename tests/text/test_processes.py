@@ -394,3 +394,65 @@ def test_different_keys_may_share_a_hash(tmp_path, monkeypatch):
     precompute(config(tmp_path, embeddings_only=True), encoder=FakeEncoder())
     numbers = records.KeyIndex(tmp_path, "train").numbers("train-00000004")
     assert sorted(numbers) == [i for i in range(23) if i % 10 % 3 == 1]
+
+
+class Twice(FakeEncoder):
+    """Starts the same job again while it writes its first shard."""
+
+    def __init__(self, second):
+        self.second, self.errors = second, []
+
+    def encode(self, captions, *, max_length):
+        if not self.errors:
+            self.errors.append(None)
+            with pytest.raises(UserError) as caught:
+                precompute(self.second, encoder=FakeEncoder())
+            self.errors.append(str(caught.value))
+        return super().encode(captions, max_length=max_length)
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_processes": 2, "process_index": 1}])
+def test_the_same_job_twice_at_once_is_refused(tmp_path, changes):
+    precompute(config(tmp_path / "whole"), encoder=FakeEncoder())
+    out = tmp_path / "out"
+    encoder = Twice(config(out, **changes))
+    precompute(config(out, **changes), encoder=encoder)
+    line = encoder.errors[1]
+    assert line.startswith(f"--out {out}: another run") and f"pid {os.getpid()}" in line and "\n" not in line
+    assert precompute(config(out), encoder=FakeEncoder()).complete
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_other_numbers_of_processes_at_once_hurt_nobody(tmp_path):
+    """They write the same shards, with temporary files of their own."""
+    precompute(config(tmp_path / "whole"), encoder=FakeEncoder())
+    out = tmp_path / "out"
+
+    class Both(FakeEncoder):
+        def encode(self, captions, *, max_length):
+            if not list(out.glob("*.tfrecord-*")):
+                precompute(config(out, num_processes=5, process_index=0), encoder=FakeEncoder())
+            return super().encode(captions, max_length=max_length)
+
+    assert precompute(config(out), encoder=Both()).complete
+    assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_a_killed_job_leaves_no_lock(tmp_path, subprocess_env):
+    precompute(config(tmp_path / "whole"), encoder=FakeEncoder())
+    out = tmp_path / "out"
+    names = [job_folder.lock_name("train", process) for process in ("0-of-1", "3-of-4")]
+    code = "import sys, time; from imagen_jax.lock import FolderLock\n"
+    code += f"locks = [FolderLock({str(out)!r}, flag='--out', name=name) for name in {names}]\n"
+    code += "print('held', flush=True); time.sleep(1000)"
+    (out / "job").mkdir(parents=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=subprocess_env()
+    )
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"another run is going on in it \(host .*, pid {other.pid}\)"):
+        precompute(config(out), encoder=FakeEncoder())
+    other.kill()
+    other.wait()
+    assert precompute(config(out), encoder=FakeEncoder()).complete
+    assert contents(out) == contents(tmp_path / "whole")
