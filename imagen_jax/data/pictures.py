@@ -9,6 +9,10 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
+from imagen_jax.data.picture_kinds import register_heif
+
+register_heif()
+
 # Everything that Pillow's decoders let out on damaged files.
 DECODE_ERRORS = (
     OSError,

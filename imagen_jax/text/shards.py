@@ -5,6 +5,7 @@ batched among themselves, so that neither other shards nor other processes chang
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,11 +16,20 @@ import numpy as np
 from etils import epath
 
 from imagen_jax.data import records
-from imagen_jax.data.examples import Example, Skipped, Source
+from imagen_jax.data.examples import (
+    Example,
+    Skipped,
+    Source,
+    UnusableError,
+    attempt,
+    clean_captions,
+    is_lfs_pointer,
+)
+from imagen_jax.data.picture_kinds import lacks_heif
 from imagen_jax.data.pictures import picture_fault
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, write_text
+from imagen_jax.files import AtomicFile, json_field, read_json, write_text
 from imagen_jax.text.store import EmbeddingDtype, StoredEmbedding, TokenCounts, pack
 
 WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together
@@ -63,6 +73,7 @@ class ShardReport:
     unknown: int = 0  # tokens that the encoder's vocabulary lacks
     encoded: int = 0  # tokens of the distinct captions, which were encoded
     computed: int = 0  # tokens the encoder computed for them, padding included
+    samples: int | None = None  # that the source gave: used or skipped; None: not counted when it was made
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,7 +102,11 @@ def report_files(out: epath.Path) -> list[epath.Path]:
 def read_report(out: epath.Path, shard: str, *, images: bool) -> ShardReport | None:
     """The report of a shard; None unless the shard is complete."""
     try:
-        found = ShardReport(**json.loads(_report_path(out, shard).read_text()))
+        content = read_json(_report_path(out, shard))
+        for name in ("records", "tokens", "num_bytes", "width"):
+            json_field(content, name, int, shard)
+        json_field(content, "skipped", list, shard)
+        found = ShardReport(**content)
         size = int((out / shard).stat().length)
         hashed = None if images else int(_hashes_path(out, shard).stat().length)
     except (FileNotFoundError, ValueError, TypeError):
@@ -144,10 +159,11 @@ class ShardWriter:
         skipped: list[Skipped] = []
         known: dict[str, tuple[StoredEmbedding, int]] = {}
         hashes: list[int] = []
-        tokens = unknown = encoded = computed = 0
+        tokens = unknown = encoded = computed = samples = used = 0
         with TFRecordWriter(self._out / shard) as writer:
             for window in _windows(self._source.read(unit)):
                 examples = _usable(window, skipped, pool, pictures=self._settings.images)
+                samples, used = samples + len(window), used + len(examples)
                 captions = [text for example in examples for text in example.captions]
                 found, counts = self._embed(captions, known)
                 encoded, computed = encoded + counts.useful, computed + counts.computed
@@ -166,6 +182,11 @@ class ShardWriter:
                         hashes.append(records.key_hash(key))
                         tokens += len(embedding.values)
                         unknown += unknown_tokens
+        if samples != used + len(skipped) or writer.num_records < used:
+            raise RuntimeError(
+                f"{shard}: of {samples} samples {used} were used ({writer.num_records} records) "
+                f"and {len(skipped)} skipped"
+            )
         if not self._settings.images:
             with AtomicFile(_hashes_path(self._out, shard)) as file:
                 file.write(np.array(hashes, _HASH).tobytes())
@@ -179,6 +200,7 @@ class ShardWriter:
             unknown=unknown,
             encoded=encoded,
             computed=computed,
+            samples=samples,
         )
 
     def _embed(
@@ -222,22 +244,38 @@ def _windows(samples: Iterable[Example | Skipped]) -> Iterator[list[Example | Sk
         yield window
 
 
+def _checked(sample: Example, *, pictures: bool) -> Example:
+    """The sample, if it can become records.
+
+    Raises:
+      UnusableError: it has no caption or one that no file can hold, or, if it matters, its picture does not decode.
+    """
+    captions = clean_captions(sample.captions)
+    if not captions:
+        raise UnusableError("no caption")
+    if pictures:
+        fault = picture_fault(sample.image)
+        if fault is not None and is_lfs_pointer(sample.image):
+            raise UnusableError("Git LFS pointer in place of a picture", "git lfs pull fetches the files")
+        if fault is not None and lacks_heif(sample.image):
+            raise UnusableError("HEIC picture", "pip install 'imagen_jax[heif]' lets it be read")
+        if fault is not None:
+            raise UnusableError("undecodable picture", fault)
+    return dataclasses.replace(sample, captions=captions)
+
+
 def _usable(
     window: Sequence[Example | Skipped], skipped: list[Skipped], pool: ThreadPoolExecutor, *, pictures: bool
 ) -> list[Example]:
     """The examples whose picture decodes, if it matters; the others go to `skipped`, all in order."""
-    faults = pool.map(
-        lambda sample: picture_fault(sample.image) if pictures and isinstance(sample, Example) else None,
-        window,
-    )
-    examples = []
-    for sample, fault in zip(window, faults):
+
+    def check(sample: Example | Skipped) -> Example | Skipped:
         if isinstance(sample, Skipped):
-            skipped.append(sample)
-        elif fault is not None:
-            skipped.append(
-                Skipped(file=sample.file, key=sample.key, reason="undecodable picture", detail=fault)
-            )
-        else:
-            examples.append(sample)
-    return examples
+            return sample
+        return attempt(
+            functools.partial(_checked, sample, pictures=pictures), file=sample.file, key=sample.key
+        )
+
+    checked = list(pool.map(check, window))
+    skipped += [sample for sample in checked if isinstance(sample, Skipped)]
+    return [sample for sample in checked if isinstance(sample, Example)]
