@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SPEC",
         help="captioned pictures: shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|any], "
-        "webdataset:PATH/*.tar (img2dataset layout), folder:PATH (captions.jsonl, or a .txt per picture), "
+        "webdataset:PATH/*.tar (img2dataset layout; {00000..00099}.tar, .tar.gz and https:// too), folder:PATH "
+        "(captions.jsonl, metadata.jsonl, or a .txt per picture), "
         "tfds:NAME or parquet:PATH",
     )
     parser.add_argument(
@@ -150,6 +151,13 @@ def _print_summary(config: Any, summary: Any) -> None:
         f"useful tokens: {summary.useful_share:.1%} of those computed; "
         f"unknown tokens: {summary.unknown_share:.1%}"
     )
+    if summary.samples is not None:
+        left_out = sum(summary.skipped.values())
+        used = summary.samples - left_out
+        records = f"{used} records"
+        if used != summary.captions:  # several captions of one picture
+            records = f"{used} used, with {summary.captions} records,"
+        print(f"samples: {summary.samples} = {records} + {left_out} skipped")
     skipped = ", ".join(f"{reason}: {count}" for reason, count in sorted(summary.skipped.items()))
     if skipped:
         listed = f" (listed in {config.out}/skipped.jsonl)" if summary.complete else ""

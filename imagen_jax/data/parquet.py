@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import os
@@ -11,13 +12,25 @@ from typing import Any
 from etils import epath
 
 from imagen_jax.data.columns import choose_column
-from imagen_jax.data.examples import Example, Skipped, Source, clean_captions
+from imagen_jax.data.examples import (
+    READ_ERRORS,
+    Example,
+    Skipped,
+    Source,
+    UnusableError,
+    attempt,
+    clean_captions,
+    decode_caption,
+    fault_of,
+    is_lfs_pointer,
+)
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT
-from imagen_jax.data.webdataset import expand_pattern
+from imagen_jax.data.patterns import expand_pattern, is_url
 from imagen_jax.errors import UserError
-from imagen_jax.files import files_below
+from imagen_jax.files import check_regular, files_below
 
 _ROWS_AT_A_TIME = 64  # rows decoded together: some tens of megabytes of pictures
+_FEW_ROWS = 100_000
 _BUFFER = 2**20  # bytes read ahead in a column, in place of the whole column of a row group
 
 
@@ -60,26 +73,27 @@ class ParquetSource(Source):
 
     def __init__(self, options: ParquetOptions, limit: int | None):
         """Reads the footers of the files."""
-        parquet = _pyarrow_parquet()
+        _pyarrow_parquet()
         paths = _files(options.path)
         if not paths:
             raise UserError(f"--source: no parquet file matches {options.path!r}")
         root = os.path.commonpath([os.path.dirname(os.fspath(path)) for path in paths])
         self._files: list[_File] = []
-        schema = None
+        schemas: list[tuple[str, Any]] = []
         for path in paths:
             name = os.path.splitext(os.path.relpath(os.fspath(path), root or "."))[0]
             try:
-                with path.open("rb") as file, parquet.ParquetFile(file) as opened:
-                    schema = schema or opened.schema_arrow
-                    metadata = opened.metadata
-                    groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+                groups, schema = _read_footer(path)
                 self._files.append(_File(path=path, name=name, groups=groups))
-            except (OSError, ValueError) as error:  # pyarrow's errors are of these kinds
-                self._files.append(_File(path=path, name=name, groups=(), fault=_one_line(error)))
-        if schema is None:
+                schemas.append((os.fspath(path), schema))
+            except _errors() as error:
+                fault = fault_of(error, os.fspath(path))
+                self._files.append(_File(path=path, name=name, groups=(), fault=fault))
+        if not schemas:
             raise UserError(f"--source: {paths[0]} does not open as parquet ({self._files[0].fault})")
-        self._image, self._text, self._key = _choose_columns(schema, options)
+        self._image, self._text, self._key = _choose_columns(schemas[0][1], options)
+        for where, schema in schemas:
+            _check_columns(schema, where, image=self._image, text=self._text, key=self._key)
         self._groups = self._limited(limit)
         # Rows up to the end of each group; a file that does not open counts as one row, so that it is reported.
         self._ends = list(itertools.accumulate(group.stop for group in self._groups))
@@ -137,7 +151,7 @@ class ParquetSource(Source):
         return tuple(parts)
 
     def read(self, unit: tuple[Rows, ...]) -> Iterator[Example | Skipped]:
-        """Reads the rows of a unit, a few at a time; where a row group breaks off, the rest of it is left out."""
+        """Reads the rows of a unit, a few at a time; where a row group breaks off, the rest of it is skipped."""
         parquet = _pyarrow_parquet()
         for number, parts in itertools.groupby(unit, key=lambda rows: rows.file):
             source = self._files[number]
@@ -145,53 +159,91 @@ class ParquetSource(Source):
             if source.fault:
                 yield Skipped(file=path, key="", reason="damaged parquet file", detail=source.fault)
                 continue
+            waiting = list(parts)
             try:
                 with source.path.open("rb") as file:
                     # A column of a row group may be gigabytes: pages are read as they are needed.
                     opened = parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER)
-                    for rows in parts:
-                        yield from self._read_rows(opened, source, rows)
-            except (OSError, ValueError) as error:
-                yield Skipped(file=path, key="", reason="damaged parquet file", detail=_one_line(error))
+                    while waiting:
+                        yield from self._read_rows(opened, source, waiting[0])
+                        del waiting[0]
+            except _errors() as error:
+                fault = fault_of(error, path)
+                for rows in waiting:
+                    yield from _lost(
+                        source, rows, range(rows.start, rows.stop), "damaged parquet file", fault
+                    )
 
     def _read_rows(self, opened: Any, source: _File, rows: Rows) -> Iterator[Example | Skipped]:
         columns = list(dict.fromkeys(filter(None, (self._image, self._text, self._key))))
         path, position = os.fspath(source.path), 0
         first = sum(source.groups[: rows.group])
-        batches = opened.iter_batches(_ROWS_AT_A_TIME, row_groups=[rows.group], columns=columns)
+        batches: Iterator[Any] | None = None
         while position < rows.stop:
             try:
-                batch = next(batches)
-            except (OSError, ValueError, StopIteration) as error:
-                # Of all units with a part of the group the one where it breaks off reports it.
-                if position >= rows.start:
-                    name = f"{source.name}#{first + position}"
-                    detail = _one_line(error)
-                    yield Skipped(file=path, key=name, reason="damaged row group", detail=detail)
+                if batches is None:
+                    batches = opened.iter_batches(_ROWS_AT_A_TIME, row_groups=[rows.group], columns=columns)
+                batch = next(batches, None)
+                if batch is None:
+                    raise ValueError(f"{position} of {source.groups[rows.group]} rows are there")
+                image, text, key = (
+                    None if name is None else batch.column(name)
+                    for name in (self._image, self._text, self._key)
+                )
+                text = _as_bytes(text)
+                key = None if key is None else _as_bytes(key)
+            except _errors() as error:
+                # Of the units with a part of the group each lists its own rows.
+                left = range(max(position, rows.start), rows.stop)
+                yield from _lost(source, rows, left, "damaged row group", fault_of(error, path))
                 return
-            start, stop = max(rows.start - position, 0), min(rows.stop - position, batch.num_rows)
-            if start < stop:
-                for offset, row in enumerate(batch.slice(start, stop - start).to_pylist()):
-                    yield self._example(row, path, f"{source.name}#{first + position + start + offset}")
+            for row in range(max(rows.start - position, 0), min(rows.stop - position, batch.num_rows)):
+                name = f"{source.name}#{first + position + row}"
+                yield self._read_row(image, text, key, row, path, name)
             position += batch.num_rows
 
-    def _example(self, row: dict[str, Any], path: str, name: str) -> Example | Skipped:
-        """One row."""
-        key = name
-        if self._key is not None:
-            if row[self._key] is None:
-                return Skipped(file=path, key=name, reason="no key")
-            key = str(row[self._key])
-        image = row[self._image]
-        if isinstance(image, dict):
-            image = image["bytes"]
-        if not image:
-            return Skipped(file=path, key=key, reason="no picture")
-        texts = row[self._text]
-        captions = clean_captions(texts if isinstance(texts, list) else [texts])
-        if not captions:
-            return Skipped(file=path, key=key, reason="no caption")
-        return Example(file=path, key=key, image=image, captions=captions)
+    def _read_row(self, image: Any, text: Any, key: Any, row: int, path: str, name: str) -> Example | Skipped:
+        """One row of a batch's columns; `name` is its file's name and its number."""
+        if key is None:
+            return attempt(functools.partial(_example, image, text, row, path, name), file=path, key=name)
+        try:
+            value = key[row].as_py()
+        except _errors() as error:
+            return Skipped(file=path, key=name, reason="no key", detail=fault_of(error, path))
+        if value is None:
+            return Skipped(file=path, key=name, reason="no key")
+        named = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+        found = attempt(functools.partial(_example, image, text, row, path, named), file=path, key=named)
+        if isinstance(found, Skipped):
+            found = dataclasses.replace(found, detail=f"{name}: {found.detail}" if found.detail else name)
+        return found
+
+
+def _example(image: Any, text: Any, row: int, path: str, key: str) -> Example:
+    """The example of one row."""
+    picture = image[row]
+    if hasattr(picture, "keys"):  # a struct, whose other fields are not looked at
+        picture = picture["bytes"] if picture.is_valid else None
+    data = None if picture is None else picture.as_py()
+    if not data:
+        raise UnusableError("no picture")
+    texts = text[row].as_py()
+    captions = [
+        decode_caption(caption) if isinstance(caption, bytes) else caption
+        for caption in (texts if isinstance(texts, list) else [texts])
+    ]
+    cleaned = clean_captions(captions)
+    if not cleaned:
+        raise UnusableError("no caption")
+    return Example(file=path, key=key, image=data, captions=cleaned)
+
+
+def _lost(source: _File, rows: Rows, left: range, reason: str, detail: str) -> Iterator[Skipped]:
+    """The rows of a group that cannot be read, one by one: the footer says how many there are."""
+    first = sum(source.groups[: rows.group])
+    for row in left:
+        name = f"{source.name}#{first + row}"
+        yield Skipped(file=os.fspath(source.path), key=name, reason=reason, detail=detail)
 
 
 def _pyarrow_parquet() -> Any:
@@ -205,40 +257,126 @@ def _pyarrow_parquet() -> Any:
     return pyarrow.parquet
 
 
+def _errors() -> tuple[type[Exception], ...]:
+    """What pyarrow lets out on damaged files."""
+    import pyarrow
+
+    return (*READ_ERRORS, pyarrow.ArrowException)
+
+
 def _files(path: str) -> list[epath.Path]:
     """The files of a glob or a single one; of a folder all in it and below it."""
+    if is_url(path):
+        raise UserError(f"--source: parquet reads no URLs, got {path!r}; download the files first")
     folder = epath.Path(path).expanduser()
-    if folder.is_dir():
-        found = files_below(folder)
-        return sorted(file for file in found if file.suffix == ".parquet" and not file.name.startswith("."))
-    return expand_pattern(path)
+    if not folder.is_dir():
+        return expand_pattern(path, (".parquet",))
+    found = files_below(folder)
+    files = sorted(file for file in found if file.suffix == ".parquet" and not file.name.startswith("."))
+    for file in files:
+        check_regular(file)
+    return files
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _read_footer(path: epath.Path) -> tuple[tuple[int, ...], Any]:
+    """Rows of each row group, and the schema.
+
+    Raises:
+      ValueError: the footer is not to be believed.
+      anything of `_errors`: the file does not open.
+    """
+    with path.open("rb") as file:
+        if is_lfs_pointer(file.read(512)):
+            raise ValueError("a Git LFS pointer; git lfs pull fetches the file")
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        with _pyarrow_parquet().ParquetFile(file) as opened:
+            metadata = opened.metadata
+            groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+            schema = opened.schema_arrow
+    # Every lost row is listed, so that a footer must not promise more than the file can hold.
+    if min(groups, default=0) < 0 or sum(groups) > max(size, _FEW_ROWS):
+        raise ValueError(f"{sum(groups)} rows in {size} bytes")
+    return groups, schema
+
+
+def _as_bytes(column: Any) -> Any:
+    """A column whose texts are left as bytes: pyarrow does not check that they are UTF-8."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if types.is_string(column.type):
+        return column.cast(pyarrow.binary())
+    if types.is_large_string(column.type):
+        return column.cast(pyarrow.large_binary())
+    if types.is_list(column.type) and _is_string(column.type.value_type):
+        return column.cast(pyarrow.list_(pyarrow.large_binary()))
+    if types.is_large_list(column.type) and _is_string(column.type.value_type):
+        return column.cast(pyarrow.large_list(pyarrow.large_binary()))
+    return column
+
+
+def _is_string(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _is_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column holds texts or lists of texts."""
+    from pyarrow import types
+
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
+        kind = kind.value_type
+    return _is_string(kind)
+
+
+def _is_image(kind: Any) -> bool:
+    """Whether a column holds encoded pictures: bytes, or Hugging Face's struct."""
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        return any(inner.name == "bytes" and _is_bytes(inner.type) for inner in kind)
+    return _is_bytes(kind)
 
 
 def _choose_columns(schema: Any, options: ParquetOptions) -> tuple[str, str, str | None]:
     """Names of the picture's, the caption's and, if it was asked for, the key's column."""
-    from pyarrow import types
-
-    def is_bytes(kind: Any) -> bool:
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
-    def is_text(kind: Any) -> bool:
-        if types.is_list(kind) or types.is_large_list(kind) or types.is_dictionary(kind):
-            kind = kind.value_type
-        return types.is_string(kind) or types.is_large_string(kind)
-
-    def is_image(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return any(inner.name == "bytes" and is_bytes(inner.type) for inner in kind)
-        return is_bytes(kind)
-
     where = f"parquet {options.path}"
-    images = [field.name for field in schema if is_image(field.type)]
-    texts = [field.name for field in schema if is_text(field.type)]
+    images = [field.name for field in schema if _is_image(field.type)]
+    texts = [field.name for field in schema if _is_text(field.type)]
     if options.key is not None and options.key not in schema.names:
         raise UserError(f"--source: key={options.key}: {where} has no such column")
     image = choose_column("image", options.image, images, where)
     return image, choose_column("text", options.text, texts, where), options.key
+
+
+def _check_columns(schema: Any, where: str, *, image: str, text: str, key: str | None) -> None:
+    """Every file has to have the columns that the first one has.
+
+    Raises:
+      UserError: one is missing, of another type or there twice; names the file and the column.
+    """
+    from pyarrow import types
+
+    there = ", ".join(schema.names) or "none"
+    for role, name in {"image": image, "text": text, "key": key}.items():
+        if name is None:
+            continue
+        places = schema.get_all_field_indices(name)
+        if len(places) != 1:
+            count = f"{len(places)} columns" if places else "no column"
+            raise UserError(f"--source: {where} has {count} {name!r} for the {role} (there: {there})")
+        kind = schema.field(places[0]).type
+        # A column of which a file has no value at all has no type there.
+        fits = {"image": _is_image, "text": _is_text}.get(role, lambda _: True)(kind)
+        if not fits and not types.is_null(kind):
+            raise UserError(f"--source: {where}: the column {name!r} is no {role} column but {kind}")

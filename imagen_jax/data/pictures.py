@@ -12,6 +12,9 @@ from jaxtyping import UInt8
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from imagen_jax.data.picture_colours import needs_conversion, rgb_on_white
+from imagen_jax.data.picture_kinds import register_heif
+
+register_heif()
 
 # Everything that Pillow's decoders let out on damaged files; a warning where the caller has made errors of them.
 DECODE_ERRORS = (

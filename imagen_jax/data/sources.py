@@ -10,11 +10,11 @@ from typing import TypeVar
 from PIL import Image
 
 from imagen_jax.data import shapes
-from imagen_jax.data.examples import Example, Skipped, Source, even_ranges
-from imagen_jax.data.folder import EXAMPLES_PER_UNIT, FolderSource
+from imagen_jax.data.examples import Example, Skipped, Source, even_ranges, one_line, printable
+from imagen_jax.data.folder import EXAMPLES_PER_UNIT, FolderOptions, FolderSource
 from imagen_jax.data.parquet import ParquetOptions, ParquetSource
 from imagen_jax.data.tfds_source import TfdsOptions, TfdsSource
-from imagen_jax.data.webdataset import WebDatasetSource
+from imagen_jax.data.webdataset import WebDatasetOptions, WebDatasetSource
 from imagen_jax.errors import UserError
 from imagen_jax.limits import is_count, shown
 
@@ -38,14 +38,15 @@ class ShapesOptions:
 
     def __post_init__(self):
         """Checks the values."""
-        if self.count < 1 or not shapes.MIN_RESOLUTION <= self.resolution <= shapes.MAX_RESOLUTION:
+        if (
+            not 1 <= self.count <= _MAX_SHAPES
+            or not shapes.MIN_RESOLUTION <= self.resolution <= shapes.MAX_RESOLUTION
+        ):
             raise UserError(
-                "--source: shapes wants count of at least 1 and resolution "
+                f"--source: shapes wants count from 1 to {_MAX_SHAPES} and resolution "
                 f"from {shapes.MIN_RESOLUTION} to {shapes.MAX_RESOLUTION}, "
                 f"got count={self.count}, resolution={self.resolution}"
             )
-        if self.count > _MAX_SHAPES:
-            raise UserError(f"--source: shapes wants count of at most {_MAX_SHAPES}, got {shown(self.count)}")
         if self.language not in _LANGUAGES:
             raise UserError(f"--source: shapes wants language=en|zh|both, got {self.language!r}")
         if self.objects not in _OBJECTS:
@@ -144,8 +145,16 @@ _SOURCES: dict[str, tuple[str, _Opener]] = {
         "shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|any]",
         lambda text, split, limit: ShapesSource(ShapesOptions.parse(text), split, limit),
     ),
-    "webdataset": ("webdataset:PATH/*.tar", lambda text, split, limit: WebDatasetSource(text, limit)),
-    "folder": ("folder:PATH", lambda text, split, limit: FolderSource(text, limit)),
+    "webdataset": (
+        "webdataset:PATH/*.tar[,image=EXTENSION,text=EXTENSION]",
+        lambda text, split, limit: WebDatasetSource(
+            parse_options("webdataset", text, WebDatasetOptions), limit
+        ),
+    ),
+    "folder": (
+        "folder:PATH[,image=EXTENSION,text=FIELD,outside=true]",
+        lambda text, split, limit: FolderSource(parse_options("folder", text, FolderOptions), limit),
+    ),
     "tfds": (
         "tfds:NAME[,image=FEATURE,text=FEATURE,key=FEATURE,split=SPLIT,data_dir=DIR]",
         lambda text, split, limit: TfdsSource(parse_options("tfds", text, TfdsOptions), split, limit),
@@ -178,4 +187,9 @@ def open_source(spec: str, *, split: str = "train", limit: int | None = None) ->
         raise UserError(f"--source: {spec!r} is not one of the accepted forms: {accepted_forms()}")
     if limit is not None and limit < 1:
         raise UserError(f"--limit: must be at least 1, got {limit}")
-    return _SOURCES[kind][1](text, split, limit)
+    if printable(text) != text and ("\0" in text or any("\ud800" <= c <= "\udfff" for c in text)):
+        raise UserError(f"--source: {printable(spec)!r} is not UTF-8, or holds a zero byte")
+    try:
+        return _SOURCES[kind][1](text, split, limit)
+    except OSError as error:
+        raise UserError(f"--source: {spec!r}: {error.strerror or one_line(error)}") from error

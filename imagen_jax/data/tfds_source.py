@@ -6,6 +6,7 @@ project's own reader (file format tfrecord) or with array_record's, and only the
 
 import bisect
 import dataclasses
+import functools
 import hashlib
 import itertools
 import math
@@ -16,10 +17,23 @@ from typing import Any
 from etils import epath
 
 from imagen_jax.data.columns import choose_column
-from imagen_jax.data.examples import Example, Skipped, Source, clean_captions, even_ranges
+from imagen_jax.data.examples import (
+    READ_ERRORS,
+    Example,
+    Skipped,
+    Source,
+    UnusableError,
+    attempt,
+    clean_captions,
+    decode_caption,
+    even_ranges,
+    fault_of,
+    one_line,
+)
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
+from imagen_jax.files import check_regular, read_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,8 +72,6 @@ class _ArrayRecordReader:
 
 
 _READERS: dict[str, Any] = {"tfrecord": TFRecordReader, "array_record": _ArrayRecordReader}
-# What the readers let out on damaged files: ours a UserError, array_record's the others.
-_DAMAGED = (UserError, RuntimeError, ValueError, IndexError)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +139,7 @@ class TfdsSource(Source):
         return even_ranges(self._size, count or math.ceil(self._size / EXAMPLES_PER_UNIT))
 
     def read(self, unit: range) -> Iterator[Example | Skipped]:
-        """Reads the records of a range; a shard that cannot be read is reported once."""
+        """Reads the records of a range; the records of a shard that cannot be read are skipped."""
         position = unit.start
         while position < unit.stop:
             number = bisect.bisect_right(self._ends, position)
@@ -138,30 +150,26 @@ class TfdsSource(Source):
 
     def _read_shard(self, shard: _Shard, part: range) -> Iterator[Example | Skipped]:
         file = os.fspath(shard.path)
-
-        def whole(reason: str, detail: str) -> Iterator[Skipped]:
-            # Of all units that hold a part of the shard the first one reports it.
-            if part.start == 0:
-                yield Skipped(file=file, key="", reason=reason, detail=detail)
-
+        found, fault = 0, ("record is missing", "")
         try:
+            check_regular(shard.path)
             found = len(shard.reader)
+            fault = "record is missing", f"{found} in the shard"
         except FileNotFoundError:
-            yield from whole("shard is missing", "")
-            return
-        except _DAMAGED as error:
-            yield from whole("damaged shard", _first_part(error))
-            return
+            fault = "shard is missing", ""
+        except READ_ERRORS as error:  # UserErrors of this project's own reader among them
+            fault = "damaged shard", _first_part(error, file)
         for offset in part:
             position = shard.first + offset
             name = f"{shard.path.name}__{position}"
             if position >= found:
-                yield Skipped(file=file, key=name, reason="record is missing", detail=f"{found} in the shard")
+                yield Skipped(file=file, key=name, reason=fault[0], detail=fault[1])
                 continue
             try:
                 data = shard.reader[position]
-            except _DAMAGED as error:
-                yield Skipped(file=file, key=name, reason="damaged record", detail=_first_part(error))
+            except READ_ERRORS as error:
+                detail = _first_part(error, file)
+                yield Skipped(file=file, key=name, reason="damaged record", detail=detail)
                 continue
             yield self._parse(data, file, name)
 
@@ -179,23 +187,25 @@ class TfdsSource(Source):
             values = _values(features, self._key)
             if len(values) != 1:
                 return Skipped(file=file, key=name, reason="no key", detail=f"{len(values)} of {self._key}")
-            key = values[0].decode("utf-8", "replace") if isinstance(values[0], bytes) else str(values[0])
-        images = [value for value in _values(features, self._image) if value]
+            value = values[0]
+            key = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)
+        return attempt(functools.partial(self._example, features, file, key), file=file, key=key)
+
+    def _example(self, features: Any, file: str, key: str) -> Example:
+        """The picture and the captions of a record."""
+        images = [value for value in _values(features, self._image) if value and isinstance(value, bytes)]
         if len(images) != 1:
-            reason = "several pictures" if images else "no picture"
-            return Skipped(file=file, key=key, reason=reason)
-        try:
-            captions = clean_captions([value.decode("utf-8") for value in _values(features, self._text)])
-        except UnicodeDecodeError as error:
-            return Skipped(file=file, key=key, reason="caption is not UTF-8", detail=str(error))
+            raise UnusableError("several pictures" if images else "no picture")
+        texts = [value for value in _values(features, self._text) if isinstance(value, bytes)]
+        captions = clean_captions([decode_caption(text) for text in texts])
         if not captions:
-            return Skipped(file=file, key=key, reason="no caption")
+            raise UnusableError("no caption")
         return Example(file=file, key=key, image=images[0], captions=captions)
 
 
-def _first_part(error: BaseException) -> str:
+def _first_part(error: BaseException, file: str) -> str:
     """What is wrong, without the advice that follows it."""
-    return " ".join(str(error).partition(";")[0].split())
+    return fault_of(error, file).partition(";")[0]
 
 
 def _values(features: Any, name: str) -> Sequence[Any]:
@@ -211,6 +221,7 @@ def _values(features: Any, name: str) -> Sequence[Any]:
 def _open_builder(options: TfdsOptions) -> Any:
     """TFDS's builder of a prepared data set."""
     import tensorflow_datasets as tfds
+    from google.protobuf import json_format
     from tensorflow_datasets.core import read_only_builder
 
     name = options.name.rstrip("/")
@@ -218,7 +229,14 @@ def _open_builder(options: TfdsOptions) -> Any:
     if (folder / "dataset_info.json").exists():
         if not (folder / "features.json").exists():
             raise UserError(f"--source: {folder} has no features.json; prepare it with a newer TFDS")
-        return tfds.builder_from_directory(os.fspath(folder))
+        for file in ("dataset_info.json", "features.json"):
+            read_json(folder / file)
+        try:
+            return tfds.builder_from_directory(os.fspath(folder))
+        except (*READ_ERRORS, json_format.Error) as error:
+            raise UserError(
+                f"--source: {folder} does not open as a tfds data set ({one_line(error)})"
+            ) from error
     if name.startswith((".", "/", "~")) or "://" in name:
         raise UserError(f"--source: {name} is no prepared tfds data set: it has no dataset_info.json")
     data_dir = options.data_dir and os.fspath(epath.Path(options.data_dir).expanduser())

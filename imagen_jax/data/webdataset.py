@@ -5,22 +5,49 @@ A sample is the run of members whose names agree up to the first dot of the base
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
-import json
 import math
 import os
-import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from etils import epath
 
-from imagen_jax.data.examples import Example, Skipped, Source, clean_captions
+from imagen_jax.data.examples import (
+    PICTURE_BYTES,
+    Example,
+    Skipped,
+    Source,
+    UnusableError,
+    attempt,
+    caption_lines,
+    clean_captions,
+    fault_of,
+)
+from imagen_jax.data.patterns import expand_braces, expand_pattern, is_url, url_size
+from imagen_jax.data.picture_kinds import PICTURE_SUFFIXES
+from imagen_jax.data.tars import Content, DamagedTarError, Run, open_tar, runs
 from imagen_jax.errors import UserError
+from imagen_jax.files import parse_json
 
-_PICTURES = ("jpg", "jpeg", "png", "webp")
 BYTES_PER_UNIT = 32 * 2**20  # of tar: about a thousand pictures of 256 × 256 pixels
+_PACKED = (".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")
+_SUFFIXES = (".tar", *(f".tar{suffix}" for suffix in (".gz", ".bz2", ".xz")), ".tgz", ".tbz2", ".txz")
+_TWICE = "key occurs twice"
+_FOREVER = 2**63  # beyond the end of any file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WebDatasetOptions:
+    """What `webdataset:PATH,…` says."""
+
+    path: str  # glob with braces, file, folder or URL
+    image: str | None = (
+        None  # extension of the picture, `jpg` or `depth.png`; None: the only one of a picture
+    )
+    text: str | None = None  # extension of the caption; None: `txt`, else `json`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,127 +61,47 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class _TarFile:
-    """One tar: only `size` bytes of it are looked at."""
+    """One tar."""
 
-    path: epath.Path
-    size: int  # bytes
-    end: int  # bytes: the samples from here on are beyond the limit
+    path: epath.Path | str  # str: a URL
+    base: str  # last part of its name
+    size: int  # bytes of the file
+    end: int  # bytes of the tar: the samples from here on are beyond the limit
+    packed: bool = False  # compressed
 
+    @property
+    def name(self) -> str:
+        """Path or URL, for messages."""
+        return os.fspath(self.path)
 
-@dataclasses.dataclass
-class _Group:
-    """The members of one sample."""
+    @property
+    def whole(self) -> bool:
+        """Whether it can only be read from its start: it is one piece."""
+        return self.packed or isinstance(self.path, str)
 
-    key: str
-    offset: int  # of its first header
-    members: dict[str, tarfile.TarInfo]  # by extension, in lower case
-
-
-class _DamagedError(Exception):
-    """The tar ends or breaks off before its end marker; `offset` is that of the last good header."""
-
-    def __init__(self, offset: int, message: str):
-        super().__init__(message)
-        self.offset = offset
-
-
-def _split_name(name: str) -> tuple[str, str]:
-    """Key and extension of a member: split at the first dot of the base name."""
-    folder, _, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
-
-
-def _members(tar: tarfile.TarFile, file: Any, size: int) -> Iterator[tarfile.TarInfo]:
-    """The regular members of a tar; raises `_DamagedError` where it breaks off."""
-    last = 0
-    while True:
-        try:
-            member = tar.next()
-        except tarfile.TarError as error:
-            raise _DamagedError(last, str(error)) from error
-        if member is None:
-            break
-        last = member.offset
-        if member.isfile():
-            yield member
-    # tarfile takes any broken header for the end; the real end is a block of zeros.
-    file.seek(tar.offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if block != bytes(tarfile.BLOCKSIZE):
-        raise _DamagedError(last, "no end marker" if tar.offset >= size else "broken header")
-
-
-def _groups(members: Iterator[tarfile.TarInfo]) -> Iterator[_Group]:
-    """Collects consecutive members of the same key; a broken tar still yields its last group first."""
-    group: _Group | None = None
-    try:
-        for member in members:
-            key, extension = _split_name(member.name)
-            if group is None or key != group.key:
-                if group is not None:
-                    yield group
-                group = _Group(key, member.offset, {})
-            group.members.setdefault(extension, member)
-    except _DamagedError:
-        if group is not None:
-            yield group
-        raise
-    if group is not None:
-        yield group
-
-
-def _read_sample(tar: tarfile.TarFile, group: _Group, file: str) -> Example | Skipped:
-    """Reads the picture and the caption of a sample; raises `tarfile.TarError` if they are cut off."""
-
-    def content(member: tarfile.TarInfo) -> bytes:
-        opened = tar.extractfile(member)
-        data = b"" if opened is None else opened.read()
-        if len(data) != member.size:
-            raise tarfile.ReadError("unexpected end of data")
-        return data
-
-    def skipped(reason: str, detail: str = "") -> Skipped:
-        return Skipped(file=file, key=group.key, reason=reason, detail=detail)
-
-    picture = next((member for name, member in group.members.items() if name.endswith(_PICTURES)), None)
-    captions: list[Any] = []
-    try:
-        if "txt" in group.members:
-            captions = [content(group.members["txt"]).decode("utf-8")]
-        elif "json" in group.members:
-            fields = json.loads(content(group.members["json"]).decode("utf-8"))
-            caption = fields.get("caption") if isinstance(fields, dict) else None
-            captions = caption if isinstance(caption, list) else [caption]
-    except UnicodeDecodeError as error:
-        return skipped("caption is not UTF-8", str(error))
-    except ValueError as error:
-        return skipped("json is not readable", str(error))
-    if picture is None:
-        return skipped("no picture")
-    image = content(picture)
-    cleaned = clean_captions(captions)
-    if not cleaned:
-        return skipped("no caption")
-    return Example(file=file, key=group.key, image=image, captions=cleaned)
+    @property
+    def weight(self) -> int:
+        """Bytes that it counts for where the source is divided."""
+        return max(self.size, 1) if self.whole else self.end
 
 
 class WebDatasetSource(Source):
     """Tar files of a glob pattern, in the order of their names.
 
     Raises:
-      UserError: the pattern matches nothing.
+      UserError: the pattern matches nothing, or a server does not give a file.
     """
 
-    def __init__(self, pattern: str, limit: int | None):
+    def __init__(self, options: WebDatasetOptions, limit: int | None):
         """Lists the files; with a limit it also looks for the end of the first `limit` samples."""
-        paths = expand_pattern(pattern)
-        if not paths:
-            raise UserError(f"--source: no file matches {pattern!r}")
-        sizes = [int(path.stat().length) for path in paths]
-        # An empty file counts as one byte, so that a piece covers it and reports it.
-        tars = [_TarFile(path, size, max(size, 1)) for path, size in zip(paths, sizes)]
+        self._options = options
+        self._image = options.image and options.image.lower().lstrip(".")
+        self._text = options.text and options.text.lower().lstrip(".")
+        tars = [_tar_file(path) for path in _paths(options.path)]
+        if not tars:
+            raise UserError(f"--source: no file matches {options.path!r}")
         self._tars = tars if limit is None else _limited(tars, limit)
+        self._scattered: dict[int, frozenset[str]] = {}
 
     @property
     def size(self) -> None:
@@ -162,30 +109,37 @@ class WebDatasetSource(Source):
         return None
 
     def fingerprint(self) -> str:
-        """Hash of names and sizes."""
-        listing = [(tar.path.name, tar.size, tar.end) for tar in self._tars]
+        """Hash of names, sizes and options."""
+        listing: list[tuple[str | int | None, ...]] = [(tar.base, tar.size, tar.end) for tar in self._tars]
+        if self._image or self._text:
+            listing.append((self._image, self._text))
         return hashlib.sha256(repr(listing).encode("utf-8")).hexdigest()[:16]
 
     def units(self, count: int | None = None) -> Sequence[tuple[Piece, ...]]:
-        """Without a count each tar in pieces of 32 MiB; otherwise equal shares of the bytes of all tars."""
+        """Without a count each tar in pieces of 32 MiB; otherwise equal shares of the bytes of all tars.
+
+        A tar that can only be read from its start is a single piece.
+        """
         if count is None:
             units: list[tuple[Piece, ...]] = []
             for number, tar in enumerate(self._tars):
-                pieces = max(1, math.ceil(tar.end / BYTES_PER_UNIT))
+                pieces = 1 if tar.whole else max(1, math.ceil(tar.end / BYTES_PER_UNIT))
                 bounds = [tar.end * i // pieces for i in range(pieces + 1)]
                 units += [(Piece(number, start, end),) for start, end in itertools.pairwise(bounds)]
             return units
-        total = sum(tar.end for tar in self._tars)
+        total = sum(tar.weight for tar in self._tars)
         return [self._pieces(total * i // count, total * (i + 1) // count) for i in range(count)]
 
     def _pieces(self, start: int, end: int) -> tuple[Piece, ...]:
         """A range of bytes of all tars put end to end, as ranges of single tars."""
         pieces, before = [], 0
         for number, tar in enumerate(self._tars):
-            low, high = max(start - before, 0), min(end - before, tar.end)
-            if low < high:
+            low, high = max(start - before, 0), min(end - before, tar.weight)
+            if tar.whole and start <= before < end:
+                pieces.append(Piece(number, 0, tar.end))
+            elif not tar.whole and low < high:
                 pieces.append(Piece(number, low, high))
-            before += tar.end
+            before += tar.weight
         return tuple(pieces)
 
     def read(self, unit: tuple[Piece, ...]) -> Iterator[Example | Skipped]:
@@ -195,35 +149,160 @@ class WebDatasetSource(Source):
 
     def _read_piece(self, piece: Piece) -> Iterator[Example | Skipped]:
         """The samples that begin in one piece; a broken tar is reported by the piece where it breaks."""
-        source = self._tars[piece.tar]
-        name = os.fspath(source.path)
-        key = ""
+        tar = self._tars[piece.tar]
+        # Extensions of all samples up to here, of other pieces too: whether a key comes again must not depend
+        # on how the source is divided.
+        seen: dict[str, set[str]] = {}
+
+        def wanted(offset: int, key: str, extension: str) -> bool:
+            return piece.start <= offset < piece.end and key not in seen and self._is_wanted(extension)
+
         try:
-            with source.path.open("rb") as file, _open_tar(file) as tar:
-                for group in _groups(_members(tar, file, source.size)):
-                    if group.offset >= piece.end:
+            with open_tar(tar.path, packed=tar.packed) as opened:
+                for run in runs(opened, tar.name, wanted, PICTURE_BYTES):
+                    if run.offset >= piece.end:
                         return
-                    if group.offset < piece.start:
-                        continue
-                    key = group.key
-                    try:
-                        yield _read_sample(tar, group, name)
-                    except tarfile.TarError as error:
-                        raise _DamagedError(group.offset, str(error)) from error
-                    key = ""
-        except _DamagedError as damage:
-            if piece.start <= damage.offset < piece.end:
-                yield Skipped(file=name, key=key, reason="truncated or damaged tar", detail=str(damage))
+                    before = seen.get(run.key)
+                    if run.offset >= piece.start:
+                        yield from self._read_run(run, before, piece.tar)
+                    seen[run.key] = (before or set()) | set(run.counts)
+        except DamagedTarError as damage:
+            if piece.start <= damage.sample < piece.end:
+                detail = f"{damage}; what it holds from byte {damage.position} on is unknown"
+                yield Skipped(file=tar.name, key=damage.key, reason="truncated or damaged tar", detail=detail)
         except FileNotFoundError:
-            yield Skipped(file=name, key="", reason="tar has disappeared")
+            if piece.start == 0:
+                yield Skipped(file=tar.name, key="", reason="tar has disappeared")
+        except OSError as error:
+            fault = fault_of(error, tar.name)
+            if piece.start == 0:
+                yield Skipped(file=tar.name, key="", reason="tar cannot be read", detail=fault)
+
+    def _read_run(self, run: Run, before: set[str] | None, tar: int) -> Iterator[Example | Skipped]:
+        """The samples of a run of members of one key."""
+        file = self._tars[tar].name
+        again = Skipped(file=file, key=run.key, reason=_TWICE)
+        samples = _count_samples(run, before)
+        if samples and before is None and run.in_order:
+            found = attempt(functools.partial(self._example, run, file), file=file, key=run.key)
+            lacks = isinstance(found, Skipped) and found.reason in ("no picture", "no caption")
+            if lacks and run.key in self._scattered_keys(tar):
+                detail = "tar --sort=name, or img2dataset, puts them side by side"
+                found = Skipped(file=file, key=run.key, reason="members are not adjacent", detail=detail)
+            yield found
+            samples -= 1
+        yield from itertools.repeat(again, samples)
+
+    def _scattered_keys(self, tar: int) -> frozenset[str]:
+        """The keys whose members do not stand side by side, found by a pass over all headers of a tar."""
+        if tar not in self._scattered:
+            there: Counter[str] = Counter()
+            try:
+                with open_tar(self._tars[tar].path, packed=self._tars[tar].packed) as opened:
+                    names = runs(opened, self._tars[tar].name, lambda *_: False, PICTURE_BYTES)
+                    there.update(run.key for run in names)
+            except (DamagedTarError, OSError):
+                pass  # reported when it is read
+            self._scattered[tar] = frozenset(key for key, number in there.items() if number > 1)
+        return self._scattered[tar]
+
+    def _is_wanted(self, extension: str) -> bool:
+        """Whether the content of such a member may be of use."""
+        usual = extension in PICTURE_SUFFIXES or extension in ("txt", "json")
+        return usual or extension in (self._image, self._text)
+
+    def _example(self, run: Run, file: str) -> Example:
+        """The picture and the captions of a run's first sample."""
+        fault = None
+        try:
+            picture = self._picture(run)
+        except UnusableError as error:
+            fault = error  # of two faults the caption's is named, which says more
+        captions = self._captions(run)
+        if fault is not None:
+            raise fault
+        if not captions:
+            raise UnusableError("no caption")
+        return Example(file=file, key=run.key, image=_bytes(picture), captions=captions)
+
+    def _picture(self, run: Run) -> Content:
+        """The picture's member: the only one whose whole extension is a picture's, or that of the option."""
+        if self._image:
+            if self._image not in run.contents:
+                raise UnusableError("no picture", f"no member {self._image}")
+            return run.contents[self._image]
+        there = [extension for extension in run.contents if extension in PICTURE_SUFFIXES]
+        if len(there) == 1:
+            return run.contents[there[0]]
+        if there:
+            advice = "name the one to take with ,image=EXTENSION"
+            raise UnusableError("several pictures", f"{', '.join(sorted(there))}; {advice}")
+        others = ", ".join(
+            sorted(extension for extension in run.contents if extension not in ("txt", "json"))
+        )
+        advice = f"of {others} one can be named with ,image=EXTENSION" if others else ""
+        raise UnusableError("no picture", advice)
+
+    def _captions(self, run: Run) -> tuple[str, ...]:
+        """The captions of a .txt, one a line, or of a .json's field."""
+        extension = self._text or ("txt" if "txt" in run.contents else "json")
+        if extension not in run.contents:
+            return ()
+        data = _bytes(run.contents[extension])
+        if extension != "json":
+            return clean_captions(caption_lines(data))
+        try:
+            fields = parse_json(data, "json")
+        except UserError as error:
+            raise UnusableError("json is not readable", str(error)) from error
+        if not isinstance(fields, dict):
+            return ()
+        captions = fields.get("caption") or fields.get("text")
+        return clean_captions(captions if isinstance(captions, list) else [captions])
 
 
-def _open_tar(file: Any) -> tarfile.TarFile:
-    """Opens a tar; one without a single good header raises `_DamagedError` at 0."""
-    try:
-        return tarfile.open(fileobj=file, mode="r:")
-    except tarfile.TarError as error:
-        raise _DamagedError(0, str(error)) from error
+def _bytes(content: Content) -> bytes:
+    """What a member holds; raises UnusableError if it cannot be had."""
+    if isinstance(content, UnusableError):
+        raise content
+    return content or b""
+
+
+def _count_samples(run: Run, before: set[str] | None) -> int:
+    """Samples that a run adds, where those before it in the tar have members of these extensions under its key.
+
+    A run that only adds members of other kinds, and not a second picture, is the rest of the sample that was
+    counted where its first member stood.
+    """
+    if before is None:
+        return run.samples
+    pictures = bool(PICTURE_SUFFIXES & before) and bool(PICTURE_SUFFIXES & set(run.counts))
+    return run.samples if pictures or before & set(run.counts) else 0
+
+
+def _paths(pattern: str) -> list[epath.Path | str]:
+    """Files and URLs of a pattern."""
+    if is_url(pattern):
+        return list(expand_braces(pattern))
+    return list(expand_pattern(pattern, _SUFFIXES))
+
+
+def _tar_file(path: epath.Path | str) -> _TarFile:
+    """What is known of a tar before it is read; one that has gone is reported when it is read."""
+    name = os.fspath(path)
+    if isinstance(path, str):
+        size = url_size(path)
+        name = name.partition("?")[0]  # what is signed may change
+    else:
+        try:
+            size = int(path.stat().length)
+        except OSError as error:
+            fault_of(error, name)
+            size = 0
+    packed = name.lower().endswith(_PACKED)
+    whole = packed or isinstance(path, str)
+    # An empty file counts as one byte, so that a piece covers it and reports it.
+    return _TarFile(path, os.path.basename(name), size, _FOREVER if whole else max(size, 1), packed)
 
 
 def _limited(tars: list[_TarFile], limit: int) -> list[_TarFile]:
@@ -231,29 +310,19 @@ def _limited(tars: list[_TarFile], limit: int) -> list[_TarFile]:
     kept, found = [], 0
     for tar in tars:
         end = tar.end
+        seen: dict[str, set[str]] = {}
         try:
-            with tar.path.open("rb") as file, _open_tar(file) as opened:
-                for group in _groups(_members(opened, file, tar.size)):
-                    if found == limit:
-                        end = group.offset
+            with open_tar(tar.path, packed=tar.packed) as opened:
+                for run in runs(opened, tar.name, lambda *_: False, PICTURE_BYTES):
+                    if found >= limit:
+                        end = run.offset
                         break
-                    found += 1
-        except _DamagedError:
+                    before = seen.get(run.key)
+                    found += _count_samples(run, before)
+                    seen[run.key] = (before or set()) | set(run.counts)
+        except (DamagedTarError, OSError):
             pass  # reported when it is read
         kept.append(dataclasses.replace(tar, end=end))
-        if found == limit:
+        if found >= limit:
             break
     return kept
-
-
-def expand_pattern(pattern: str) -> list[epath.Path]:
-    """The files of a glob pattern, sorted; wildcards in folder names are allowed."""
-    path = epath.Path(pattern).expanduser()
-    parts = list(path.parts)
-    first = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), None)
-    if first is None:
-        return [path] if path.is_file() else sorted(path.glob("*.tar")) if path.is_dir() else []
-    root = path
-    for _ in parts[first:]:
-        root = root.parent
-    return sorted(root.glob("/".join(parts[first:])))

@@ -16,6 +16,7 @@ from imagen_jax.data import records
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
+from imagen_jax.files import json_field, json_object, read_json
 from imagen_jax.lock import remove_unheld
 from imagen_jax.text.shards import ShardReport, read_key_hashes, report_files
 
@@ -28,10 +29,10 @@ def _read_job(out: epath.Path) -> dict[str, Any]:
     """
     path = out / "job.json"
     try:
-        job = json.loads(path.read_text())
-        if not isinstance(job["splits"], dict):
-            raise TypeError("no splits")
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        job = read_json(path)
+        for split in json_field(job, "splits", dict, "job.json").values():
+            json_object(split, "a split of job.json")
+    except UserError as error:
         raise UserError(f"{path}: not a job description ({error}); use another --out") from error
     job.setdefault("embeddings_only", False)
     return job
@@ -75,7 +76,7 @@ def encoder_identities(out: epath.Path) -> list[EncoderIdentity | None]:
 
 def _identity(file: epath.Path) -> EncoderIdentity | None:
     try:
-        return ShardReport.from_json(file.read_bytes(), str(file)).identity
+        return ShardReport.read(file).identity
     except (ValueError, TypeError):
         return None
 
@@ -127,7 +128,8 @@ def lock_name(split: str, process: str) -> str:
 
 def write_skipped(out: epath.Path) -> None:
     """Collects what the shards of all splits skipped into `skipped.jsonl`, in order."""
-    skipped = [item for file in report_files(out) for item in json.loads(file.read_text())["skipped"]]
+    reports = [(file, read_json(file)) for file in report_files(out)]
+    skipped = [item for file, report in reports for item in json_field(report, "skipped", list, str(file))]
     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in skipped)
     records.write_shared(out / "skipped.jsonl", lambda: [text.encode("utf-8")])
 

@@ -100,6 +100,9 @@ class Summary:
     encoded: int  # tokens of the captions that were encoded: those distinct within a shard
     computed: int  # tokens the encoder computed for them, padding included
     skipped: Mapping[str, int]  # samples by reason
+    samples: (
+        int | None
+    )  # of the complete shards, used or skipped; None: some shards were made without counting
     num_shards: int  # in all
     num_complete: int  # shards; fewer than num_shards: other processes are not done
     num_bytes: int  # of all complete shards
@@ -310,6 +313,11 @@ class _Job:
         """
         config, out = self.config, self.out
         job_folder.write_skipped(out)
+        samples = _samples(reports)
+        if None not in (samples, self.source.size) and samples != self.source.size:
+            raise RuntimeError(
+                f"the source has {self.source.size} samples, of which {samples} came out of it"
+            )
         if not sum(report.records for report in reports):
             reasons = ", ".join(f"{reason}: {count}" for reason, count in _skipped(reports).most_common())
             raise UserError(
@@ -363,6 +371,12 @@ def _skipped(reports: Sequence[ShardReport]) -> Counter[str]:
     return Counter(item["reason"] for report in reports for item in report.skipped)
 
 
+def _samples(reports: Sequence[ShardReport]) -> int | None:
+    """Samples of all shards; None if one was made without counting them."""
+    counts = [report.samples for report in reports if report.samples is not None]
+    return sum(counts) if len(counts) == len(reports) else None
+
+
 def source_captions(config: PrecomputeConfig) -> Iterator[str]:
     """All captions of the job's source, to make a vocabulary of."""
     source = open_source(config.source, split=config.split, limit=config.limit)
@@ -408,6 +422,7 @@ def precompute(config: PrecomputeConfig, *, encoder: Encoder | None = None) -> S
         encoded=sum(report.encoded for report in done),
         computed=sum(report.computed for report in done),
         skipped=dict(_skipped(done)),
+        samples=_samples(done),
         num_shards=len(reports),
         num_complete=len(done),
         num_bytes=sum(report.num_bytes for report in done),

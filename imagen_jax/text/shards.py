@@ -5,6 +5,7 @@ batched among themselves, so that neither other shards nor other processes chang
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,11 +17,20 @@ from etils import epath
 
 from imagen_jax.data import records
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
-from imagen_jax.data.examples import Example, Skipped, Source
+from imagen_jax.data.examples import (
+    Example,
+    Skipped,
+    Source,
+    UnusableError,
+    attempt,
+    clean_captions,
+    is_lfs_pointer,
+)
+from imagen_jax.data.picture_kinds import lacks_heif
 from imagen_jax.data.pictures import picture_fault, shorter_side
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, json_object, parse_json
+from imagen_jax.files import AtomicFile, json_field, read_json
 from imagen_jax.text.store import EmbeddingDtype, StoredEmbedding, TokenCounts, pack
 
 WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together
@@ -70,15 +80,19 @@ class ShardReport:
     encoded: int = 0  # tokens of the distinct captions, which were encoded
     computed: int = 0  # tokens the encoder computed for them, padding included
     identity: EncoderIdentity | None = None  # what the encoder does; None: not known
+    samples: int | None = None  # that the source gave: used or skipped; None: not counted when it was made
 
     @classmethod
-    def from_json(cls, text: bytes, where: str) -> "ShardReport":
+    def read(cls, path: epath.Path) -> "ShardReport":
         """Reads what `write_report` wrote.
 
         Raises:
-          ValueError, TypeError: it is something else.
+          ValueError, TypeError: it is missing or something else.
         """
-        content = json_object(parse_json(text, where), where)
+        content, where = read_json(path), path.name
+        for name in ("records", "tokens", "num_bytes", "width"):
+            json_field(content, name, int, where)
+        json_field(content, "skipped", list, where)
         identity = identity_from_json(content.pop("identity", None), f"{where}: identity")
         return cls(**content, identity=identity)
 
@@ -110,7 +124,7 @@ def report_files(out: epath.Path) -> list[epath.Path]:
 def read_report(out: epath.Path, shard: str, *, images: bool) -> ShardReport | None:
     """The report of a shard; None unless the shard is complete."""
     try:
-        found = ShardReport.from_json(_report_path(out, shard).read_bytes(), shard)
+        found = ShardReport.read(_report_path(out, shard))
         size = int((out / shard).stat().length)
         hashed = None if images else int(_hashes_path(out, shard).stat().length)
     except (FileNotFoundError, ValueError, TypeError):
@@ -172,10 +186,11 @@ class ShardWriter:
         skipped: list[Skipped] = []
         known: dict[str, tuple[StoredEmbedding, int]] = {}
         hashes: list[int] = []
-        tokens = unknown = encoded = computed = 0
+        tokens = unknown = encoded = computed = samples = used = 0
         with TFRecordWriter(self._out / shard, tag=self._tag) as writer:
             for window in _windows(self._source.read(unit)):
                 examples = _usable(window, skipped, pool, self._settings)
+                samples, used = samples + len(window), used + len(examples)
                 captions = [text for example in examples for text in example.captions]
                 found, counts = self._embed(captions, known)
                 encoded, computed = encoded + counts.useful, computed + counts.computed
@@ -194,6 +209,11 @@ class ShardWriter:
                         hashes.append(records.key_hash(key))
                         tokens += len(embedding.values)
                         unknown += unknown_tokens
+        if samples != used + len(skipped) or writer.num_records < used:
+            raise RuntimeError(
+                f"{shard}: of {samples} samples {used} were used ({writer.num_records} records) "
+                f"and {len(skipped)} skipped"
+            )
         if not self._settings.images:
             with AtomicFile(_hashes_path(self._out, shard), tag=self._tag) as file:
                 file.write(np.array(hashes, _HASH).tobytes())
@@ -208,6 +228,7 @@ class ShardWriter:
             encoded=encoded,
             computed=computed,
             identity=self._encoder.identity,
+            samples=samples,
         )
 
     def _embed(
@@ -251,18 +272,26 @@ def _windows(samples: Iterable[Example | Skipped]) -> Iterator[list[Example | Sk
         yield window
 
 
-def _fault(sample: Example, settings: ShardSettings) -> Skipped | None:
-    """Why the picture of a sample cannot be used; None if it can, or if it does not matter."""
-    if not settings.images:
-        return None
-    fault = picture_fault(sample.image)
-    if fault is not None:
-        return Skipped(file=sample.file, key=sample.key, reason="undecodable picture", detail=fault)
-    if settings.min_side is None or (side := shorter_side(sample.image)) >= settings.min_side:
-        return None
-    return Skipped(
-        file=sample.file, key=sample.key, reason="smaller than --min_side", detail=f"{side} pixels"
-    )
+def _checked(sample: Example, settings: ShardSettings) -> Example:
+    """The sample, if it can become records.
+
+    Raises:
+      UnusableError: it has no caption or one that no file can hold, or, if it matters, its picture does not decode.
+    """
+    captions = clean_captions(sample.captions)
+    if not captions:
+        raise UnusableError("no caption")
+    if settings.images:
+        fault = picture_fault(sample.image)
+        if fault is not None and is_lfs_pointer(sample.image):
+            raise UnusableError("Git LFS pointer in place of a picture", "git lfs pull fetches the files")
+        if fault is not None and lacks_heif(sample.image):
+            raise UnusableError("HEIC picture", "pip install 'imagen_jax[heif]' lets it be read")
+        if fault is not None:
+            raise UnusableError("undecodable picture", fault)
+        if settings.min_side is not None and (side := shorter_side(sample.image)) < settings.min_side:
+            raise UnusableError("smaller than --min_side", f"{side} pixels")
+    return dataclasses.replace(sample, captions=captions)
 
 
 def _usable(
@@ -271,14 +300,13 @@ def _usable(
     pool: ThreadPoolExecutor,
     settings: ShardSettings,
 ) -> list[Example]:
-    """The examples whose picture can be used; the others go to `skipped`, all in order."""
-    faults = pool.map(
-        lambda sample: _fault(sample, settings) if isinstance(sample, Example) else sample, window
-    )
-    examples = []
-    for sample, fault in zip(window, faults):
-        if fault is not None:
-            skipped.append(fault)
-        elif isinstance(sample, Example):
-            examples.append(sample)
-    return examples
+    """The examples that can become records; the others go to `skipped`, all in order."""
+
+    def check(sample: Example | Skipped) -> Example | Skipped:
+        if isinstance(sample, Skipped):
+            return sample
+        return attempt(functools.partial(_checked, sample, settings), file=sample.file, key=sample.key)
+
+    checked = list(pool.map(check, window))
+    skipped += [sample for sample in checked if isinstance(sample, Skipped)]
+    return [sample for sample in checked if isinstance(sample, Example)]

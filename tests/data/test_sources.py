@@ -75,7 +75,7 @@ def test_webdataset_layouts(tmp_path):
     members = [
         ("dir/a.jpg", b"1"),
         ("dir/a.json", json.dumps({"caption": "from json"}).encode()),
-        ("b.seg.png", b"2"),
+        ("b.png", b"2"),
         ("b.TXT", b"upper case"),
         ("c.webp", b"3"),
         ("c.json", json.dumps({"caption": ["one", "", "two"]}).encode()),
