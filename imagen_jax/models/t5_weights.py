@@ -5,7 +5,6 @@ Without the network: where its program is stored, nothing but the weights is nee
 
 import dataclasses
 import enum
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +13,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import json_field, read_json
+from imagen_jax.models.weight_files import check_config_is_plain
 from imagen_jax.models.weights import SafetensorsReader, TensorSource, load_tensors
 
 
@@ -51,40 +52,58 @@ class T5Config:
             raise ValueError(f"num_buckets must be a multiple of 4, got {self.num_buckets}")
         if self.max_distance <= self.num_buckets // 4:
             raise ValueError(f"max_distance must exceed num_buckets / 4, got {self.max_distance}")
+        if not 0 <= self.norm_epsilon < 1:  # nan included
+            raise ValueError(f"norm_epsilon must be from 0 to 1, got {self.norm_epsilon}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "T5Config":
         """From the contents of a Hugging Face config.json.
 
         Raises:
-            UserError: not a T5 encoder, or a field is missing or not supported.
+            UserError: not a T5 encoder, its weights are quantised, or a field is missing or not supported.
         """
+        check_config_is_plain(config)
         kind = config.get("model_type")
         if kind not in ("t5", "mt5", "umt5"):
             raise UserError(f"config.json: model_type {kind!r} is not a T5 encoder (t5, mt5 or umt5)")
         fields = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
         for field in fields:
-            if not isinstance(config.get(field), int):
+            if not isinstance(config.get(field), int) or isinstance(config[field], bool):
                 raise UserError(f"config.json: {field} is {config.get(field)!r}, expected a whole number")
-        projection = config.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+        projection = json_field(
+            config,
+            "feed_forward_proj",
+            str,
+            "config.json",
+            default="relu" if kind == "t5" else "gated-gelu",
+        )
         gated = projection.startswith("gated-")
         name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
         if name not in [activation.value for activation in Activation]:
             raise UserError(f"config.json: feed_forward_proj {projection!r} is not supported")
-        return cls(
-            vocab_size=config["vocab_size"],
-            width=config["d_model"],
-            head_dim=config["d_kv"],
-            num_heads=config["num_heads"],
-            feed_forward_width=config["d_ff"],
-            num_layers=config["num_layers"],
-            activation=Activation(name),
-            gated=gated,
-            bias_per_layer=kind == "umt5",
-            num_buckets=config.get("relative_attention_num_buckets", 32),
-            max_distance=config.get("relative_attention_max_distance", 128),
-            norm_epsilon=config.get("layer_norm_epsilon", 1e-6),
-        )
+
+        def optional(field: str, default: Any) -> Any:
+            return json_field(config, field, type(default), "config.json", default=default)
+
+        try:
+            return cls(
+                vocab_size=config["vocab_size"],
+                width=config["d_model"],
+                head_dim=config["d_kv"],
+                num_heads=config["num_heads"],
+                feed_forward_width=config["d_ff"],
+                num_layers=config["num_layers"],
+                activation=Activation(name),
+                gated=gated,
+                bias_per_layer=kind == "umt5",
+                num_buckets=optional("relative_attention_num_buckets", 32),
+                max_distance=optional("relative_attention_max_distance", 128),
+                norm_epsilon=optional("layer_norm_epsilon", 1e-6),
+            )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(f"config.json: {error}") from error
 
     @classmethod
     def from_folder(cls, folder: epath.PathLike) -> "T5Config":
@@ -92,10 +111,7 @@ class T5Config:
         path = epath.Path(folder) / "config.json"
         if not path.exists():
             raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
-        try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
+        config = read_json(path)
         try:
             return cls.from_dict(config)
         except UserError as error:
@@ -180,6 +196,35 @@ def load_t5(
     config = T5Config.from_folder(folder)
     abstract = t5_shapes(config, dtype)
     with SafetensorsReader(folder, variant) as reader:
+        if config.num_layers > len(reader.names):
+            raise UserError(
+                f"{folder}: config.json has num_layers {config.num_layers}, but the weights are {len(reader.names)} "
+                "tensors"
+            )
         chosen = shardings(abstract) if callable(shardings) else shardings
         sources = t5_sources(config, reader.names)
+        check_t5_tensors(reader)
+        _check_nothing_left(folder, reader, sources)
         return config, load_tensors(abstract, reader, sources, shardings=chosen)
+
+
+def check_t5_tensors(reader: SafetensorsReader) -> None:
+    """Refuses weights of which an encoder could not be read as they are.
+
+    Raises:
+        UserError: they are quantised; names file, tensor and dtype.
+    """
+    reader.check_plain()
+    for name in sorted(reader.names):
+        if name.startswith(("encoder.", "shared.")):
+            reader.check_float(name)
+
+
+def _check_nothing_left(
+    folder: epath.PathLike, reader: SafetensorsReader, sources: Mapping[str, TensorSource]
+) -> None:
+    """Refuses tensors of the encoder that would not be read: with them it would compute something else."""
+    read = {name for source in sources.values() for name in source.names} | {"encoder.embed_tokens.weight"}
+    left = sorted(name for name in reader.names - read if name.startswith("encoder."))
+    if left:
+        raise UserError(f"{folder}: unexpected tensor {left[0]}; the weights are of another network than T5")

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
-from imagen_jax.models.t5_weights import T5Config, load_t5
+from imagen_jax.models.t5_weights import T5Config, check_t5_tensors, load_t5
 from imagen_jax.models.weights import SafetensorsReader
 from imagen_jax.text.store import TokenCounts
 from imagen_jax.text.tokenizer import PlainTokenizer
@@ -295,11 +295,12 @@ def copy_encoder(
         variant: of the weights, see `SafetensorsReader`; the copy has it in its files' names too.
 
     Raises:
-        UserError: not a T5 encoder, or only pickled weights.
+        UserError: not a T5 encoder, or weights that are pickled or quantised.
     """
     model, words = _parts(epath.Path(source))
     T5Config.from_folder(model)
     with SafetensorsReader(model, variant) as reader:
+        check_t5_tensors(reader)
         files = [model / "config.json", *reader.files]
         if len(reader.files) > 1:
             files += [
