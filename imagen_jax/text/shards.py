@@ -9,7 +9,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -63,6 +63,15 @@ class ShardReport:
     unknown: int = 0  # tokens that the encoder's vocabulary lacks
     encoded: int = 0  # tokens of the distinct captions, which were encoded
     computed: int = 0  # tokens the encoder computed for them, padding included
+    cut: int = 0  # records whose caption has more tokens than are stored
+
+
+class _Embedded(NamedTuple):
+    """What a shard needs of a caption."""
+
+    stored: StoredEmbedding
+    unknown: int  # tokens that the encoder's vocabulary lacks
+    cut: bool  # whether it has more tokens than are stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,9 +151,9 @@ class ShardWriter:
     def write(self, shard: str, unit: Any, pool: ThreadPoolExecutor) -> ShardReport:
         """Writes the shard of one unit; it counts as complete once its report is written, too."""
         skipped: list[Skipped] = []
-        known: dict[str, tuple[StoredEmbedding, int]] = {}
+        known: dict[str, _Embedded] = {}
         hashes: list[int] = []
-        tokens = unknown = encoded = computed = 0
+        tokens = unknown = encoded = computed = cut = 0
         with TFRecordWriter(self._out / shard) as writer:
             for window in _windows(self._source.read(unit)):
                 examples = _usable(window, skipped, pool, pictures=self._settings.images)
@@ -153,7 +162,7 @@ class ShardWriter:
                 encoded, computed = encoded + counts.useful, computed + counts.computed
                 for example in examples:
                     for number, caption in enumerate(example.captions):
-                        embedding, unknown_tokens = found[caption]
+                        embedding = found[caption].stored
                         key = f"{example.key}#{number}" if number else example.key
                         record = records.Record(
                             key=key,
@@ -165,7 +174,8 @@ class ShardWriter:
                         writer.write(records.serialize(record))
                         hashes.append(records.key_hash(key))
                         tokens += len(embedding.values)
-                        unknown += unknown_tokens
+                        unknown += found[caption].unknown
+                        cut += found[caption].cut
         if not self._settings.images:
             with AtomicFile(_hashes_path(self._out, shard)) as file:
                 file.write(np.array(hashes, _HASH).tobytes())
@@ -179,22 +189,24 @@ class ShardWriter:
             unknown=unknown,
             encoded=encoded,
             computed=computed,
+            cut=cut,
         )
 
     def _embed(
-        self, captions: Sequence[str], known: dict[str, tuple[StoredEmbedding, int]]
-    ) -> tuple[dict[str, tuple[StoredEmbedding, int]], TokenCounts]:
-        """Embeddings and unknown tokens of a window's captions; those seen before come from `known`."""
+        self, captions: Sequence[str], known: dict[str, _Embedded]
+    ) -> tuple[dict[str, _Embedded], TokenCounts]:
+        """Embeddings of a window's captions, and what they took; those seen before come from `known`."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         found = {caption: known[caption] for caption in captions if caption in known}
         counts = TokenCounts(unknown=(), useful=0, computed=0)
         if new:
             counts = self._encoder.count_tokens(new, max_length=self._settings.max_length)
-            for caption, embedding, unknown in zip(new, self._encode(new), counts.unknown, strict=True):
-                found[caption] = (embedding, unknown)
-        remembered = sum(embedding.nbytes for embedding, _ in known.values())
+            cut = counts.cut or (False,) * len(new)
+            for caption, *values in zip(new, self._encode(new), counts.unknown, cut, strict=True):
+                found[caption] = _Embedded(*values)
+        remembered = sum(each.stored.nbytes for each in known.values())
         for caption in new:
-            remembered += found[caption][0].nbytes
+            remembered += found[caption].stored.nbytes
             if remembered > MEMORY:
                 break
             known[caption] = found[caption]

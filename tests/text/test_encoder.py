@@ -12,8 +12,10 @@ from etils import epath
 from imagen_jax.cache import cache_folder
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoder as encoder_module
+from imagen_jax.text import tokenizer as tokenizer_module
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.small import make_small_encoder
+from imagen_jax.text.tokenizer import CaptionTokenizer
 
 COLORS = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
@@ -207,10 +209,10 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'clip' is not a T5 encoder"):
         TextEncoder.load(tmp_path)
     importlib.import_module("transformers").AutoTokenizer  # noqa: B018 - loaded before a library is hidden from it
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda _: None)
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(UserError, match="pip install sentencepiece"):
-        encoder_module._load_tokenizer(epath.Path(tmp_path))
+        CaptionTokenizer.load(epath.Path(tmp_path), epath.Path(tmp_path), rows=9)
 
 
 def offline(*_, **__):
