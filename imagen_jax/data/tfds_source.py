@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from etils import epath
 from imagen_jax.data.columns import choose_column
 from imagen_jax.data.examples import Example, Skipped, Source, clean_captions, even_ranges
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT
+from imagen_jax.data.tfds_features import check_features
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 
@@ -218,10 +220,13 @@ def _open_builder(options: TfdsOptions) -> Any:
     if (folder / "dataset_info.json").exists():
         if not (folder / "features.json").exists():
             raise UserError(f"--source: {folder} has no features.json; prepare it with a newer TFDS")
+        check_features(folder)
         return tfds.builder_from_directory(os.fspath(folder))
     if name.startswith((".", "/", "~")) or "://" in name:
         raise UserError(f"--source: {name} is no prepared tfds data set: it has no dataset_info.json")
     data_dir = options.data_dir and os.fspath(epath.Path(options.data_dir).expanduser())
+    prepared = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    check_features(prepared / re.split("[/:]", name)[0])
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (ValueError, AttributeError) as error:

@@ -36,6 +36,7 @@ from imagen_jax.sampling.model_folder import (
     save_index,
 )
 from imagen_jax.text.encoder import copy_encoder
+from imagen_jax.text.tokenizer import TOKENIZER_FILES
 
 TEXT_LENGTH = 77  # tokens to which every caption is padded
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -313,7 +314,9 @@ def fetch(source: str, flag: str, *, variant: str | None, text_encoder: bool) ->
 
     dot = "" if variant is None else f".{variant}"
     parts = ("unet", "text_encoder") if text_encoder else ("unet",)
-    wanted = ["scheduler/*.json", "tokenizer/*"] + [f"{part}/config.json" for part in parts]
+    wanted = ["scheduler/*.json", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)] + [
+        f"{part}/config.json" for part in parts
+    ]
     for part in parts:
         wanted += [f"{part}/*{dot}.safetensors", f"{part}/*{dot}*.safetensors", f"{part}/*{dot}*.json"]
     unwanted = ["*.non_ema.*"] + (["*.fp16.*", "*.fp16-*", "*.bf16.*"] if variant is None else [])
@@ -410,7 +413,8 @@ def _pipeline_index(stage: StageConfig) -> dict[str, Any]:
 def _tokenizer_class(folder: epath.Path) -> str:
     """The class that diffusers is to open a tokenizer with: it knows no AutoTokenizer."""
     path = folder / "tokenizer_config.json"
-    name = read_json(path).get("tokenizer_class") if path.exists() else None
+    content = read_json(path) if path.exists() else {}
+    name = json_field(content, "tokenizer_class", str, str(path), default="")
     # What transformers 5 calls it, and what diffusers knows it by.
     return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name or "T5Tokenizer"
 

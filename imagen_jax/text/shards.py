@@ -202,8 +202,10 @@ class ShardWriter:
         if new:
             counts = self._encoder.count_tokens(new, max_length=self._settings.max_length)
             cut = counts.cut or (False,) * len(new)
-            for caption, *values in zip(new, self._encode(new), counts.unknown, cut, strict=True):
-                found[caption] = _Embedded(*values)
+            for caption, stored, unknown, is_cut in zip(
+                new, self._encode(new), counts.unknown, cut, strict=True
+            ):
+                found[caption] = _Embedded(stored=stored, unknown=unknown, cut=is_cut)
         remembered = sum(each.stored.nbytes for each in known.values())
         for caption in new:
             remembered += found[caption].stored.nbytes

@@ -14,7 +14,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import check_regular, json_field, parse_json, read_bytes, read_json
+from imagen_jax.files import json_field, parse_json, read_bytes, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -62,7 +62,7 @@ class CaptionTokenizer:
             raise UserError(f"{where}: the tokenizer has no end-of-sequence token; is it a T5 tokenizer?")
         self._tokenizer, self._rows, self._where = tokenizer, rows, where
         self._eos, self.unknown = int(tokenizer.eos_token_id), tokenizer.unk_token_id
-        vocabulary = tokenizer.get_vocab()
+        vocabulary = self.get_vocab()
         word = max(vocabulary, key=vocabulary.__getitem__, default=None)
         if word is not None:
             self._check_id(vocabulary[word], f" ({word!r})")
@@ -81,7 +81,8 @@ class CaptionTokenizer:
             UserError: it does not open, is of a class that is not known here or of the folder's own, or does not
                 fit the table; in one line.
         """
-        tokenizer = PlainTokenizer.load(folder) or _open_known(folder, model)
+        name = _known_class(folder, model)
+        tokenizer = PlainTokenizer.load(folder) or _open_known(folder, name)
         return cls(tokenizer, rows=rows, where=os.fspath(folder))
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
@@ -100,17 +101,21 @@ class CaptionTokenizer:
             self._check_id(max(row))
         return rows
 
+    def get_vocab(self) -> dict[str, int]:
+        """Ids by token, added ones included."""
+        return self._tokenizer.get_vocab()
+
     def is_longer(self, captions: Sequence[str], max_length: int) -> list[bool]:
         """Of each caption, whether `tokenize` cuts it."""
         return [len(row) + 1 > max_length for row in self._ids(captions)]
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of which the vocabulary lacks a part, in order, each once."""
+        """The words, and signs beyond ASCII, of which the vocabulary lacks a part; in order, each once."""
         if self.unknown is None or self.unknown not in self._ids([text])[0]:
             return []
-        words = [word for word in (part.strip(string.punctuation) for part in text.split()) if word]
-        lacking = [word for word, ids in zip(words, self._ids(words), strict=True) if self.unknown in ids]
-        return list(dict.fromkeys(lacking)) or [text.strip()]
+        pieces = dict.fromkeys(re.findall(r"\w+|[^\w\s]", text))
+        words = [piece for piece in pieces if piece not in string.punctuation]
+        return [word for word, ids in zip(words, self._ids(words), strict=True) if self.unknown in ids]
 
     def left_out(self, text: str, max_length: int) -> str:
         """The end of a text that `tokenize` cuts off, from the beginning of a word; "" where it fits."""
@@ -131,7 +136,10 @@ class CaptionTokenizer:
     def _ids(self, captions: Sequence[str]) -> list[list[int]]:
         if not captions:
             return []
-        found = self._tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            found = self._tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # the library raises no other, and says no more
+            raise UserError(f"{self._where}: the tokenizer fails ({_first_line(error)})") from error
         return [[int(i) for i in row] for row in found]
 
     def _check_id(self, number: int, what: str = "") -> None:
@@ -197,9 +205,13 @@ class PlainTokenizer:
         return {"input_ids": [each.ids for each in encoded]}
 
 
-def _does_not_open(where: epath.Path, error: BaseException) -> UserError:
+def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    return UserError(f"{where}: the tokenizer does not open ({lines[0][:200]})")
+    return lines[0][:200]
+
+
+def _does_not_open(where: epath.Path, error: Exception) -> UserError:
+    return UserError(f"{where}: the tokenizer does not open ({_first_line(error)})")
 
 
 def _known_class(folder: epath.Path, model: epath.Path) -> str:
@@ -221,21 +233,36 @@ def _known_class(folder: epath.Path, model: epath.Path) -> str:
     return _RENAMED.get(name, name)
 
 
-def _open_known(folder: epath.Path, model: epath.Path) -> Any:
-    """A tokenizer that needs a class of transformers."""
-    name = _known_class(folder, model)
-    present = [file for file in TOKENIZER_FILES if (folder / file).exists()]
-    for file in present:
-        check_regular(folder / file)
-        content = read_bytes(folder / file, limit=_VOCABULARY_BYTES)  # no Git LFS pointer
+def _check_sentencepiece(path: epath.Path, model: bytes) -> None:
+    """Refuses what is no SentencePiece model: transformers would make up a vocabulary without a word in it."""
+    if importlib.util.find_spec("sentencepiece") is None:
+        raise UserError(
+            f"{path.parent}: {path.name} needs the sentencepiece package; pip install sentencepiece"
+        )
+    import sentencepiece
+
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size() if model else 0
+    except RuntimeError:  # whose message is a place in its source
+        pieces = 0
+    if not pieces:
+        raise UserError(f"{path} is not a SentencePiece model")
+
+
+def _open_known(folder: epath.Path, name: str) -> Any:
+    """A tokenizer that needs a class of transformers, by the class's name."""
+    files = [file for file in TOKENIZER_FILES if (folder / file).exists()]
+    contents = {file: read_bytes(folder / file, limit=_VOCABULARY_BYTES) for file in files}
+    for file, content in contents.items():
         if file.endswith(".json"):
             parse_json(content, str(folder / file))
-    if (
-        {"spiece.model", "tokenizer.model"} & set(present)
-        and "tokenizer.json" not in present
-        and importlib.util.find_spec("sentencepiece") is None
-    ):
-        raise UserError(f"{folder}: spiece.model needs the sentencepiece package; pip install sentencepiece")
+    vocabularies = [
+        file for file in ("tokenizer.json", "spiece.model", "tokenizer.model") if file in contents
+    ]
+    if not vocabularies and name != "ByT5Tokenizer":  # whose tokens are bytes
+        raise UserError(f"{folder}: no tokenizer.json or spiece.model; copy the tokenizer's files there")
+    if vocabularies and vocabularies[0] != "tokenizer.json":
+        _check_sentencepiece(folder / vocabularies[0], contents[vocabularies[0]])
     # transformers takes seconds to import (it imports PyTorch where it finds it), and says that models
     # need PyTorch where it does not: the tokenizer needs none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -245,8 +272,8 @@ def _open_known(folder: epath.Path, model: epath.Path) -> Any:
         local = os.fspath(folder)
         if "://" in local:
             local = stack.enter_context(tempfile.TemporaryDirectory())
-            for file in present:
-                (folder / file).copy(os.path.join(local, file))
+            for file, content in contents.items():
+                (epath.Path(local) / file).write_bytes(content)
         try:
             tokenizer_class = getattr(transformers, name)
             return tokenizer_class.from_pretrained(local, local_files_only=True, trust_remote_code=False)
