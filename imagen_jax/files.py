@@ -15,6 +15,8 @@ from imagen_jax.errors import UserError
 
 # What the system answers when there is no room: the disk, the user's quota, the process's limit.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# What `git clone` leaves in the place of a large file where Git LFS is not installed.
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 # Of cloud paths: scheme → the package that reads and writes them, and the extra of this package that brings it.
@@ -229,6 +231,20 @@ def check_regular(path: epath.PathLike) -> None:
         raise UserError(f"{path}: a pipe or a device, not a file")
 
 
+def check_no_pointer(beginning: bytes, path: epath.PathLike) -> None:
+    """Refuses Git LFS's stand-in for a file.
+
+    Args:
+      beginning: of the file's content, at least 64 bytes of it.
+      path: of the file.
+
+    Raises:
+      UserError: it is one.
+    """
+    if beginning.startswith(_LFS_POINTER):
+        raise UserError(f"{path}: a Git LFS pointer, not the file; run git lfs pull in its folder")
+
+
 def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:
     """Reads a whole file.
 
@@ -237,19 +253,24 @@ def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:
       limit: bytes that it may have; None: any number.
 
     Raises:
-      UserError: it is missing, no ordinary file, larger than `limit`, or the system refuses; names it.
+      UserError: it is missing, no ordinary file, a Git LFS pointer, larger than `limit`, or the system refuses;
+        names it.
     """
     path = epath.Path(path)
     check_regular(path)
     try:
         if limit is not None and (size := int(path.stat().length)) > limit:
             raise UserError(f"{path}: {size} bytes, where at most {limit} are read")
-        return path.read_bytes()
+        content = path.read_bytes()
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path}: {reason}") from error
+    check_no_pointer(content, path)
+    return content
 
 
 def parse_json(text: str | bytes, where: str) -> Any:

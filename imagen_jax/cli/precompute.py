@@ -84,7 +84,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the job and prints its summary; returns the exit code."""
     # Imported here so that --help does not wait for JAX.
-    from imagen_jax.text.precompute import PrecomputeConfig, UnknownTokensWarning, precompute
+    from imagen_jax.errors import UnknownTokensWarning
+    from imagen_jax.text.precompute import PrecomputeConfig, precompute
     from imagen_jax.text.store import EmbeddingDtype
 
     config = PrecomputeConfig(
@@ -158,6 +159,9 @@ def _print_summary(config: Any, summary: Any) -> None:
         if used != summary.captions:  # several captions of one picture
             records = f"{used} used, with {summary.captions} records,"
         print(f"samples: {summary.samples} = {records} + {left_out} skipped")
+    if summary.cut:
+        share = 100 * summary.cut / summary.captions
+        print(f"cut at --max_length={config.max_length}: {summary.cut} captions ({share:.3g} %)")
     skipped = ", ".join(f"{reason}: {count}" for reason, count in sorted(summary.skipped.items()))
     if skipped:
         listed = f" (listed in {config.out}/skipped.jsonl)" if summary.complete else ""

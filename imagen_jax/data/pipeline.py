@@ -22,6 +22,7 @@ from etils import epath
 from jaxtyping import BFloat16, Bool
 
 from imagen_jax.data import pictures, records
+from imagen_jax.data.embeddings import cut_embedding
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_BATCH, MAX_SIDE, MAX_TEXT_LENGTH, MAX_THREADS, check_numbers
@@ -29,6 +30,8 @@ from imagen_jax.limits import MAX_BATCH, MAX_SIDE, MAX_TEXT_LENGTH, MAX_THREADS,
 # image uint8 (b, R, R, 3); low_res uint8 (b, r, r, 3) if asked for; text bfloat16 (b, L, d);
 # text_mask bool (b, L); index int64 (b,); key str (b,); caption list[str] of b, if asked for
 Batch = dict[str, Any]
+
+CUT_TEXTS = "cut_texts"  # number of them in a batch, on its way to `TextCount`
 
 # Examples, at most, that a thread makes at a time: handing each over costs as much as half of making it.
 _CHUNK = 16
@@ -50,7 +53,7 @@ class PipelineConfig:
     resolution: int  # side of the pictures, pixels
     low_resolution: int | None = None  # side of the low-resolution pictures, pixels; None: there are none
     crop: int | None = None  # side of a random crop of the picture, pixels; None: the whole picture
-    max_text_length: int  # tokens; shorter texts are padded, longer ones cut off
+    max_text_length: int  # tokens; shorter texts are padded, longer ones cut (`cut_embedding`)
     batch_size: int  # examples, over all processes
     seed: int  # of order, crop and flip; 0 to 2**32 - 1
     shuffle: bool = True  # False: the order of the records, the same in every epoch
@@ -159,6 +162,11 @@ class _JoinedEmbeddings:
           UserError: there is none; names key and folder.
         """
         for number in self._index.numbers(key):
+            if number >= len(self._source):
+                raise UserError(
+                    f"{self._source.path}: the key index has record {number} of {len(self._source)}; run "
+                    "`imagen-jax precompute` again"
+                )
             stored = self._source[number]
             record = records.parse(stored.data, self.encoder.width, stored.where, images=False)
             if record.key == key:
@@ -193,7 +201,7 @@ def _pad_texts(
     """Pads with zeros (or cuts) text embeddings to `length` tokens; the mask is true on real tokens."""
     text = np.zeros((len(embeddings), length, embeddings[0].shape[1]), ml_dtypes.bfloat16)
     for padded, embedding in zip(text, embeddings):
-        padded[: len(embedding)] = embedding[:length]
+        padded[: len(embedding)] = cut_embedding(embedding, length)
     tokens = np.array([len(embedding) for embedding in embeddings])
     return text, np.arange(length) < tokens[:, None]
 
@@ -307,23 +315,48 @@ def _collate(chunks: Sequence[list[dict[str, Any]]], max_text_length: int) -> Ba
     examples = list(itertools.chain.from_iterable(chunks))
     columns = {name: [example[name] for example in examples] for name in examples[0]}
     # Padded only here: most of a padded text is zeros, which are written once this way.
-    text, text_mask = _pad_texts(columns.pop("embedding"), max_text_length)
+    embeddings = columns.pop("embedding")
+    text, text_mask = _pad_texts(embeddings, max_text_length)
     batch: Batch = {"text": text, "text_mask": text_mask, "key": np.array(columns.pop("key"), object)}
+    batch[CUT_TEXTS] = sum(len(embedding) > max_text_length for embedding in embeddings)
     if "caption" in columns:
         batch["caption"] = columns.pop("caption")
     return batch | {name: np.stack(column) for name, column in columns.items()}
 
 
+@dataclasses.dataclass(kw_only=True)
+class TextCount:
+    """Texts of the batches so far."""
+
+    seen: int = 0
+    cut: int = 0  # of these, those with more tokens than a batch has room for
+
+    def add(self, batch: Batch) -> None:
+        """Counts a batch's, and takes their number out of it."""
+        self.seen += len(batch["index"])
+        self.cut += batch.pop(CUT_TEXTS)
+
+    def __str__(self) -> str:
+        return f"{self.cut} of {self.seen} captions ({100 * self.cut / max(1, self.seen):.3g} %)"
+
+
 class Batches(Iterator[Batch]):
-    """An endless iterator over batches; `close` (or the end of a `with` block) stops its threads."""
+    """An endless iterator over batches; `close` (or the end of a `with` block) stops its threads.
+
+    Attributes:
+      texts: those of the batches that were taken.
+    """
 
     def __init__(self, iterator: Any, count: PictureCount):
         """Takes over a Grain iterator and what its threads count."""
         self._iterator = iterator
         self.count = count
+        self.texts = TextCount()
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch = next(self._iterator)
+        self.texts.add(batch)
+        return batch
 
     def close(self) -> None:
         """Stops reading ahead."""

@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from imagen_jax.data.examples import (
     one_line,
 )
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT
+from imagen_jax.data.tfds_features import check_features
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.files import check_regular, read_json
@@ -229,8 +231,8 @@ def _open_builder(options: TfdsOptions) -> Any:
     if (folder / "dataset_info.json").exists():
         if not (folder / "features.json").exists():
             raise UserError(f"--source: {folder} has no features.json; prepare it with a newer TFDS")
-        for file in ("dataset_info.json", "features.json"):
-            read_json(folder / file)
+        read_json(folder / "dataset_info.json")
+        check_features(folder)
         try:
             return tfds.builder_from_directory(os.fspath(folder))
         except (*READ_ERRORS, json_format.Error) as error:
@@ -240,6 +242,8 @@ def _open_builder(options: TfdsOptions) -> Any:
     if name.startswith((".", "/", "~")) or "://" in name:
         raise UserError(f"--source: {name} is no prepared tfds data set: it has no dataset_info.json")
     data_dir = options.data_dir and os.fspath(epath.Path(options.data_dir).expanduser())
+    prepared = epath.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    check_features(prepared / re.split("[/:]", name)[0])
     try:
         return read_only_builder.builder_from_files(name, data_dir=data_dir)
     except (ValueError, AttributeError) as error:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import json_field
 from imagen_jax.models.configs import Activation, DeepFloydOptions, UNetConfig
 from imagen_jax.models.weights import TensorSource
 
@@ -42,18 +43,29 @@ _PICTURE_CHANNELS = 3
 
 
 def _whole(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name, default)
+    return _positive(config.get(name, default), name)
+
+
+def _positive(value: Any, name: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} is {value!r}, expected a positive whole number")
     return value
 
 
+def _number(config: Mapping[str, Any], name: str, default: float) -> float:
+    return json_field(config, name, float, "config.json", default=default)
+
+
 def _per_level(config: Mapping[str, Any], name: str, levels: int, default: Any) -> tuple[Any, ...]:
-    """A flag that is one value, or a list of one a level."""
+    """A flag that is one value, or a list of one a level: positive whole numbers, or true or false, as the default."""
     value = config.get(name, default)
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
     if len(values) != levels:
         raise UserError(f"{name} is {value!r}, expected one value for each of {levels} levels")
+    if not isinstance(default, bool):
+        return tuple(_positive(each, name) for each in values)
+    if not all(isinstance(each, bool) for each in values):
+        raise UserError(f"{name} is {value!r}, expected true or false")
     return values
 
 
@@ -82,12 +94,36 @@ def _attention_levels(config: Mapping[str, Any], levels: int) -> tuple[bool, ...
     """Whether each level attends to the text."""
     down, up = config.get("down_block_types", ()), config.get("up_block_types", ())
     for name, kinds, known in (("down_block_types", down, _DOWN), ("up_block_types", up, _UP)):
-        if len(kinds) != levels or any(kind not in known for kind in kinds):
+        fits = isinstance(kinds, (list, tuple)) and len(kinds) == levels
+        if not fits or not all(isinstance(kind, str) and kind in known for kind in kinds):
             raise UserError(f"{name} is {kinds!r}; expected {levels} of {', '.join(known)}")
     attends = tuple(_DOWN[kind] for kind in down)
     if attends != tuple(_UP[kind] for kind in reversed(up)):
         raise UserError(f"up_block_types {up!r} is not down_block_types {down!r} mirrored")
     return attends
+
+
+def _options(config: Mapping[str, Any], *, mid_self_attention: bool) -> DeepFloydOptions:
+    embedding_act = config.get("time_embedding_act_fn")
+    try:
+        return DeepFloydOptions(
+            text_channels=_whole(config, "cross_attention_dim"),
+            pool_heads=_whole(config, "addition_embed_type_num_heads", 64),
+            norm_groups=_whole(config, "norm_num_groups", 32),
+            text_norm_groups=_TEXT_NORM_GROUPS,
+            mid_self_attention=mid_self_attention,
+            activation=_activation("act_fn", config.get("act_fn", "silu")),
+            embedding_activation=None
+            if embedding_act is None
+            else _activation("time_embedding_act_fn", embedding_act),
+            skip_time_act=json_field(config, "resnet_skip_time_act", bool, "config.json", default=False),
+            block_scale=_number(config, "resnet_out_scale_factor", 1.0),
+            mid_scale=_number(config, "mid_block_scale_factor", 1.0),
+        )
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"config.json: {error}") from error
 
 
 def unet_config(config: Mapping[str, Any]) -> UNetConfig:
@@ -103,6 +139,9 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     channels = config.get("block_out_channels")
     if not isinstance(channels, (list, tuple)) or not channels:
         raise UserError(f"block_out_channels is {channels!r}, expected a list of channels")
+    channels = tuple(_positive(each, "block_out_channels") for each in channels)
+    if channels[0] % 2:
+        raise UserError(f"block_out_channels is {channels!r}, expected an even number first")
     levels = len(channels)
     attends = _attention_levels(config, levels)
     heads = _per_level(config, "attention_head_dim", levels, 8)
@@ -124,31 +163,18 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
             f"class_embed_type is {config.get('class_embed_type')!r} with in_channels {inputs}; "
             "super-resolution has 'timestep' and 6 channels, a base neither"
         )
-    embedding_act = config.get("time_embedding_act_fn")
+    embedding_width = config.get("time_embedding_dim")
     return UNetConfig(
-        channels=tuple(channels),
+        channels=channels,
         num_res_blocks=_per_level(config, "layers_per_block", levels, 2),
         self_attention=tuple(a and not only for a, only in zip(attends, only_cross)),
         text_attention=attends,
         text_width=_whole(config, "encoder_hid_dim"),
         head_channels=heads[0],
-        embedding_width=config.get("time_embedding_dim"),
+        embedding_width=None if embedding_width is None else _positive(embedding_width, "time_embedding_dim"),
         low_res_channels=_PICTURE_CHANNELS if enlarges else 0,
         learned_variance=outputs > _PICTURE_CHANNELS,
-        deepfloyd=DeepFloydOptions(
-            text_channels=_whole(config, "cross_attention_dim"),
-            pool_heads=_whole(config, "addition_embed_type_num_heads", 64),
-            norm_groups=_whole(config, "norm_num_groups", 32),
-            text_norm_groups=_TEXT_NORM_GROUPS,
-            mid_self_attention=not mid_only,
-            activation=_activation("act_fn", config.get("act_fn", "silu")),
-            embedding_activation=None
-            if embedding_act is None
-            else _activation("time_embedding_act_fn", embedding_act),
-            skip_time_act=bool(config.get("resnet_skip_time_act", False)),
-            block_scale=float(config.get("resnet_out_scale_factor", 1.0)),
-            mid_scale=float(config.get("mid_block_scale_factor", 1.0)),
-        ),
+        deepfloyd=_options(config, mid_self_attention=not mid_only),
     )
 
 

@@ -5,7 +5,6 @@ Without the network: where its program is stored, nothing but the weights is nee
 
 import dataclasses
 import enum
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +14,9 @@ from etils import epath
 
 from imagen_jax.config import build
 from imagen_jax.errors import UserError
+from imagen_jax.files import json_field, read_json
 from imagen_jax.limits import MAX_BLOCKS, MAX_CHANNELS, MAX_VOCABULARY, check_numbers
+from imagen_jax.models.weight_files import check_config_is_plain
 from imagen_jax.models.weights import SafetensorsReader, TensorSource, load_tensors
 
 
@@ -58,26 +59,33 @@ class T5Config:
             **dict.fromkeys(("width", "head_dim", "num_heads", "num_buckets"), MAX_CHANNELS),
             feed_forward_width=8 * MAX_CHANNELS,
         )
-        if not self.norm_epsilon > 0.0:
-            raise ValueError(f"norm_epsilon must be positive, got {self.norm_epsilon}")
         if self.max_distance <= self.num_buckets // 4:
             raise ValueError(f"max_distance must exceed num_buckets / 4, got {self.max_distance}")
+        if not 0 < self.norm_epsilon < 1:
+            raise ValueError(f"norm_epsilon must be positive and below 1, got {self.norm_epsilon}")
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "T5Config":
         """From the contents of a Hugging Face config.json.
 
         Raises:
-            UserError: not a T5 encoder, or a field is missing or not supported.
+            UserError: not a T5 encoder, its weights are quantised, or a field is missing or not supported.
         """
+        check_config_is_plain(config)
         kind = config.get("model_type")
         if kind not in ("t5", "mt5", "umt5"):
             raise UserError(f"config.json: model_type {kind!r} is not a T5 encoder (t5, mt5 or umt5)")
         fields = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
         for field in fields:
-            if not isinstance(config.get(field), int):
+            if not isinstance(config.get(field), int) or isinstance(config[field], bool):
                 raise UserError(f"config.json: {field} is {config.get(field)!r}, expected a whole number")
-        projection = config.get("feed_forward_proj", "relu" if kind == "t5" else "gated-gelu")
+        projection = json_field(
+            config,
+            "feed_forward_proj",
+            str,
+            "config.json",
+            default="relu" if kind == "t5" else "gated-gelu",
+        )
         gated = projection.startswith("gated-")
         name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
         if name not in [activation.value for activation in Activation]:
@@ -104,10 +112,7 @@ class T5Config:
         path = epath.Path(folder) / "config.json"
         if not path.exists():
             raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
-        try:
-            config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: not valid JSON ({error})") from error
+        config = read_json(path)
         try:
             return cls.from_dict(config)
         except UserError as error:
@@ -192,6 +197,35 @@ def load_t5(
     config = T5Config.from_folder(folder)
     abstract = t5_shapes(config, dtype)
     with SafetensorsReader(folder, variant) as reader:
+        if config.num_layers > len(reader.names):
+            raise UserError(
+                f"{folder}: config.json has num_layers {config.num_layers}, but the weights are {len(reader.names)} "
+                "tensors"
+            )
         chosen = shardings(abstract) if callable(shardings) else shardings
         sources = t5_sources(config, reader.names)
+        check_t5_tensors(reader)
+        _check_nothing_left(folder, reader, sources)
         return config, load_tensors(abstract, reader, sources, shardings=chosen)
+
+
+def check_t5_tensors(reader: SafetensorsReader) -> None:
+    """Refuses weights of which an encoder could not be read as they are.
+
+    Raises:
+        UserError: they are quantised; names file, tensor and dtype.
+    """
+    reader.check_plain()
+    for name in sorted(reader.names):
+        if name.startswith(("encoder.", "shared.")):
+            reader.check_float(name)
+
+
+def _check_nothing_left(
+    folder: epath.PathLike, reader: SafetensorsReader, sources: Mapping[str, TensorSource]
+) -> None:
+    """Refuses tensors of the encoder that would not be read: with them it would compute something else."""
+    read = {name for source in sources.values() for name in source.names} | {"encoder.embed_tokens.weight"}
+    left = sorted(name for name in reader.names - read if name.startswith("encoder."))
+    if left:
+        raise UserError(f"{folder}: unexpected tensor {left[0]}; the weights are of another network than T5")

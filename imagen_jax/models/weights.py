@@ -1,6 +1,6 @@
 """Weights on disk: safetensors to NNX state and back, slice by slice, never through pickle.
 
-Three layers. `SafetensorsReader` opens what the hub's libraries write (one file, or shards under an
+Three layers. `weight_files.SafetensorsReader` opens what the hub's libraries write (one file, or shards under an
 index) and maps single tensors, or slices of them, into memory. `load_tensors` fills an abstract NNX state from any
 reader through a table of `TensorSource`: the importer of a foreign checkpoint is that table and nothing
 more. `save_state` and `load_state` are the project's own files, whose names are the state's paths.
@@ -9,211 +9,22 @@ more. `save_state` and `load_state` are the project's own files, whose names are
 import dataclasses
 import json
 import math
-import mmap
-import os
-import tempfile
-from collections.abc import Mapping, Sequence
-from types import TracebackType
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, is_cloud, make_folder
+from imagen_jax.files import AtomicFile, make_folder
+from imagen_jax.models.weight_files import DTYPES, SafetensorsReader
 
-_STEMS = ("model", "diffusion_pytorch_model")  # the names transformers and diffusers save under
-_VARIANTS = ("fp16", "bf16")  # tried, in this order, where the folder has no plain file
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
-
-_CODES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
-_CODE_OF = {dtype: code for code, dtype in _CODES.items()}
+_CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 64  # bytes: arrays that begin at a multiple of it are used by the CPU where they lie
 _TILE = 64  # of rows that are read or written side by side, few enough for the processor's cache
-
-
-class SafetensorsReader:
-    """Reads single tensors, or slices of them, from safetensors files.
-
-    What is read is mapped, not copied: it takes memory when it is looked at, shared with all who look at the file, and
-    stays valid after `close`.
-
-    Args:
-        folder_or_file: a `.safetensors` file, a `*.index.json` of a sharded checkpoint, or a folder with
-            `model.safetensors`, `diffusion_pytorch_model.safetensors` or the index of either.
-        variant: "fp16" for `model.fp16.safetensors` and the like; None takes the plain file, and a
-            variant only where the folder has nothing else.
-
-    Raises:
-        UserError: nothing to read there, only pickled weights, or an unreadable file.
-    """
-
-    def __init__(self, folder_or_file: epath.PathLike, variant: str | None = None):
-        self.location = epath.Path(folder_or_file)
-        entry = _find_weights(self.location, variant)
-        self._handles: dict[epath.Path, Any] = {}
-        self._data: dict[epath.Path, tuple[np.ndarray, dict[str, Any]]] = {}
-        self._scratch: tempfile.TemporaryDirectory | None = None
-        self._files: dict[str, epath.Path]
-        if entry.suffix == ".json":
-            self._files = {name: entry.parent / file for name, file in _read_index(entry).items()}
-        else:
-            self._files = dict.fromkeys(self._open(entry).keys(), entry)
-
-    def __enter__(self) -> "SafetensorsReader":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Closes every file that was opened; reading again opens it again."""
-        for handle in self._handles.values():
-            handle.__exit__(None, None, None)
-        self._handles.clear()
-        self._data.clear()
-        if self._scratch is not None:
-            self._scratch.cleanup()
-            self._scratch = None
-
-    @property
-    def names(self) -> frozenset[str]:
-        """Names of all tensors."""
-        return frozenset(self._files)
-
-    @property
-    def files(self) -> tuple[epath.Path, ...]:
-        """The safetensors files, sorted by name."""
-        return tuple(sorted(set(self._files.values())))
-
-    def metadata(self) -> dict[str, str]:
-        """The text metadata of all files together."""
-        merged: dict[str, str] = {}
-        for file in self.files:
-            merged.update(self._open(file).metadata() or {})
-        return merged
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one tensor, without reading it."""
-        return tuple(self._slice(name).get_shape())
-
-    def dtype(self, name: str) -> np.dtype:
-        """Dtype of one tensor (bfloat16 is that of ml_dtypes), without reading it."""
-        code = self._slice(name).get_dtype()
-        if code not in _CODES:
-            raise UserError(f"{self._files[name]}: tensor {name} has dtype {code}, which is not supported")
-        return _CODES[code]
-
-    def read(self, name: str, index: Sequence[slice] | None = None) -> np.ndarray:
-        """One tensor, or only the given slice of it (one slice per axis); read-only.
-
-        Raises:
-            UserError: no such tensor, or its dtype is not supported.
-        """
-        dtype, file = self.dtype(name), self._files[name]
-        data, header = self._map(file)
-        begin, end = header[name]["data_offsets"]
-        whole = data[begin:end].view(dtype).reshape(self.shape(name))
-        return whole[tuple(index)] if index else whole
-
-    def _map(self, file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
-        """The bytes behind a file's header, and the header: 8 bytes of length, then JSON."""
-        if file not in self._data:
-            self._open(file)  # the library checks that the header fits the file
-            with open(self._local(file), "rb") as opened:
-                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            start = 8 + int.from_bytes(mapped[:8], "little")
-            self._data[file] = np.frombuffer(mapped, np.uint8)[start:], json.loads(mapped[8:start])
-        return self._data[file]
-
-    def _open(self, file: epath.Path) -> Any:
-        if file not in self._handles:
-            if not file.exists():
-                raise UserError(f"{self.location}: weights file {file.name} is missing; copy it there")
-            try:
-                self._handles[file] = safe_open(self._local(file), framework="numpy")
-            except SafetensorError as error:
-                raise UserError(f"{file}: not a readable safetensors file ({error})") from error
-        return self._handles[file]
-
-    def _local(self, file: epath.Path) -> str:
-        """Where the file can be memory-mapped: a cloud file is copied to the local disk first."""
-        if not is_cloud(file):
-            return os.fspath(file)
-        if self._scratch is None:
-            self._scratch = tempfile.TemporaryDirectory()
-        copy = os.path.join(self._scratch.name, file.name)
-        if not os.path.exists(copy):
-            file.copy(copy, overwrite=True)
-        return copy
-
-    def _slice(self, name: str) -> Any:
-        if name not in self._files:
-            raise UserError(f"{self.location}: no tensor {name}; is this the right checkpoint?")
-        try:
-            return self._open(self._files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(f"{self._files[name]}: no tensor {name}, though the index names it") from error
-
-
-def _find_weights(location: epath.Path, variant: str | None) -> epath.Path:
-    """The file or index to read; see `SafetensorsReader`."""
-    if location.is_file():
-        if location.suffix in _PICKLES:
-            raise UserError(f"{location}: pickled weights are never loaded; convert them to safetensors")
-        return location
-    if not location.is_dir():
-        raise UserError(f"{location}: no such file or folder")
-    for wanted in (variant,) if variant else (None, *_VARIANTS):
-        for stem in _STEMS:
-            dotted = f".{wanted}" if wanted else ""
-            for name in (
-                f"{stem}{dotted}.safetensors",
-                f"{stem}.safetensors.index{dotted}.json",
-                f"{stem}{dotted}.safetensors.index.json",
-            ):
-                if (location / name).exists():
-                    return location / name
-    pickles = sorted(p.name for p in location.iterdir() if p.suffix in _PICKLES)
-    if pickles:
-        raise UserError(
-            f"{location}: only pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
-        )
-    kind = f"{variant} " if variant else ""
-    raise UserError(f"{location}: no {kind}safetensors weights (looked for {_STEMS[0]} and {_STEMS[1]})")
-
-
-def _read_index(index: epath.Path) -> dict[str, str]:
-    """Tensor name to file name, from a `*.index.json`."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{index}: not an index of safetensors shards (no weight_map)") from error
-    for file in weight_map.values():
-        if not file.endswith(".safetensors") or "/" in file:
-            raise UserError(f"{index}: shard {file} is not a safetensors file beside the index")
-    return weight_map
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -315,14 +126,16 @@ def load_tensors(
         A state like `abstract_state` with `jax.Array` leaves.
 
     Raises:
-        UserError: a stored tensor is missing, or has another shape than the state's.
+        UserError: a stored tensor is missing, quantised, or has another shape than the state's.
     """
     named, treedef = flatten_names(abstract_state)
+    reader.check_plain()
     for name, leaf in named.items():
         if name not in sources:
             raise UserError(
                 f"{reader.location}: no tensor for parameter {name}; is this the right checkpoint?"
             )
+        check_dtype(reader, sources[name], leaf.dtype)
         shape = sources[name].shape(reader)
         if shape != tuple(leaf.shape):
             raise UserError(
@@ -339,6 +152,24 @@ def load_tensors(
         for (name, leaf), sharding in zip(named.items(), per_leaf, strict=True)
     ]
     return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def check_dtype(reader: SafetensorsReader, source: TensorSource, dtype: Any) -> None:
+    """Refuses stored tensors that a parameter cannot be read from: converting integers would make up its values.
+
+    Args:
+        reader: the open checkpoint.
+        source: of the parameter.
+        dtype: of the parameter.
+
+    Raises:
+        UserError: the parameter is floating-point and a stored tensor is not, or the other way round; names it.
+    """
+    for name in source.names:
+        if jnp.issubdtype(dtype, jnp.floating):
+            reader.check_float(name)
+        elif (found := reader.dtype(name)) != dtype:
+            raise UserError(f"{reader.location}: tensor {name} is {found}, expected {np.dtype(dtype)}")
 
 
 def _shardings_of(shardings: Any, names: list[str]) -> list[jax.sharding.Sharding | None]:
@@ -446,10 +277,11 @@ def load_state(abstract_state: Any, path: epath.PathLike, *, shardings: Any = No
         dtype: dtype of the floating-point leaves; None keeps those of `abstract_state`.
 
     Raises:
-        UserError: naming the first tensor that is missing, unexpected or of another shape.
+        UserError: naming the first tensor that is missing, unexpected, quantised or of another shape.
     """
     names = list(flatten_names(abstract_state)[0])
     with SafetensorsReader(path) as reader:
+        reader.check_plain()
         for name in names:
             if name not in reader.names:
                 raise UserError(f"{path}: tensor {name} is missing; the file is of another network")

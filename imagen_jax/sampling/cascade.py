@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -28,7 +29,7 @@ from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.opened import OpenStages
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram
-from imagen_jax.sampling.prompts import PromptEncoder
+from imagen_jax.sampling.prompts import PromptEncoder, prompt_warnings
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.text.encoder import TextEncoder
 
@@ -228,8 +229,14 @@ class Imagen:
 
         Raises:
           UserError: if there is no prompt, or as `draw`.
+
+        Warns:
+          CutTextWarning, UnknownTokensWarning: see `text_warnings`.
         """
-        return list(self.draw(wanted_pictures(prompts, seed, num_images), **options))
+        wanted = wanted_pictures(prompts, seed, num_images)
+        for warning in self.text_warnings(prompts, **options):
+            warnings.warn(warning, stacklevel=2)
+        return list(self.draw(wanted, **options))
 
     def draw(self, wanted: Sequence[tuple[str, int]], **options: Unpack[Options]) -> Iterator[Picture]:
         """Pictures of (prompt, seed) pairs, in this order, each as soon as its group is done.
@@ -252,6 +259,15 @@ class Imagen:
             warn_unknown_encoder(f"the stages of {self.folder.path} do")
             self._encoder_unknown = False
         return self._draw(list(wanted), job)
+
+    def text_warnings(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[UserWarning]:
+        """What of the prompts, the negative one included, the stages do not see (`prompt_warnings`).
+
+        Options are those of `draw`, which itself says nothing.
+        """
+        job = self._job(**options)
+        negative = [] if job.negative_prompt is None else [job.negative_prompt]
+        return prompt_warnings(self.prompt_encoder.tokenizer, [*prompts, *negative], job.stages)
 
     def check(self, **options: Unpack[Options]) -> None:
         """Raises what `draw` would raise for these options."""

@@ -22,17 +22,20 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import DiscreteCosineSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
-from imagen_jax.files import read_json
+from imagen_jax.files import json_field, read_json
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config, unet_sources
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.models.weights import SafetensorsReader, TensorSource, save_state
+from imagen_jax.models.weight_files import check_config_is_plain
+from imagen_jax.models.weights import SafetensorsReader, TensorSource, check_dtype, save_state
 from imagen_jax.sampling.identity import check_encoder, has_files_of, index_encoder
 from imagen_jax.sampling.model_folder import WEIGHTS, ModelFolder, ModelIndex, check_cascade, save_index
 from imagen_jax.text.encoder import TextEncoder, copy_encoder
+from imagen_jax.text.tokenizer import TOKENIZER_FILES
 
 TEXT_LENGTH = 77  # tokens to which every caption is padded
 _DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_SCHEDULER = "scheduler_config.json"
 
 # Flags of the scheduler with one supported value, and diffusers' default where the file leaves it out.
 _SCHEDULER_FIXED: dict[str, tuple[Any, Any]] = {
@@ -59,12 +62,16 @@ _BASE = _Defaults(steps=100, guidance_weight=7.0, max_scale=1.5, aug_level=0.0)
 _SUPER = _Defaults(steps=50, guidance_weight=4.0, max_scale=1.0, aug_level=0.25)
 
 
+def _number(scheduler: Mapping[str, Any], name: str, default: float) -> float:
+    return json_field(scheduler, name, float, _SCHEDULER, default=default)
+
+
 def _threshold(scheduler: Mapping[str, Any]) -> ThresholdConfig:
     if scheduler.get("thresholding", False):
         return ThresholdConfig(
             kind=Threshold.DYNAMIC,
-            percentile=100.0 * scheduler.get("dynamic_thresholding_ratio", 0.995),
-            max_scale=float(scheduler.get("sample_max_value", 1.0)),
+            percentile=100.0 * _number(scheduler, "dynamic_thresholding_ratio", 0.995),
+            max_scale=_number(scheduler, "sample_max_value", 1.0),
         )
     if scheduler.get("clip_sample", True):
         if scheduler.get("clip_sample_range", 1.0) != 1.0:
@@ -85,7 +92,8 @@ def _scheduler_parts(
     kind = scheduler.get("variance_type", "fixed_small")
     if kind not in ("learned_range", "fixed_small"):
         raise UserError(f"variance_type is {kind!r}; only learned_range and fixed_small are supported")
-    schedule = DiscreteCosineSchedule(steps=int(scheduler.get("num_train_timesteps", 1000)))
+    steps = json_field(scheduler, "num_train_timesteps", int, _SCHEDULER, default=1000)
+    schedule = DiscreteCosineSchedule(steps=steps)
     return schedule, _threshold(scheduler), kind == "learned_range"
 
 
@@ -107,16 +115,17 @@ def stage_config(
     Raises:
       UserError: for a flag that is missing or not supported, naming it.
     """
+    check_config_is_plain(network)
     unet = dataclasses.replace(unet_config(network), dtype=dtype, param_dtype=dtype)
     if (low_resolution is not None) != (unet.low_res_channels > 0):
         wanted = "a super-resolution stage" if unet.low_res_channels else "a base"
         raise UserError(f"in_channels is {unet.channels_in}: this network is {wanted}")
     resolution = network.get("sample_size")
-    if not isinstance(resolution, int):
+    if not isinstance(resolution, int) or isinstance(resolution, bool):
         raise UserError(f"sample_size is {resolution!r}, expected a whole number")
     usual = _BASE if low_resolution is None else _SUPER
-    schedule, threshold, learned = _scheduler_parts(scheduler, usual)
     try:
+        schedule, threshold, learned = _scheduler_parts(scheduler, usual)
         return StageConfig(
             name=f"deepfloyd{resolution}",
             resolution=resolution,
@@ -175,12 +184,13 @@ def write_stage(
       variant: "fp16" for files so called; see `SafetensorsReader`.
 
     Raises:
-      UserError: a tensor is missing, unexpected or of another shape, naming it.
+      UserError: a tensor is missing, unexpected, quantised or of another shape, naming it.
     """
     abstract = StageNetwork(config).abstract_params
     sources = unet_sources(abstract)
     dtype = jnp.dtype(config.network.param_dtype)
     with SafetensorsReader(weights, variant) as reader:
+        reader.check_plain()
         named = {source.names[0] for source in sources.values()}
         if missing := sorted(named - reader.names):
             raise UserError(f"{weights}: tensor {missing[0]} is missing; config.json is of another network")
@@ -189,6 +199,7 @@ def write_stage(
                 f"{weights}: unexpected tensor {unexpected[0]}; config.json is of another network"
             )
         for name, leaf in abstract.items():
+            check_dtype(reader, sources[name], leaf.dtype)
             if (shape := sources[name].shape(reader)) != leaf.shape:
                 raise UserError(
                     f"{weights}: tensor {sources[name].names[0]} is {shape}, expected {leaf.shape}"
@@ -301,7 +312,9 @@ def fetch(source: str, flag: str, *, variant: str | None, text_encoder: bool) ->
 
     dot = "" if variant is None else f".{variant}"
     parts = ("unet", "text_encoder") if text_encoder else ("unet",)
-    wanted = ["scheduler/*.json", "tokenizer/*"] + [f"{part}/config.json" for part in parts]
+    wanted = ["scheduler/*.json", *(f"tokenizer/{name}" for name in TOKENIZER_FILES)] + [
+        f"{part}/config.json" for part in parts
+    ]
     for part in parts:
         wanted += [f"{part}/*{dot}.safetensors", f"{part}/*{dot}*.safetensors", f"{part}/*{dot}*.json"]
     unwanted = ["*.non_ema.*"] + (["*.fp16.*", "*.fp16-*", "*.bf16.*"] if variant is None else [])
@@ -398,7 +411,8 @@ def _pipeline_index(stage: StageConfig) -> dict[str, Any]:
 def _tokenizer_class(folder: epath.Path) -> str:
     """The class that diffusers is to open a tokenizer with: it knows no AutoTokenizer."""
     path = folder / "tokenizer_config.json"
-    name = read_json(path).get("tokenizer_class") if path.exists() else None
+    content = read_json(path) if path.exists() else {}
+    name = json_field(content, "tokenizer_class", str, str(path), default="")
     # What transformers 5 calls it, and what diffusers knows it by.
     return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name or "T5Tokenizer"
 

@@ -1,14 +1,63 @@
 """Prompts as embeddings: each is encoded once, and alone."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float
 
+from imagen_jax.errors import CutTextWarning, UnknownTokensWarning
+from imagen_jax.models.configs import StageConfig
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.store import WHOLE_LENGTH
+from imagen_jax.text.tokenizer import CaptionTokenizer
 
 MEMORY_BYTES = 2**30  # of embeddings that are kept
+_SHOWN_PROMPT, _SHOWN_REST = 60, 200  # letters of a prompt, and of what is left out of it, in a warning
+
+
+def prompt_warnings(
+    tokenizer: CaptionTokenizer, prompts: Iterable[str], stages: Sequence[StageConfig]
+) -> list[UserWarning]:
+    """What of prompts the stages do not see: words unknown to the text encoder, and ends that are cut off.
+
+    Args:
+      tokenizer: of the text encoder.
+      prompts: any texts; those that occur again are passed over.
+      stages: that draw them.
+
+    Returns:
+      `UnknownTokensWarning`s and `CutTextWarning`s, each a line, in the order of the prompts.
+    """
+    shortest = min(map(_text_length, stages))
+    found: list[UserWarning] = []
+    for prompt in dict.fromkeys(prompts):
+        shown = _shown(prompt, _SHOWN_PROMPT)
+        if words := tokenizer.unknown_words(prompt):
+            unknown = _shown(", ".join(words), _SHOWN_REST)
+            found.append(
+                UnknownTokensWarning(f"prompt {shown!r}: words unknown to the text encoder: {unknown}")
+            )
+        if rest := tokenizer.left_out(prompt, shortest):
+            cutting = [each for each in stages if tokenizer.left_out(prompt, _text_length(each))]
+            names = " and ".join(stage.name for stage in cutting)
+            found.append(
+                CutTextWarning(
+                    f"prompt {shown!r} is cut to the {shortest} tokens of {names}; left out: "
+                    f"{_shown(rest, _SHOWN_REST)!r}"
+                )
+            )
+    return found
+
+
+def _text_length(stage: StageConfig) -> int:
+    return min(stage.max_text_length, WHOLE_LENGTH)
+
+
+def _shown(text: str, letters: int) -> str:
+    """A text on one line, cut where it is long."""
+    line = " ".join(text.split())
+    return line if len(line) <= letters else f"{line[: letters - 1]}…"
 
 
 class PromptEncoder:
@@ -21,6 +70,7 @@ class PromptEncoder:
     def __init__(self, encoder: TextEncoder, load: Callable[[], TextEncoder] | None = None):
         """`load` opens the encoder again after `release`; without it nothing is ever released."""
         self._encoder: TextEncoder | None = encoder
+        self.tokenizer = encoder.tokenizer  # small, and never put away
         self._load = load
         self._known: collections.OrderedDict[tuple[str, int, bool], np.ndarray] = collections.OrderedDict()
         self._bytes = 0

@@ -152,6 +152,7 @@ class Page:
             self._draw = ui.button("Draw", icon="brush", on_click=self._submit).classes("flex-1")
             self._stop = ui.button("Stop", icon="stop", on_click=self._stop_job).props("outline")
         self._error = ui.label().classes("w-full text-negative whitespace-pre-wrap").props("role=alert")
+        self._warning = ui.label().classes("w-full text-warning whitespace-pre-wrap").props("role=status")
         self._bar = ui.linear_progress(value=0.0, show_value=False).props(
             'instant-feedback aria-label="Progress"'
         )
@@ -194,6 +195,8 @@ class Page:
         self._draw.set_enabled(not busy)
         for element in (self._stop, self._bar):
             element.visible = busy
+        self._warning.text = "" if job is None else "\n".join(job.warnings)
+        self._warning.visible = bool(self._warning.text)
         self._status.text = "" if job is None else status_line(job, self._studio.before(job))
         if job is not None:
             self._bar.value = job.fraction

@@ -15,7 +15,7 @@ from typing import TypeVar
 from etils import epath
 
 from imagen_jax.errors import UserError
-from imagen_jax.sampling.cascade import Imagen, Preview
+from imagen_jax.sampling.cascade import Imagen, Options, Preview
 from imagen_jax.sampling.output import Place, find_place, save_picture
 from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.record import PictureRecord, read_record
@@ -50,6 +50,7 @@ class Job:
         self.number, self.request = number, request
         self.state = JobState.WAITING
         self.message = ""  # one line, where it failed
+        self.warnings: list[str] = []  # lines: what of its prompts the stages do not see
         self.names: list[str] = []  # files of its pictures, as they come
         self.preview: Preview | None = None
         self._total, self._finished = total_calls, 0  # network calls; those of completed runs of a stage
@@ -165,9 +166,12 @@ class Studio:
           UserError: if it cannot be drawn.
         """
         sampling = request.sampling(self.model.stages)
-        self.model.check(negative_prompt=request.negative_prompt, sampling=sampling)
+        options: Options = {"negative_prompt": request.negative_prompt, "sampling": sampling}
+        self.model.check(**options)
+        warnings = self.model.text_warnings([request.prompt], **options)
         with self._lock:
             job = Job(next(self._numbers), request, self._sampling_calls(request))
+            job.warnings = [str(each) for each in warnings]
             self._waiting[job.number] = job
             future = self._worker.submit(self._draw, job)
         future.add_done_callback(lambda done: self._end(job, done))

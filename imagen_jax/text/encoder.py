@@ -1,11 +1,8 @@
 """Captions to embeddings: a Hugging Face tokenizer and the frozen T5 encoder behind one object."""
 
 import collections
-import contextlib
 import functools
-import importlib.util
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,25 +14,18 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 from tqdm import tqdm
 
+from imagen_jax.data.embeddings import cut_embedding
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
-from imagen_jax.files import copy_file, is_cloud, make_folder
-from imagen_jax.models.t5_weights import T5Config, load_t5
+from imagen_jax.files import copy_file, make_folder
+from imagen_jax.models.t5_weights import T5Config, check_t5_tensors, load_t5
 from imagen_jax.models.weights import SafetensorsReader
 from imagen_jax.text.identity import identify
-from imagen_jax.text.store import TokenCounts
-from imagen_jax.text.tokenizer import PlainTokenizer
+from imagen_jax.text.store import WHOLE_LENGTH, TokenCounts
+from imagen_jax.text.tokenizer import TOKENIZER_FILES, CaptionTokenizer
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "spiece.model",
-    "tokenizer.model",
-)
-_HUB_FILES = ("*.safetensors", "*.safetensors.index*.json", "config.json", *_TOKENIZER_FILES)
+_HUB_FILES = ("*.safetensors", "*.safetensors.index*.json", "config.json", *TOKENIZER_FILES)
 
 # Padded lengths, close where captions are frequent. Beyond the last one, multiples of it.
 _BUCKETS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
@@ -58,6 +48,7 @@ class TextEncoder:
         width: channels of an embedding.
         vocab_size: number of token ids.
         dtype: of the matrix products and, unless `encode` is told otherwise, of the embeddings.
+        tokenizer: of its captions.
     """
 
     folder: epath.Path
@@ -65,13 +56,14 @@ class TextEncoder:
     width: int
     vocab_size: int
     dtype: str
+    tokenizer: CaptionTokenizer
 
     def __init__(
         self,
         *,
         folder: epath.Path,
         name: str,
-        tokenizer: Any,
+        tokenizer: CaptionTokenizer,
         config: T5Config,
         params: dict[str, jax.Array],
         dtype: str,
@@ -80,9 +72,7 @@ class TextEncoder:
     ):
         self.folder, self.name, self.dtype = folder, name, dtype
         self.width, self.vocab_size = config.width, config.vocab_size
-        self._tokenizer, self._params, self._mesh = tokenizer, params, mesh
-        self._eos = int(tokenizer.eos_token_id)
-        self._unknown = tokenizer.unk_token_id
+        self.tokenizer, self._params, self._mesh = tokenizer, params, mesh
         self._config, self._cache = config, cache
         self._encode = jax.jit(functools.partial(_encode_as, config, dtype), static_argnames="dtype")
         self._programs: dict[tuple[tuple[int, ...], np.dtype], Any] = {}
@@ -108,7 +98,8 @@ class TextEncoder:
             cache: folder of `imagen_jax.cache` in which compiled programs are kept, without a mesh; None: none are.
 
         Raises:
-            UserError: no such folder or hub id, no network, pickled weights, or not a T5 encoder.
+            UserError: no such folder or hub id, no network, pickled or quantised weights, not a T5 encoder, or a
+                tokenizer that is not its own or would run code.
         """
         folder = epath.Path(folder_or_hub_id)
         name = folder.name
@@ -127,7 +118,7 @@ class TextEncoder:
         return cls(
             folder=model,
             name=name,
-            tokenizer=_load_tokenizer(tokenizer_folder),
+            tokenizer=CaptionTokenizer.load(tokenizer_folder, model, rows=config.vocab_size),
             config=config,
             params=params,
             dtype=dtype,
@@ -143,30 +134,26 @@ class TextEncoder:
     @property
     def vocabulary(self) -> Mapping[str, int]:
         """The tokenizer's pieces and their ids."""
-        return self._tokenizer.get_vocab()
+        return self.tokenizer.get_vocab()
 
     def tokenize(self, captions: Sequence[str], max_length: int) -> list[list[int]]:
         """Token ids of each caption, ending with </s>, at most `max_length` of them, without padding.
 
         An empty caption is </s> alone.
         """
-        if max_length < 1:
-            raise ValueError(f"max_length must be at least 1, got {max_length}")
-        if not captions:
-            return []
-        # Cut here and not by the tokenizer: its truncation warns, and tokenizers without a post-processor
-        # append no </s>.
-        ids = self._tokenizer(list(captions), add_special_tokens=False, verbose=False)["input_ids"]
-        return [[*(int(i) for i in row[: max_length - 1]), self._eos] for row in ids]
+        return self.tokenizer.tokenize(captions, max_length)
 
     def count_tokens(self, captions: Sequence[str], *, max_length: int = 128) -> TokenCounts:
-        """What `encode` has to do for these captions, and how many tokens the vocabulary lacks."""
-        rows = [tuple(ids) for ids in self.tokenize(captions, max_length)]
+        """What `encode` has to do for these captions, how many tokens the vocabulary lacks, and which are cut."""
+        kept = min(max_length, WHOLE_LENGTH)
+        longer = self.tokenize(captions, WHOLE_LENGTH + 1)  # by one, so that it shows which are cut
+        rows = [(*ids[:-1][: WHOLE_LENGTH - 1], ids[-1]) for ids in longer]
         plan = _plan([len(row) for row in dict.fromkeys(rows)])
         return TokenCounts(
-            unknown=tuple(row.count(self._unknown) for row in rows),
+            unknown=tuple(row[: kept - 1].count(self.tokenizer.unknown) for row in rows),
             useful=sum(len(row) for row in set(rows)),
             computed=sum(size * length for _, size, length in plan),
+            cut=tuple(len(ids) > kept for ids in longer),
         )
 
     def encode(
@@ -179,13 +166,16 @@ class TextEncoder:
     ) -> list[np.ndarray]:
         """Embeddings of captions: of the real tokens only, </s> included.
 
+        Captions are encoded whole, up to `WHOLE_LENGTH` tokens, and longer ones than `max_length` are cut
+        afterwards (`cut_embedding`).
+
         Captions are grouped by length into few compiled shapes; identical ones are encoded once. The
         batches, and so the bytes of the result, depend on the captions of the call only. An
         embedding does not depend on the other captions of the call, up to float32 rounding.
 
         Args:
             captions: any texts.
-            max_length: tokens kept of each, </s> included.
+            max_length: tokens kept of each, </s> included; beyond `WHOLE_LENGTH` none are.
             dtype: of the result; None: the encoder's. bfloat16 is that of ml_dtypes.
             progress: whether to show a progress bar.
 
@@ -193,7 +183,9 @@ class TextEncoder:
             In the order given, arrays (n_tokens, width). Equal captions share one array.
         """
         wanted = _check_dtype(dtype or self.dtype)
-        rows = [tuple(ids) for ids in self.tokenize(captions, max_length)]
+        if max_length < 1:
+            raise ValueError(f"max_length must be at least 1, got {max_length}")
+        rows = [tuple(ids) for ids in self.tokenize(captions, WHOLE_LENGTH)]
         found: dict[tuple[int, ...], np.ndarray] = {}
         waiting: collections.deque[tuple[list[tuple[int, ...]], jax.Array]] = collections.deque()
 
@@ -201,7 +193,7 @@ class TextEncoder:
             done, result = waiting.popleft()
             host = np.asarray(result)
             for i, ids in enumerate(done):
-                found[ids] = host[i, : len(ids)].copy()
+                found[ids] = cut_embedding(host[i, : len(ids)], max_length).copy()
             return len(done)
 
         with tqdm(total=len(set(rows)), unit="caption", desc="text encoder", disable=not progress) as bar:
@@ -308,11 +300,12 @@ def copy_encoder(
         variant: of the weights, see `SafetensorsReader`; the copy has it in its files' names too.
 
     Raises:
-        UserError: not a T5 encoder, or only pickled weights.
+        UserError: not a T5 encoder, or weights that are pickled or quantised.
     """
     model, words = _parts(epath.Path(source))
     T5Config.from_folder(model)
     with SafetensorsReader(model, variant) as reader:
+        check_t5_tensors(reader)
         files = [model / "config.json", *reader.files]
         if len(reader.files) > 1:
             files += [
@@ -320,7 +313,7 @@ def copy_encoder(
             ]
     moves = [(file, epath.Path(folder)) for file in files]
     target = epath.Path(folder if tokenizer is None else tokenizer)
-    moves += [(words / name, target) for name in _TOKENIZER_FILES if (words / name).exists()]
+    moves += [(words / name, target) for name in TOKENIZER_FILES if (words / name).exists()]
     for file, place in moves:
         # Under another name first: an encoder that is in use has its file mapped.
         copy_file(file, make_folder(place) / file.name)
@@ -438,39 +431,7 @@ def _parts(folder: epath.Path) -> tuple[epath.Path, epath.Path]:
     """The folders of the model and of the tokenizer, which pipeline folders keep side by side."""
     model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
     for candidate in (model, model.parent / "tokenizer"):
-        if any((candidate / name).exists() for name in _TOKENIZER_FILES):
+        if any((candidate / name).exists() for name in TOKENIZER_FILES):
             return model, candidate
-    # ByT5 needs no vocabulary: AutoTokenizer finds its class from config.json.
+    # ByT5 needs no vocabulary: config.json names its class.
     return model, model
-
-
-def _load_tokenizer(folder: epath.Path) -> Any:
-    plain = PlainTokenizer.load(folder)
-    if plain is not None:
-        return plain
-    # transformers takes seconds to import (it imports PyTorch where it finds it), and says that models
-    # need PyTorch where it does not: the tokenizer needs none.
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    from transformers import AutoTokenizer
-
-    if (
-        (folder / "spiece.model").exists()
-        and not (folder / "tokenizer.json").exists()
-        and importlib.util.find_spec("sentencepiece") is None
-    ):
-        raise UserError(f"{folder}: spiece.model needs the sentencepiece package; pip install sentencepiece")
-    with contextlib.ExitStack() as stack:
-        local = os.fspath(folder)
-        if is_cloud(folder):
-            local = stack.enter_context(tempfile.TemporaryDirectory())
-            for name in ("config.json", *_TOKENIZER_FILES):
-                if (folder / name).exists():
-                    (folder / name).copy(os.path.join(local, name))
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True)
-        except (OSError, ValueError, ImportError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{folder}: the tokenizer does not open ({reason})") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{folder}: the tokenizer has no end-of-sequence token; is it a T5 tokenizer?")
-    return tokenizer

@@ -23,20 +23,16 @@ from imagen_jax.data import records
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.sources import open_source
-from imagen_jax.errors import UserError
+from imagen_jax.errors import UnknownTokensWarning, UserError
 from imagen_jax.files import make_folder
 from imagen_jax.limits import MAX_COUNT, MAX_PROCESSES, MAX_TEXT_LENGTH, shown
 from imagen_jax.lock import FolderLock
 from imagen_jax.text import job_folder, shards
 from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
-from imagen_jax.text.store import BLOCK_SIZE, EmbeddingDtype
+from imagen_jax.text.store import BLOCK_SIZE, WHOLE_LENGTH, EmbeddingDtype
 
 _PICTURE_THREADS = 8  # that check pictures
 _MAX_UNKNOWN = 0.05  # share of unknown tokens above which captions and encoder do not fit each other
-
-
-class UnknownTokensWarning(UserWarning):
-    """The text encoder's vocabulary lacks much of the captions."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +47,7 @@ class PrecomputeConfig:
     text_encoder: str  # folder or hub id
     out: str  # record folder, local or cloud
     split: str = "train"  # name of the split; a folder may hold several, made one after the other
-    max_length: int = 128  # tokens; longer captions are cut off
+    max_length: int = 128  # tokens; longer captions are cut (`cut_embedding`)
     dtype: EmbeddingDtype = EmbeddingDtype.BFLOAT16  # of the stored embeddings
     num_shards: int | None = None  # files; None: by the size of the source, about 1000 pictures each
     name: str = "captions"  # of the data set: the first part of the file names
@@ -65,6 +61,10 @@ class PrecomputeConfig:
         """Checks the values."""
         if self.max_length < 1:
             raise UserError(f"--max_length: must be at least 1, got {self.max_length}")
+        if self.max_length > WHOLE_LENGTH:
+            raise UserError(
+                f"--max_length: the text encoder sees at most {WHOLE_LENGTH} tokens, got {self.max_length}"
+            )
         if self.num_shards is not None and not 1 <= self.num_shards <= 99_999:
             raise UserError(f"--num_shards: must be from 1 to 99999, got {self.num_shards}")
         if self.min_side is not None and self.min_side < 1:
@@ -97,6 +97,7 @@ class Summary:
     captions: int  # records of the complete shards
     tokens: int  # of all captions
     unknown: int  # of these, tokens that the encoder's vocabulary lacks
+    cut: int  # captions with more tokens than are stored
     encoded: int  # tokens of the captions that were encoded: those distinct within a shard
     computed: int  # tokens the encoder computed for them, padding included
     skipped: Mapping[str, int]  # samples by reason
@@ -419,6 +420,7 @@ def precompute(config: PrecomputeConfig, *, encoder: Encoder | None = None) -> S
         captions=sum(report.records for report in done),
         tokens=sum(report.tokens for report in done),
         unknown=sum(report.unknown for report in done),
+        cut=sum(report.cut for report in done),
         encoded=sum(report.encoded for report in done),
         computed=sum(report.computed for report in done),
         skipped=dict(_skipped(done)),

@@ -10,7 +10,7 @@ import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from etils import epath
@@ -80,6 +80,7 @@ class ShardReport:
     encoded: int = 0  # tokens of the distinct captions, which were encoded
     computed: int = 0  # tokens the encoder computed for them, padding included
     identity: EncoderIdentity | None = None  # what the encoder does; None: not known
+    cut: int = 0  # records whose caption has more tokens than are stored
     samples: int | None = None  # that the source gave: used or skipped; None: not counted when it was made
 
     @classmethod
@@ -95,6 +96,14 @@ class ShardReport:
         json_field(content, "skipped", list, where)
         identity = identity_from_json(content.pop("identity", None), f"{where}: identity")
         return cls(**content, identity=identity)
+
+
+class _Embedded(NamedTuple):
+    """What a shard needs of a caption."""
+
+    stored: StoredEmbedding
+    unknown: int  # tokens that the encoder's vocabulary lacks
+    cut: bool  # whether it has more tokens than are stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,9 +193,9 @@ class ShardWriter:
     def write(self, shard: str, unit: Any, pool: ThreadPoolExecutor) -> ShardReport:
         """Writes the shard of one unit; it counts as complete once its report is written, too."""
         skipped: list[Skipped] = []
-        known: dict[str, tuple[StoredEmbedding, int]] = {}
+        known: dict[str, _Embedded] = {}
         hashes: list[int] = []
-        tokens = unknown = encoded = computed = samples = used = 0
+        tokens = unknown = encoded = computed = cut = samples = used = 0
         with TFRecordWriter(self._out / shard, tag=self._tag) as writer:
             for window in _windows(self._source.read(unit)):
                 examples = _usable(window, skipped, pool, self._settings)
@@ -196,7 +205,7 @@ class ShardWriter:
                 encoded, computed = encoded + counts.useful, computed + counts.computed
                 for example in examples:
                     for number, caption in enumerate(example.captions):
-                        embedding, unknown_tokens = found[caption]
+                        embedding = found[caption].stored
                         key = f"{example.key}#{number}" if number else example.key
                         record = records.Record(
                             key=key,
@@ -208,7 +217,8 @@ class ShardWriter:
                         writer.write(records.serialize(record))
                         hashes.append(records.key_hash(key))
                         tokens += len(embedding.values)
-                        unknown += unknown_tokens
+                        unknown += found[caption].unknown
+                        cut += found[caption].cut
         if samples != used + len(skipped) or writer.num_records < used:
             raise RuntimeError(
                 f"{shard}: of {samples} samples {used} were used ({writer.num_records} records) "
@@ -227,24 +237,28 @@ class ShardWriter:
             unknown=unknown,
             encoded=encoded,
             computed=computed,
+            cut=cut,
             identity=self._encoder.identity,
             samples=samples,
         )
 
     def _embed(
-        self, captions: Sequence[str], known: dict[str, tuple[StoredEmbedding, int]]
-    ) -> tuple[dict[str, tuple[StoredEmbedding, int]], TokenCounts]:
-        """Embeddings and unknown tokens of a window's captions; those seen before come from `known`."""
+        self, captions: Sequence[str], known: dict[str, _Embedded]
+    ) -> tuple[dict[str, _Embedded], TokenCounts]:
+        """Embeddings of a window's captions, and what they took; those seen before come from `known`."""
         new = [caption for caption in dict.fromkeys(captions) if caption not in known]
         found = {caption: known[caption] for caption in captions if caption in known}
         counts = TokenCounts(unknown=(), useful=0, computed=0)
         if new:
             counts = self._encoder.count_tokens(new, max_length=self._settings.max_length)
-            for caption, embedding, unknown in zip(new, self._encode(new), counts.unknown, strict=True):
-                found[caption] = (embedding, unknown)
-        remembered = sum(embedding.nbytes for embedding, _ in known.values())
+            cut = counts.cut or (False,) * len(new)
+            for caption, stored, unknown, is_cut in zip(
+                new, self._encode(new), counts.unknown, cut, strict=True
+            ):
+                found[caption] = _Embedded(stored=stored, unknown=unknown, cut=is_cut)
+        remembered = sum(each.stored.nbytes for each in known.values())
         for caption in new:
-            remembered += found[caption][0].nbytes
+            remembered += found[caption].stored.nbytes
             if remembered > MEMORY:
                 break
             known[caption] = found[caption]

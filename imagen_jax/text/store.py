@@ -8,7 +8,20 @@ from jaxtyping import BFloat16, Float, Float32, Int8
 
 from imagen_jax.data.records import BLOCK_SIZE, EmbeddingDtype, dequantise, quantise
 
-__all__ = ["BLOCK_SIZE", "EmbeddingDtype", "StoredEmbedding", "TokenCounts", "dequantise", "pack", "quantise"]
+__all__ = [
+    "BLOCK_SIZE",
+    "WHOLE_LENGTH",
+    "EmbeddingDtype",
+    "StoredEmbedding",
+    "TokenCounts",
+    "dequantise",
+    "pack",
+    "quantise",
+]
+
+# Tokens of a text that the encoder sees, </s> included: as many as T5 was trained with. What is kept of them is cut
+# from the embeddings (`cut_embedding`), so that it is the same whatever was cut before.
+WHOLE_LENGTH = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,8 +29,9 @@ class TokenCounts:
     """What it takes to encode some captions."""
 
     unknown: tuple[int, ...]  # tokens of each caption that the vocabulary lacks
-    useful: int  # tokens of the distinct captions
+    useful: int  # tokens of the distinct captions, before they are cut
     computed: int  # tokens of the batches that encode them, padding included
+    cut: tuple[bool, ...] = ()  # of each caption, whether it has more tokens than are kept; (): not counted
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

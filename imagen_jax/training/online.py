@@ -15,11 +15,15 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.data.encoder_identity import EncoderIdentity
-from imagen_jax.data.pipeline import Batch, Batches
+from imagen_jax.data.pipeline import CUT_TEXTS, Batch, Batches, TextCount
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.store import WHOLE_LENGTH
 
-_SHORTEST = 8  # tokens: lengths that are compiled are this, doubled until it is max_length
+PADDING = -1  # no id of a token
+_SHORTEST = (
+    8  # tokens: lengths that are compiled are this, doubled until it is max_length, and for longer texts on
+)
 
 
 class OnlineText:
@@ -89,24 +93,29 @@ class OnlineText:
     def tokenize(
         self, captions: Sequence[str]
     ) -> tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch max_length"]]:
-        """Token ids, padded to one of few lengths, and the mask at the training step's length.
+        """Token ids, padded with `PADDING` to one of few lengths, and the mask at the training step's length.
 
-        The length is a function of the captions only, so that a batch has the same embeddings whenever it is
-        made.
+        Texts are whole, up to `WHOLE_LENGTH` tokens: it is their embeddings that are cut. The length is a function
+        of the captions only, so that a batch has the same embeddings whenever it is made.
         """
         if self._padded:
             captions = [caption.lower().strip() for caption in captions]
-        rows = self._encoder.tokenize(captions, self._max_length)
-        # Padding that counts as text has to be there.
-        shortest = self._max_length if self._padded else _SHORTEST
-        longest, length = max(map(len, rows)), min(shortest, self._max_length)
+        # DeepFloyd cuts tokens, and its padding, which counts as text, has to be there.
+        rows = self._encoder.tokenize(captions, self._max_length if self._padded else WHOLE_LENGTH)
+        longest = max(map(len, rows))
+        length = self._max_length if self._padded else min(_SHORTEST, self._max_length)
         while length < longest:
-            length = min(2 * length, self._max_length)
-        tokens = np.zeros((len(rows), length), np.int32)
+            # No longer than the training step's where that is enough.
+            length = min(2 * length, self._max_length if length < self._max_length else WHOLE_LENGTH)
+        tokens = np.full((len(rows), length), PADDING, np.int32)
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = ids
         mask = np.arange(self._max_length) < np.array([[len(ids)] for ids in rows])
         return tokens, mask
+
+    def count_cut(self, captions: Sequence[str]) -> int:
+        """How many captions have more tokens than the training step's text."""
+        return sum(self._encoder.tokenizer.is_longer(captions, self._max_length))
 
     def embed(
         self, tokens: Int[np.ndarray, "local_batch length"], mask: Bool[np.ndarray, "local_batch max_length"]
@@ -115,8 +124,8 @@ class OnlineText:
 
         Returns without waiting for the devices.
         """
-        placed, whole = jax.device_put((tokens, mask), self._local)
-        text = self._finish(self._encoder.encode_tokens(placed, whole[:, : tokens.shape[1]]), whole)
+        ids, whole, kept = jax.device_put((np.maximum(tokens, 0), tokens != PADDING, mask), self._local)
+        text = self._finish(self._encoder.encode_tokens(ids, whole), whole, kept)
         if jax.process_count() == 1:
             return text
         shape = (text.shape[0] * jax.process_count(), *text.shape[1:])
@@ -142,12 +151,18 @@ def _finish(
     max_length: int,
     padded: bool,
     text: Float[Array, "batch length width"],
+    whole: Bool[Array, "batch length"],
     mask: Bool[Array, "batch max_length"],
 ) -> Float[Array, "batch max_length width"]:
-    """Pads to the length of the training step, with zeros as stored embeddings are, unless padding counts."""
+    """Pads, with zeros as stored embeddings are, or cuts to the length of the training step; not if padding counts."""
     if padded:
         return text
-    longer = jnp.pad(text, ((0, 0), (0, max_length - text.shape[1]), (0, 0)))
+    length = text.shape[1]
+    if length > max_length:  # as `cut_embedding`: the end token comes last
+        last = jnp.maximum(jnp.sum(whole, axis=1), max_length) - 1
+        ends = jnp.take_along_axis(text, last[:, None, None], axis=1)
+        text = jnp.concatenate([text[:, : max_length - 1], ends], axis=1)
+    longer = jnp.pad(text, ((0, 0), (0, max(0, max_length - length)), (0, 0)))
     return jnp.where(mask[:, :, None], longer, 0)
 
 
@@ -158,11 +173,15 @@ class TokenizedBatches(Iterator[Batch]):
       batches: with captions; closed together with this.
       online: whose tokenizer.
       ahead: batches made ahead.
+
+    Attributes:
+      texts: those of the batches that were taken.
     """
 
     def __init__(self, batches: Batches, online: OnlineText, *, ahead: int):
         self._batches, self._online, self._ahead = batches, online, ahead
         self.count = batches.count
+        self.texts = TextCount()
         # One thread: the order of the batches is theirs.
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="tokenizer")
         self._waiting: collections.deque[Future[Batch]] = collections.deque()
@@ -170,12 +189,16 @@ class TokenizedBatches(Iterator[Batch]):
     def __next__(self) -> Batch:
         while len(self._waiting) < self._ahead + 1:
             self._waiting.append(self._pool.submit(self._make))
-        return self._waiting.popleft().result()
+        batch = self._waiting.popleft().result()
+        self.texts.add(batch)
+        return batch
 
     def _make(self) -> Batch:
         batch: dict[str, Any] = dict(next(self._batches))
         batch.pop("text", None)  # of the encoder that made the records, if there was one
-        batch["tokens"], batch["text_mask"] = self._online.tokenize(batch.pop("caption"))
+        captions = batch.pop("caption")
+        batch["tokens"], batch["text_mask"] = self._online.tokenize(captions)
+        batch[CUT_TEXTS] = self._online.count_cut(captions)
         return batch
 
     def close(self) -> None:

@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
-from imagen_jax.data.pipeline import Batches, PipelineConfig, embedding_width, open_batches, record_count
+from imagen_jax.data.pipeline import (
+    Batches,
+    PipelineConfig,
+    TextCount,
+    embedding_width,
+    open_batches,
+    record_count,
+)
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
@@ -327,6 +334,7 @@ class _Run:
         )
         self._grid: SampleGrid | None = None
         self._held_out: HeldOutLoss | None = None
+        self._said_cut = False
         self._best: float | None = None  # newest value of the metric by which the best checkpoints are kept
 
     def loop(
@@ -362,6 +370,7 @@ class _Run:
                 self._log(step, values, state, seen | {"enlarged": batches.count.enlarged_share})
                 if warning := batches.count.warning():
                     self.metrics.say(warning)
+                self._say_cut(batches.texts)
             if step % loop.checkpoint_every == 0 or last:
                 self._save(step, state)
             if stopping:
@@ -396,6 +405,13 @@ class _Run:
         self._best = numbers.get(self.config.train.best_metric, self._best)
         self.metrics.log(step, numbers)
         self.checkpoints.check()
+
+    def _say_cut(self, texts: TextCount) -> None:
+        """Says once, when there are some, how many captions the stage does not see the end of."""
+        if texts.cut and not self._said_cut:
+            self._said_cut = True
+            length = self.config.stage.max_text_length
+            self.metrics.say(f"{texts} so far are cut: config.stage.max_text_length={length} tokens")
 
     def _save(self, step: int, state: TrainState) -> None:
         """Begins to save; waits for the save before this one, if it is still going on."""

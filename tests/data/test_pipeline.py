@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from imagen_jax.data import records
+from imagen_jax.data import pipeline, records
 from imagen_jax.data.pipeline import (
     PipelineConfig,
     RecordSource,
@@ -97,6 +97,20 @@ def assert_same(a, b):
 
 def numbers(batch):
     return [int(key.split()[1]) for key in batch["key"]]
+
+
+def test_texts_that_are_cut_end_rightly_and_are_counted(folder):
+    with open_batches(config(folder, shuffle=False, batch_size=5, max_text_length=3)) as batches:
+        for _ in range(3):
+            batch = next(batches)
+            assert not [name for name in batch if "cut" in name]
+        # Of five texts of 1, 2, 3, 4 and 5 tokens two are cut.
+        assert (batches.texts.seen, batches.texts.cut) == (15, 6)
+        assert str(batches.texts) == "6 of 15 captions (40 %)"
+    embeddings = [np.arange(n * 2).reshape(n, 2).astype(ml_dtypes.bfloat16) for n in (2, 3, 7)]
+    text, mask = pipeline._pad_texts(embeddings, 3)
+    assert text[:, :, 0].astype(int).tolist() == [[0, 2, 0], [0, 2, 4], [0, 2, 12]]
+    assert mask.sum(1).tolist() == [2, 3, 3]
 
 
 def test_what_a_batch_holds(folder):
@@ -302,6 +316,15 @@ def test_missing_embedding_is_named(folder, tmp_path):
         UserError, match=rf"^{tmp_path}: no embedding of the key 'key 11' \(.*-of-00003, byte"
     ):
         take(config(folder), 6, embeddings=tmp_path)
+
+
+def test_a_key_index_of_another_folder_is_refused(folder, tmp_path):
+    """Its numbers come from a file, and are no records of this one."""
+    write_embeddings(tmp_path, list(range(COUNT)), dtype="bfloat16")
+    index = np.load(tmp_path / "keys-train.npy")
+    np.save(tmp_path / "keys-train.npy", np.stack([index[0], index[1] + np.uint64(COUNT)]))
+    with pytest.raises(UserError, match=rf"the key index has record \d+ of {COUNT}; run"):
+        take(config(folder), 1, embeddings=tmp_path)
 
 
 def test_folders_in_the_wrong_places_are_named(folder, tmp_path):

@@ -47,6 +47,17 @@ def test_config_survives_the_way_there_and_back():
         ("up_block_types", ["SimpleCrossAttnUpBlock2D"] * 2),
         ("encoder_hid_dim", None),
         ("block_out_channels", None),
+        ("block_out_channels", [32, "64"]),
+        ("block_out_channels", [33, 64]),
+        ("down_block_types", 5),
+        ("up_block_types", [[], {}]),
+        ("layers_per_block", 0),
+        ("attention_head_dim", [[8], [8]]),
+        ("only_cross_attention", "yes"),
+        ("time_embedding_dim", "128"),
+        ("resnet_out_scale_factor", "1"),
+        ("resnet_skip_time_act", 1),
+        ("act_fn", ["gelu"]),
     ],
 )
 def test_unsupported_flags_are_named(flag, value):

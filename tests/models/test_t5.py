@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -208,11 +209,55 @@ def test_config_of_each_family():
         ({"model_type": "clip"}, "'clip' is not a T5 encoder"),
         ({"d_model": None}, "d_model is None"),
         ({"feed_forward_proj": "gated-tanh"}, "'gated-tanh' is not supported"),
+        ({"feed_forward_proj": 1}, "feed_forward_proj"),
+        ({"num_heads": True}, "num_heads is True"),
+        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"relative_attention_num_buckets": "32"}, "num_buckets"),
+        ({"relative_attention_num_buckets": 6}, "num_buckets must be a multiple of 4"),
+        ({"layer_norm_epsilon": float("nan")}, "norm_epsilon"),
+        (
+            {"quantization_config": {"load_in_8bit": True}},
+            "config.json has quantization_config: .* quantised",
+        ),
+        ({"compression_config": {}}, "config.json has compression_config"),
     ],
 )
 def test_other_configs_are_refused(change, message):
     with pytest.raises(UserError, match=message):
         t5.T5Config.from_dict(HUB | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"encoder.final_layer_norm.weight": np.ones(24, np.int8)},
+            r"final_layer_norm\.weight is int8.*quantised",
+        ),
+        (
+            {"encoder.block.0.layer.0.SelfAttention.q.SCB": np.ones(15, np.float32)},
+            r"q\.SCB \(F32\) belongs to",
+        ),
+        (
+            {"encoder.block.0.layer.0.SelfAttention.q.bias": np.ones(15, np.float32)},
+            "unexpected tensor .*q.bias",
+        ),
+    ],
+)
+def test_weights_that_are_more_or_other_than_a_t5s_are_refused(change, message, tmp_path):
+    generator, sources = np.random.default_rng(0), t5_sources(CONFIG, frozenset({"shared.weight"}))
+    tensors = {}
+    for name, leaf in t5_shapes(CONFIG).items():
+        for theirs in sources[name].names:
+            shape = leaf.shape[1:] if sources[name].stacked else leaf.shape
+            tensors[theirs] = generator.standard_normal(shape).astype(np.float32)
+    (tmp_path / "config.json").write_text(json.dumps(HUB | {"feed_forward_proj": "gated-gelu"}))
+    ignored = {"decoder.final_layer_norm.weight": np.ones(24, np.float32)}
+    save_file(tensors | ignored, tmp_path / "model.safetensors")
+    load_t5(tmp_path)
+    save_file(tensors | change, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_t5(tmp_path)
 
 
 def test_a_folder_without_a_config_is_named(tmp_path):

@@ -153,6 +153,41 @@ def test_other_networks_are_refused(tmp_path, change, message):
         load_state(abstract_state(), tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, ml_dtypes.float8_e4m3fn])
+def test_numbers_that_are_not_the_parameters_are_refused(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    save_state(make_state(), path)
+    save_file(load_file(path) | {"low": np.ones((2, 3), dtype)}, path)
+    with pytest.raises(UserError, match=rf"{path}: tensor low .*quantised") as caught:
+        load_state(abstract_state(), path)
+    assert "\n" not in str(caught.value)
+    # The other way round a fraction would be cut off.
+    save_state({"ids": jnp.linspace(0, 1, 3)}, path)
+    with pytest.raises(UserError, match="tensor ids is float32, expected int32"):
+        load_state({"ids": jax.ShapeDtypeStruct((3,), jnp.int32)}, path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("blocks.0.SCB", "blocks.0.kernel.absmax", "blocks.0.kernel.quant_state.bitsandbytes__nf4"),
+        *(
+            "blocks.0.qweight",
+            "blocks.0.scales",
+            "blocks.0.weight_scale",
+            "blocks.0.scale_weight",
+            "scaled_fp8",
+        ),
+    ],
+)
+def test_what_belongs_to_quantised_weights_is_named(tmp_path, name):
+    path = tmp_path / "x.safetensors"
+    save_state(make_state(), path)
+    save_file(load_file(path) | {name: np.ones(3, np.float32)}, path)
+    with pytest.raises(UserError, match=rf"tensor {name} \(F32\) belongs to quantised weights"):
+        load_state(abstract_state(), path)
+
+
 def test_random_keys_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="key has dtype"):
         save_state({"key": jax.random.key(0)}, tmp_path / "x.safetensors")
@@ -221,6 +256,58 @@ def test_unreadable_places_give_one_line(tmp_path):
     (tmp_path / "x.index.json").write_text('{"weight_map": {"a": "../../secret.bin"}}')
     with pytest.raises(UserError, match="is not a safetensors file beside the index"):
         SafetensorsReader(tmp_path / "x.index.json")
+
+
+BAD_HEADERS = {
+    "a list": b"[1, 2]",
+    "no JSON": b'{"x": ',
+    "a tensor that is a number": b'{"x": 3}',
+    "a dtype that is a number": b'{"x": {"dtype": 1, "shape": [1], "data_offsets": [0, 4]}}',
+    "a shape of words": b'{"x": {"dtype": "F32", "shape": ["a"], "data_offsets": [0, 4]}}',
+    "a negative shape": b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}',
+    "offsets beyond the file": b'{"x": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}',
+    "offsets that are not the shape's": b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+}
+
+
+@pytest.mark.parametrize("kind", BAD_HEADERS)
+def test_bad_headers_give_one_line(tmp_path, kind):
+    header, path = BAD_HEADERS[kind], tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(UserError, match=rf"^{path}: ") as caught:
+        SafetensorsReader(tmp_path).read("x")
+    assert "\n" not in str(caught.value)
+    for size in (0, 7, 2**63):  # of the header: cut off, or larger than any file
+        path.write_bytes(size.to_bytes(8, "little")[: max(size, 1)])
+        with pytest.raises(UserError, match=rf"^{path}: not a readable safetensors file"):
+            SafetensorsReader(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight_map": ["model.safetensors"]}, "'weight_map' must be an object"),
+        ({"weight_map": {"x": 3}}, "weight_map: 'x' must be a text, got 3"),
+        ({"weight_map": {"x": "../model.safetensors"}}, "is not a safetensors file beside the index"),
+        ({"weight_map": {"x": "/model.safetensors"}}, "is not a safetensors file beside the index"),
+        ({"weights": {}}, "no weight_map"),
+        ([], "must be a JSON object"),
+    ],
+)
+def test_bad_indices_give_one_line(tmp_path, content, message):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message) as caught:
+        SafetensorsReader(tmp_path)
+    assert str(caught.value).startswith(str(index)) and "\n" not in str(caught.value)
+
+
+def test_git_lfs_pointers_are_named(tmp_path):
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4242\n"
+    for name in ("model.safetensors.index.json", "model.safetensors"):
+        (tmp_path / name).write_text(pointer)
+        with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer, not the file; run git lfs pull"):
+            SafetensorsReader(tmp_path)
 
 
 def test_sources_permute_stack_and_slice(tmp_path):

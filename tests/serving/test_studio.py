@@ -131,6 +131,14 @@ def test_what_cannot_be_drawn_is_refused_at_once(studio):
     assert studio.gallery() == []
 
 
+def test_the_page_says_what_the_stages_do_not_see(studio, model):
+    assert studio.submit(request()).warnings == []
+    job = studio.submit(request("two green triangles and a purple ring"))
+    unknown, cut = job.warnings
+    assert unknown.endswith("words unknown to the text encoder: and, purple, ring")
+    assert cut.endswith("is cut to the 6 tokens of base and sr; left out: 'purple ring'")
+
+
 def test_a_picture_that_is_there_is_not_drawn_again(studio, model, tmp_path):
     model.go.release(100)
     changed = request(seed=5, overrides=(SamplingOverrides(steps=7), SamplingOverrides()))

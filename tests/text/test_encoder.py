@@ -10,10 +10,13 @@ import pytest
 from etils import epath
 
 from imagen_jax.cache import cache_folder
+from imagen_jax.data.pipeline import _pad_texts
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoder as encoder_module
+from imagen_jax.text import tokenizer as tokenizer_module
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.small import make_small_encoder
+from imagen_jax.text.tokenizer import CaptionTokenizer
 
 COLORS = ["red", "green", "blue", "yellow", "black", "white", "purple", "orange"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "ring"]
@@ -74,6 +77,26 @@ def test_long_texts_are_cut_and_bucketed(encoder):
     assert long.shape == (270, 96)
     for length, bucket in [(1, 4), (8, 8), (9, 10), (77, 80), (256, 256), (257, 512), (700, 768)]:
         assert encoder_module._padded_length(length) == bucket
+
+
+def test_what_is_stored_and_cut_is_what_is_drawn(encoder):
+    """At whatever lengths a text is cut on its way, each token's embedding is that of the whole text."""
+    text = " ".join(CAPTIONS[:20])  # 141 tokens with </s>
+    (whole,) = encoder.encode([text], max_length=512)
+    (stored,) = encoder.encode([text], max_length=128)
+    for length in (1, 2, 10, 127, 128):
+        (drawn,) = encoder.encode([text], max_length=length)
+        np.testing.assert_array_equal(drawn, np.concatenate([whole[: length - 1], whole[-1:]]))
+        padded, mask = _pad_texts([stored.astype(ml_dtypes.bfloat16)], length)
+        np.testing.assert_array_equal(padded[0], drawn.astype(ml_dtypes.bfloat16))
+        assert mask.all()
+    # Beyond what the encoder sees, words have no say; before it all have.
+    (much,) = encoder.encode([f"{text} " * 4], max_length=8)
+    (more,) = encoder.encode([f"{text} " * 5], max_length=8)
+    np.testing.assert_array_equal(much, more)
+    assert np.abs(much[-1] - encoder.encode([f"{text} " * 2], max_length=8)[0][-1]).max() > 1e-3
+    with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
+        encoder.encode(["a"], max_length=0)
 
 
 def test_few_shapes_are_compiled(folder):
@@ -149,6 +172,11 @@ def test_token_counts(encoder):
     assert counts.computed == 8 * 4  # one batch of 8 rows: three of 1 row would cost more to start
     assert encoder.count_tokens(["zebra quagga"], max_length=2).unknown == (1,)
     assert encoder.count_tokens([], max_length=2).computed == 0
+    # Whole texts are computed, whatever is kept of them.
+    counts = encoder.count_tokens(["a red circle", "a red zebra star", "word " * 600], max_length=4)
+    assert counts.cut == (False, True, True) and counts.unknown == (0, 1, 3)
+    assert counts.useful == 4 + 5 + 512 and counts.computed == 8 * 6 + 512
+    assert encoder.count_tokens(["a " * 511, "a " * 512], max_length=512).cut == (False, True)
 
 
 def test_bfloat16_encoder_is_close(folder, encoder):
@@ -207,10 +235,10 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'clip' is not a T5 encoder"):
         TextEncoder.load(tmp_path)
     importlib.import_module("transformers").AutoTokenizer  # noqa: B018 - loaded before a library is hidden from it
-    monkeypatch.setattr(encoder_module.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(tokenizer_module.importlib.util, "find_spec", lambda _: None)
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(UserError, match="pip install sentencepiece"):
-        encoder_module._load_tokenizer(epath.Path(tmp_path))
+        CaptionTokenizer.load(epath.Path(tmp_path), epath.Path(tmp_path), rows=9)
 
 
 def offline(*_, **__):

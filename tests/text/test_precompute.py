@@ -379,6 +379,30 @@ def test_long_captions_are_cut(tmp_path, source):
     assert {len(record.text_embedding) for shard in parsed(tmp_path / "out") for record in shard} == {2}
 
 
+def test_captions_that_are_cut_are_counted(tmp_path, source, capsys):
+    class Counting(FakeEncoder):
+        def count_tokens(self, captions, *, max_length):
+            counts = super().count_tokens(captions, max_length=max_length)
+            return dataclasses.replace(counts, cut=tuple(len(c.split()) + 1 > max_length for c in captions))
+
+    settings = config(tmp_path, source, max_length=3)
+    summary = precompute(settings, encoder=Counting())
+    assert summary.cut == summary.captions == 17  # "caption number 3" and </s>
+    cli._print_summary(settings, summary)
+    assert "cut at --max_length=3: 17 captions (100 %)" in capsys.readouterr().out
+    # From the reports; older ones do not say.
+    assert precompute(settings, encoder=None).cut == 17
+    for path in (tmp_path / "out" / "job").glob("*.json"):
+        report = json.loads(path.read_text())
+        del report["cut"]
+        path.write_text(json.dumps(report))
+    assert precompute(settings, encoder=None).cut == 0
+    fits = precompute(config(tmp_path, source, max_length=4, out=str(tmp_path / "fits")), encoder=Counting())
+    assert fits.cut == 0
+    cli._print_summary(settings, fits)
+    assert "cut at" not in capsys.readouterr().out
+
+
 def test_limit(tmp_path, source):
     assert precompute(config(tmp_path, source, limit=9), encoder=FakeEncoder()).captions == 7
 
@@ -430,6 +454,7 @@ def test_full_disk_then_the_same_command_again(tmp_path, source, monkeypatch, me
         ({"name": "a-b"}, "--name"),
         ({"split": "a b"}, "--split"),
         ({"limit": 0}, "--limit"),
+        ({"max_length": 513}, "--max_length"),
         ({"num_processes": 0}, "--num_processes"),
         ({"num_processes": 2, "process_index": 2}, "--process_index"),
         ({"process_index": -1}, "--process_index"),

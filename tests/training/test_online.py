@@ -2,13 +2,14 @@
 
 import json
 import re
+import types
 
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
 
-from imagen_jax.data.pipeline import open_batches
+from imagen_jax.data.pipeline import TextCount, open_batches
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
@@ -17,7 +18,14 @@ from imagen_jax.training.metrics import MetricsWriter
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.state import init_state, make_optimizer
 from imagen_jax.training.train_step import make_train_step
-from imagen_jax.training.trainer import check_data, device_batch, pipeline_config, train, training_batches
+from imagen_jax.training.trainer import (
+    _Run,
+    check_data,
+    device_batch,
+    pipeline_config,
+    train,
+    training_batches,
+)
 
 RECORDS = 96  # as many as the split has
 STEPS = 8
@@ -63,7 +71,27 @@ def test_embeddings_are_the_encoders(online, text_encoder):
 
 def test_few_lengths_are_compiled(online):
     lengths = {online.tokenize(["circle " * count])[0].shape[1] for count in range(30)}
-    assert lengths == {8, 16, LENGTH}
+    assert lengths == {8, 16, LENGTH, 2 * LENGTH}
+    assert online.tokenize(["circle " * 900])[0].shape[1] == 512
+
+
+def test_texts_longer_than_the_steps_are_cut_as_everywhere(online, text_encoder):
+    captions = [
+        "a red circle",
+        "a small blue square left of a large green circle " * 3,
+        "circle " * (LENGTH - 1),
+        "",
+    ]
+    assert online.count_cut(captions) == 1
+    tokens, mask = online.tokenize(captions)
+    text = np.asarray(online.embed(tokens, mask))
+    host, host_mask = online.encode(captions)
+    reference = TextEncoder.load(text_encoder)
+    for row, real, expected in zip(text, mask, reference.encode(captions, max_length=LENGTH), strict=True):
+        np.testing.assert_allclose(row[real], expected, atol=1e-5)
+        assert not row[~real].any()
+    np.testing.assert_allclose(text, host, atol=1e-5)
+    assert np.array_equal(mask, host_mask) and mask.sum(1).tolist() == [4, LENGTH, LENGTH, 1]
 
 
 def test_batches_keep_their_order_and_the_thread_ends(online, config):
@@ -77,6 +105,7 @@ def test_batches_keep_their_order_and_the_thread_ends(online, config):
             assert np.array_equal(batch["index"], wanted["index"])
             assert np.array_equal(batch["tokens"], tokens) and np.array_equal(batch["text_mask"], mask)
             assert "text" not in batch
+        assert (batches.texts.seen, batches.texts.cut) == (5 * len(wanted["index"]), 0)
     with pytest.raises(RuntimeError, match="shutdown"):
         next(batches)
 
@@ -181,3 +210,12 @@ def test_errors_name_the_field(config, make_config, tmp_path, text_encoder):
         train(config("data.text_encoder=./nowhere"), tmp_path)
     with pytest.raises(UserError, match=re.escape(f"text_encoder={text_encoder} exclude each other")):
         make_config("base", f"data.text_encoder={text_encoder}", "data.embeddings=elsewhere")
+
+
+def test_cut_captions_are_said_once(make_config):
+    run, said = object.__new__(_Run), []
+    run.config, run._said_cut = make_config("base"), False
+    run.metrics = types.SimpleNamespace(say=said.append)
+    for cut in (0, 3, 5):
+        run._say_cut(TextCount(seen=1000, cut=cut))
+    assert said == ["3 of 1000 captions (0.3 %) so far are cut: config.stage.max_text_length=6 tokens"]
