@@ -146,6 +146,20 @@ def check_regular(path: epath.PathLike) -> None:
         raise UserError(f"{path}: a pipe or a device, not a file")
 
 
+def exists(path: epath.PathLike) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+      UserError: its kind of address ("http://") is not read, or its storage does not answer; names it.
+    """
+    try:
+        return epath.Path(path).exists()
+    except KeyError:
+        raise UserError(f"{path}: this kind of address is not read; copy the file to this machine") from None
+    except Exception as error:  # the libraries of cloud storage have errors of their own
+        raise UserError(f"{path}: {error}") from error
+
+
 def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:
     """Reads a whole file.
 
@@ -162,6 +176,8 @@ def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:
         if limit is not None and (size := int(path.stat().length)) > limit:
             raise UserError(f"{path}: {size} bytes, where at most {limit} are read")
         return path.read_bytes()
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except (OSError, ValueError) as error:

@@ -6,9 +6,30 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
+from imagen_jax.errors import UserError
 from imagen_jax.text.encoder import TextEncoder
 
-MEMORY_BYTES = 2**30  # of embeddings that are kept
+MEMORY_BYTES = 2**28  # of embeddings that are kept
+
+
+def check_prompt(text: object, name: str = "prompt") -> None:
+    """Refuses what is no text that a tokenizer, a file's name and a record can take.
+
+    Args:
+      text: the prompt.
+      name: what to call it in messages.
+
+    Raises:
+      UserError: it is no string, or holds half a character (a lone surrogate).
+    """
+    if not isinstance(text, str):
+        raise UserError(f"the {name} must be a text, got {text!r:.80}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the {name} holds half a character (a lone surrogate) at character {error.start + 1}"
+        ) from None
 
 
 class PromptEncoder:
