@@ -1,7 +1,8 @@
 """What sampling remembers from one run to the next: compiled programs, below the user's cache folder.
 
 FOLDER/programs holds the text encoder's and the stages' programs as the compiler made them (`executables`). FOLDER/xla
-is JAX's persistent compilation cache, for all other programs.
+is JAX's persistent compilation cache, for all other programs. What was used longest ago is removed from both beyond a
+certain size: every setting, length of prompt, version and machine that shares the folder has programs of its own.
 """
 
 import contextlib
@@ -42,6 +43,8 @@ _SETTINGS = (
     "jax_threefry_partitionable",
     "jax_use_shardy_partitioner",
 )
+MAX_PROGRAMS = 128  # files in FOLDER/programs
+MAX_BYTES = 4 * 2**30  # in either folder
 _one_compiles = threading.Lock()
 
 
@@ -77,6 +80,8 @@ def enable_compilation_cache(folder: Path | None) -> None:
     """Lets JAX keep compiled programs in FOLDER/xla, unless it was told of another place already."""
     if folder is None or _setting("jax_compilation_cache_dir"):
         return
+    # JAX's own limit would have it lock the folder at every program.
+    remove_oldest(folder / "xla", most_bytes=MAX_BYTES)
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     # A stage's start-up also has many small programs; together they take as long as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -150,20 +155,48 @@ def program_key(description: Any, devices: Sequence[jax.Device]) -> str:
     return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
 
+def remove_oldest(folder: Path, *, most_bytes: int, most_files: int | None = None) -> None:
+    """Removes the files of a folder that were used longest ago.
+
+    Args:
+      folder: that may be missing; folders in it stay.
+      most_bytes: that stay.
+      most_files: that stay; None: any number.
+    """
+    found = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):  # another process has removed it
+                if entry.is_file(follow_symlinks=False):
+                    stat = entry.stat(follow_symlinks=False)
+                    found.append((max(stat.st_mtime_ns, stat.st_atime_ns), stat.st_size, entry.path))
+    files, total = 0, 0
+    for _, size, path in sorted(found, reverse=True):
+        if total + size <= most_bytes and (most_files is None or files < most_files):
+            files, total = files + 1, total + size
+        else:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
 def load_program(folder: Path, key: str) -> bytes | None:
     """A program's bytes; None if there is none that can be read whole."""
+    path = folder / "programs" / key
     try:
-        content = (folder / "programs" / key).read_bytes()
+        content = path.read_bytes()
     except OSError:
         return None
+    with contextlib.suppress(OSError):
+        os.utime(path)  # it was used
     digest, program = content[:32], content[32:]
     return program if _program_digest(key, program) == digest else None
 
 
 def save_program(folder: Path, key: str, program: bytes) -> None:
-    """Remembers a program's bytes with their checksum."""
+    """Remembers a program's bytes with their checksum; programs that were used longest ago make room."""
     with AtomicFile(folder / "programs" / key, tag=str(os.getpid())) as file:
         file.write(_program_digest(key, program) + program)
+    remove_oldest(folder / "programs", most_bytes=MAX_BYTES, most_files=MAX_PROGRAMS)
 
 
 def _program_digest(key: str, program: bytes) -> bytes:

@@ -245,6 +245,20 @@ def check_no_pointer(beginning: bytes, path: epath.PathLike) -> None:
         raise UserError(f"{path}: a Git LFS pointer, not the file; run git lfs pull in its folder")
 
 
+def exists(path: epath.PathLike) -> bool:
+    """Whether there is such a file or folder.
+
+    Raises:
+      UserError: its kind of address ("http://") is not read, or its storage does not answer; names it.
+    """
+    try:
+        return epath.Path(path).exists()
+    except Exception as error:
+        if (fault := cloud_fault(error)) is None:
+            raise
+        raise UserError(f"{path}: {fault}") from error
+
+
 def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:
     """Reads a whole file.
 

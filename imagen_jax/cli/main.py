@@ -4,6 +4,7 @@ import argparse
 import importlib
 import keyword
 import os
+import re
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -45,10 +46,33 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _check_text(argv: Sequence[str]) -> None:
+    """Refuses arguments that are no text: they would go into records and names that nobody could read."""
+    for argument in argv:
+        try:
+            argument.encode("utf-8")
+        except UnicodeEncodeError:
+            shown = argument.encode("utf-8", "backslashreplace").decode()
+            flag, separator, value = shown.partition("=")
+            if not shown.startswith("--") or not separator:
+                flag, value = "the argument", shown
+            raise UserError(f"{flag} '{value:.80}' is not UTF-8 text") from None
+
+
+def _line(error: BaseException) -> str:
+    """An error as one line, whatever was in the file that it quotes."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is 0 only on success."""
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((argument for argument in argv if argument in VERBS), None)
+    try:
+        _check_text(argv)
+    except UserError as error:  # before the parser could quote it
+        print(f"imagen-jax{f' {verb}' if verb else ''}: error: {_line(error)}", file=sys.stderr)
+        return 1
     args, rest = make_parser(verb).parse_known_args(argv)
     module: Any = _module(args.verb)
     try:
@@ -69,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         fault = cloud_fault(error)
         if args.debug or (fault is None and not isinstance(error, (UserError, OSError))):
             raise
-        print(f"imagen-jax {args.verb}: error: {fault or error}", file=sys.stderr)
+        print(f"imagen-jax {args.verb}: error: {fault or _line(error)}", file=sys.stderr)
         return 1
 
 

@@ -1,13 +1,17 @@
 """`imagen-jax sample`: from prompts to PNG files, a grid and a contact sheet."""
 
 import argparse
+import codecs
 import contextlib
 import gc
+import io
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import check_regular, exists, read_bytes
 from imagen_jax.limits import is_count
 
 if TYPE_CHECKING:
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from imagen_jax.sampling.cascade import Imagen, Preview
     from imagen_jax.sampling.output import Place
     from imagen_jax.sampling.record import PictureRecord
+
+_PROMPTS_BYTES = 64 * 2**20  # of a list of prompts
+_BREAKS = re.compile("[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 
 EXAMPLE = """example:
   imagen-jax sample "a small red circle on a blue background" --model=model --out=pictures --num_images=4
@@ -45,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--like", metavar="PNG", help="a picture of this command: its prompt, seed and settings"
     )
-    parser.add_argument("--prompts_file", help='text file with one prompt a line; "-" is standard input')
+    parser.add_argument(
+        "--prompts_file", help='text file, one prompt a line, comments begin with "# "; "-": standard input'
+    )
     parser.add_argument("--num_images", type=int, default=1, help="pictures of each prompt (default 1)")
     parser.add_argument("--seed", type=int, help="seed of the first picture of each prompt (default 0)")
     parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn at a time (default 16)")
@@ -107,28 +116,59 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
     """The prompts of the command line followed by those of the file; "-" is standard input.
 
     Raises:
-      UserError: if the file cannot be read.
+      UserError: if the file cannot be read, or is not UTF-8 text.
     """
-    from etils import epath
-
     found: list[str] = []
     for prompt in prompts:
-        found += _lines(sys.stdin.read()) if prompt == "-" else [prompt]
+        found += _standard_input() if prompt == "-" else [prompt]
     if file == "-":
-        found += _lines(sys.stdin.read())
+        found += _standard_input()
     elif file is not None:
-        path = epath.Path(file)
-        if not path.is_file():
-            raise UserError(f"--prompts_file {file}: there is no such file")
+        where = f"--prompts_file {file}"
         try:
-            found += _lines(path.read_bytes().decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompts_file {file} is not UTF-8 text: {error}") from error
+            check_regular(file)
+            if not exists(file):
+                raise UserError(f"{file}: there is no such file")
+            content = read_bytes(file, limit=_PROMPTS_BYTES)
+        except UserError as error:
+            raise UserError(f"--prompts_file {error}") from error
+        found += prompt_lines(content, where)
     return found
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+def _standard_input() -> list[str]:
+    # What stands in for it in a notebook may have no bytes.
+    stream = getattr(sys.stdin, "buffer", None) or io.BytesIO(
+        sys.stdin.read().encode("utf-8", "surrogatepass")
+    )
+    content = stream.read(_PROMPTS_BYTES + 1)
+    if len(content) > _PROMPTS_BYTES:
+        raise UserError(f"standard input: more than {_PROMPTS_BYTES} bytes of prompts")
+    return prompt_lines(content, "standard input")
+
+
+def prompt_lines(content: bytes, where: str) -> list[str]:
+    """Prompts, one a line; empty lines and comments ("# …") are passed over.
+
+    Only a newline ends a line. Within a line, what else could break it on paper or a screen (U+2028, U+0085, form
+    feeds, …) becomes a space.
+
+    Args:
+      content: UTF-8, with or without a byte order mark.
+      where: what to call it in messages.
+
+    Raises:
+      UserError: a line is not UTF-8; names it.
+    """
+    found = []
+    for number, line in enumerate(content.removeprefix(codecs.BOM_UTF8).split(b"\n"), 1):
+        try:
+            text = _BREAKS.sub(" ", line.decode("utf-8")).strip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where} is not UTF-8 text: line {number}: {error.reason}") from error
+        if text and text != "#" and not text.startswith("# "):
+            found.append(text)
+    return found
 
 
 def _rows(text: str | None, names: list[str]) -> dict[str, int]:
@@ -197,6 +237,11 @@ def _say_what_is_there(places: "list[Place]", like: "PictureRecord | None") -> N
     there = sum(place.there for place in places)
     if there:
         print(f"{there} of {len(places)} pictures are there already", file=sys.stderr)
+    damaged = [place.path.name for place in places if place.damaged]
+    if damaged:
+        print(
+            f"--out holds damaged pictures, which are drawn again: {', '.join(damaged[:3])}", file=sys.stderr
+        )
     other = next((place for place in places if not place.there and beside(place)), None)
     if other is not None:
         print(

@@ -16,7 +16,10 @@ EXAMPLE = """example:
   imagen-jax serve --model=model
 
 Then open the address that it prints. Only this machine reaches the page unless --host says otherwise: there is
-no password. Requests are drawn one after the other. Ctrl-C ends it. Needs pip install 'imagen_jax[serve]'."""
+no password. Requests are drawn one after the other. Ctrl-C ends it. Needs pip install 'imagen_jax[serve]'.
+
+The page is answered under localhost, --host and the address that it listens at (with --host=0.0.0.0: any address of
+the machine), and to pages of its own only. Another name, such as a proxy's or the machine's, needs --allow_host."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.add_argument("--model", required=True, help="model folder (`imagen-jax export`)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
+    parser.add_argument(
+        "--allow_host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="another name under which the page is reached; may be repeated, or several with commas",
+    )
     parser.add_argument(
         "--port", type=int, default=8080, help="port; 0: any that is free (default %(default)s)"
     )
@@ -57,10 +67,12 @@ def run(args: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
     if importlib.util.find_spec("nicegui") is None:
         raise UserError("the page needs NiceGUI: pip install 'imagen_jax[serve]'")
+    from imagen_jax.serving.guard import Hosts
     from imagen_jax.serving.server import address, is_local, listen, serve
 
     with ExitStack() as stack:
         listener = stack.enter_context(listen(args.host, args.port))
+        hosts = Hosts.of(args.host, listener.getsockname()[0], args.allow_host)
 
         from imagen_jax.files import make_folder
         from imagen_jax.sampling.cascade import Imagen
@@ -68,7 +80,14 @@ def run(args: argparse.Namespace) -> int:
 
         model = Imagen.load(args.model, mesh=_mesh(args.fsdp), cache=args.cache)
         out = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="imagen-jax-"))
-        studio = Studio(model, make_folder(out), batch_size=args.batch_size)
+        temporary = args.out is None
+        studio = Studio(model, make_folder(out), batch_size=args.batch_size, temporary=temporary)
+        if studio.passed_over:
+            print(
+                f"--out holds {len(studio.passed_over)} PNGs that stay and are not shown, such as "
+                f"{studio.passed_over[0]}",
+                file=sys.stderr,
+            )
         if not is_local(listener):
             print(
                 f"--host {args.host}: everybody who reaches this machine can draw and see pictures",
@@ -78,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             serve(
                 studio,
                 listener,
+                hosts,
                 ready=lambda: print(f"{args.model} is at {address(listener)} · Ctrl-C ends it", flush=True),
             )
     return 0

@@ -29,7 +29,7 @@ from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.opened import OpenStages
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram
-from imagen_jax.sampling.prompts import PromptEncoder, prompt_warnings
+from imagen_jax.sampling.prompts import PromptEncoder, check_prompt, prompt_warnings
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.text.encoder import TextEncoder
 
@@ -251,9 +251,11 @@ class Imagen:
             preview: called every half second with x̂0 as it forms.
 
         Raises:
-          UserError: if a number is out of range, `sampling` or `until` names no stage, or a negative prompt is
-            given while no stage is guided.
+          UserError: if a number is out of range, a prompt is no text, `sampling` or `until` names no stage, or a
+            negative prompt is given while no stage is guided.
         """
+        for prompt, _ in wanted:
+            check_prompt(prompt)
         job = self._job(**options)  # checked here and not when the first picture is asked for
         if self._encoder_unknown:
             warn_unknown_encoder(f"the stages of {self.folder.path} do")
@@ -284,6 +286,8 @@ class Imagen:
         progress: bool = False,
         preview: Callable[[Preview], None] | None = None,
     ) -> _Job:
+        if negative_prompt is not None:
+            check_prompt(negative_prompt, "negative prompt")
         known = [stage.name for stage in self.stages]
         for name in sampling or {}:
             if name not in known:

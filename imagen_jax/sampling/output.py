@@ -14,10 +14,17 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from imagen_jax.config import build, to_dict
+from imagen_jax.config import to_dict
+from imagen_jax.errors import UserError
 from imagen_jax.files import AtomicFile
-from imagen_jax.sampling.pictures import grid, read_metadata, save_png
-from imagen_jax.sampling.record import PictureRecord, settings_differences
+from imagen_jax.sampling.pictures import (
+    DamagedPictureError,
+    begins_as_ours,
+    grid,
+    read_metadata,
+    save_png,
+)
+from imagen_jax.sampling.record import PictureRecord, read_record, settings_differences
 
 _SLUG_LENGTH = 48  # characters of the prompt in a file's name
 _THUMBNAIL = 256  # pixels, longest side of a picture in the contact sheet and in large grids
@@ -32,6 +39,7 @@ class Place:
     path: epath.Path
     record: PictureRecord
     there: bool  # complete, and made in this very way
+    damaged: bool = False  # a picture of this program that was cut short is there, and is written anew
 
 
 def slug(prompt: str) -> str:
@@ -43,27 +51,29 @@ def slug(prompt: str) -> str:
 class _Holds(enum.Enum):
     """What is under a picture's name."""
 
-    NOTHING = "nothing"  # no file, or a damaged one
+    NOTHING = "nothing"
+    DAMAGED = "damaged"  # a picture of this program, cut short
     THIS = "this"
-    ANOTHER = "another"
+    ANOTHER = "another"  # made otherwise, or no file of this program: it stays
 
 
 def _holds(path: epath.Path, record: PictureRecord) -> _Holds:
     if not path.exists():
         return _Holds.NOTHING
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            image.verify()
-        metadata = read_metadata(path)
-    except (OSError, ValueError, SyntaxError):  # what Pillow says of a broken file
-        return _Holds.NOTHING
+        metadata = read_metadata(path, whole=True)
+    except DamagedPictureError:
+        return _Holds.DAMAGED if begins_as_ours(path) else _Holds.ANOTHER
+    except UserError:  # a stranger's record
+        return _Holds.ANOTHER
     return _Holds.THIS if record.same_picture(metadata) else _Holds.ANOTHER
 
 
 def find_place(folder: epath.Path, index: int, record: PictureRecord) -> Place:
     """The file of a picture: FOLDER/<number of its prompt>-<prompt>-<seed>.png.
 
-    Where that name holds a picture made in another way, which stays, "-2" is appended, then "-3" and so on.
+    Where that name holds a picture made in another way or a file of somebody else, which stay, "-2" is appended,
+    then "-3" and so on.
 
     Args:
       folder: of the pictures.
@@ -75,7 +85,8 @@ def find_place(folder: epath.Path, index: int, record: PictureRecord) -> Place:
         path = folder / f"{name}{'' if number == 1 else f'-{number}'}.png"
         held = _holds(path, record)
         if held is not _Holds.ANOTHER:
-            return Place(path=path, record=record, there=held is _Holds.THIS)
+            there, damaged = held is _Holds.THIS, held is _Holds.DAMAGED
+            return Place(path=path, record=record, there=there, damaged=damaged)
         number += 1
 
 
@@ -84,10 +95,10 @@ def beside(place: Place) -> list[str]:
     first = place.path.parent / f"{place.path.name[:5]}-{slug(place.record.prompt)}-{place.record.seed}.png"
     if first == place.path:
         return []
-    metadata = read_metadata(first)
-    if metadata is None or "stages" not in metadata:
-        return ["made by another program or version"]
-    old = build(PictureRecord, metadata, str(first))
+    try:
+        old = read_record(first, flag="--out")
+    except UserError as error:
+        return [str(error).removeprefix("--out ")]
     other = [
         name
         for name in ("prompt", "negative_prompt", "text_encoder", "version")
@@ -103,8 +114,11 @@ def save_picture(place: Place, pixels: np.ndarray) -> None:
 
 
 def _read(path: epath.Path) -> Image.Image:
-    with path.open("rb") as file, Image.open(file) as image:
-        return image.convert("RGB")
+    try:
+        with path.open("rb") as file, Image.open(file) as image:
+            return image.convert("RGB")
+    except (OSError, ValueError, SyntaxError) as error:  # its checksums fit, or it would not have been kept
+        raise UserError(f"{path} is not a readable picture: {error}") from error
 
 
 def write_grid(path: epath.Path, places: Sequence[Place], columns: int | None) -> int:
@@ -114,6 +128,8 @@ def write_grid(path: epath.Path, places: Sequence[Place], columns: int | None) -
       How many it shows.
     """
     shown = [_read(place.path) for place in places[:GRID_PICTURES]]
+    side = shown[0].size  # a picture that somebody resized is shown like the others
+    shown = [image if image.size == side else image.resize(side) for image in shown]
     across = columns or int(np.ceil(np.sqrt(len(shown))))
     if max(across, -(-len(shown) // across)) * max(shown[0].size) > _GRID_SIDE:
         for image in shown:

@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
-from imagen_jax.errors import CutTextWarning, UnknownTokensWarning
+from imagen_jax.errors import CutTextWarning, UnknownTokensWarning, UserError
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.store import WHOLE_LENGTH
 from imagen_jax.text.tokenizer import CaptionTokenizer
 
-MEMORY_BYTES = 2**30  # of embeddings that are kept
+MEMORY_BYTES = 2**28  # of embeddings that are kept
 _SHOWN_PROMPT, _SHOWN_REST = 60, 200  # letters of a prompt, and of what is left out of it, in a warning
 
 
@@ -58,6 +58,26 @@ def _shown(text: str, letters: int) -> str:
     """A text on one line, cut where it is long."""
     line = " ".join(text.split())
     return line if len(line) <= letters else f"{line[: letters - 1]}…"
+
+
+def check_prompt(text: object, name: str = "prompt") -> None:
+    """Refuses what is no text that a tokenizer, a file's name and a record can take.
+
+    Args:
+      text: the prompt.
+      name: what to call it in messages.
+
+    Raises:
+      UserError: it is no string, or holds half a character (a lone surrogate).
+    """
+    if not isinstance(text, str):
+        raise UserError(f"the {name} must be a text, got {text!r:.80}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the {name} holds half a character (a lone surrogate) at character {error.start + 1}"
+        ) from None
 
 
 class PromptEncoder:

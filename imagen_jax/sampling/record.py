@@ -8,6 +8,7 @@ from etils import epath
 import imagen_jax
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.errors import UserError
+from imagen_jax.files import exists, json_field
 from imagen_jax.limits import MAX_SEED, check_numbers
 from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.sampling.pictures import read_metadata
@@ -41,6 +42,8 @@ class PictureRecord:
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         check_numbers(self, seed=MAX_SEED)
+        if not self.stages:
+            raise ValueError("stages: a picture goes through one stage at least, got none")
 
     def to_metadata(self) -> dict[str, Any]:
         """JSON types, as `save_png` takes them."""
@@ -53,24 +56,32 @@ class PictureRecord:
         return {**metadata, "model": ""} == {**self.to_metadata(), "model": ""}
 
 
-def read_record(path: epath.PathLike) -> PictureRecord:
+def read_record(path: epath.PathLike, *, flag: str = "--like") -> PictureRecord:
     """How a PNG of `imagen-jax sample` was made.
 
+    Args:
+      path: of anybody's file, local or in the cloud.
+      flag: that named it, for messages.
+
     Raises:
-      UserError: if it is missing, is no PNG of this program, or does not say enough.
+      UserError: if it is missing, is no PNG of this program, was written by a newer version, or does not say
+        enough.
     """
-    path = epath.Path(path)
-    if not path.is_file():
-        raise UserError(f"--like {path}: there is no such file")
+    where = f"{flag} {path}"
     try:
+        if not exists(path):
+            raise UserError(f"{path}: there is no such file")
         metadata = read_metadata(path)
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's errors of a broken file
-        raise UserError(f"--like {path} is not a readable picture: {error}") from error
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
     if metadata is None:
-        raise UserError(f"--like {path} does not say how it was made: it is not a PNG of imagen-jax sample")
+        raise UserError(f"{where} does not say how it was made: it is not a PNG of imagen-jax sample")
+    written = json_field(metadata, "format", int, where, default=FORMAT)
+    if written > FORMAT:
+        raise UserError(f"{where} has a record of format {written}; this version reads up to {FORMAT}")
     if "stages" not in metadata:
-        raise UserError(f"--like {path} was made by a version that did not write its settings down")
-    return build(PictureRecord, metadata, f"--like {path}")
+        raise UserError(f"{where} was made by a version that did not write its settings down")
+    return build(PictureRecord, metadata, where)
 
 
 def check_same_model(record: PictureRecord, stages: dict[str, str], text_encoder: str, model: str) -> None:

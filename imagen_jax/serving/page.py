@@ -3,7 +3,6 @@
 import base64
 import io
 import secrets
-from collections.abc import Mapping
 from urllib.parse import quote
 
 import numpy as np
@@ -16,11 +15,13 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.pictures import grid
+from imagen_jax.sampling.prompts import check_prompt
 from imagen_jax.serving.request import (
     MAX_IMAGES,
     MAX_PROMPT,
     MAX_SEED,
     PictureRequest,
+    read_query,
     real_number,
     whole_number,
 )
@@ -29,6 +30,7 @@ from imagen_jax.serving.studio import Job, JobState, Shown, Studio
 TITLE = "imagen-jax"
 GALLERY_PICTURES = 200  # newest ones that a page shows
 _REFRESH_SECONDS = 0.25  # between two looks at the queue and the gallery
+_ERROR_LENGTH = 500  # characters
 _PREVIEW_SIDE = 128  # pixels, of one picture in a preview at most
 
 # NiceGUI brings its own fonts and scripts: nothing is asked of the network.
@@ -89,6 +91,8 @@ class _StageFields:
           UserError: for a number that is none, naming the field.
         """
         steps, guidance, sampler = self._steps.value, self._guidance.value, self._sampler.value
+        if sampler and sampler not in list(Sampler):
+            raise UserError(f"{self._name} sampler {sampler!r} is none of {', '.join(Sampler)}")
         return SamplingOverrides(
             steps=None if steps is None else whole_number(steps, f"{self._name} steps"),
             guidance_weight=None if guidance is None else real_number(guidance, f"{self._name} guidance"),
@@ -99,9 +103,15 @@ class _StageFields:
 class Page:
     """One open page."""
 
-    def __init__(self, studio: Studio, query: Mapping[str, str]):
-        """Builds the page; `query` are the parameters of its link."""
-        self._studio = studio
+    def __init__(self, studio: Studio, query: bytes, address: str):
+        """Builds the page.
+
+        Args:
+          studio: draws.
+          query: of its link.
+          address: of who opened it.
+        """
+        self._studio, self._client = studio, address
         self._job: Job | None = None
         self._shown: tuple[str, ...] = ()
         self._preview_call: tuple[str, int] | None = None
@@ -115,14 +125,19 @@ class Page:
             self._gallery = ui.row().classes("flex-1 gap-4").props('role=list aria-label="Gallery"')
         self._say(error)
         self.refresh()
+        # Whoever closes the page, or is away for longer than a reload takes, waits for nothing any more.
+        ui.context.client.on_delete(self._stop_job)
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
-    def _linked(self, query: Mapping[str, str]) -> tuple[PictureRequest | None, str]:
+    def _linked(self, query: bytes) -> tuple[PictureRequest | None, str]:
         """The request of the link, and what is wrong with it."""
         if not query:
             return None, ""
+        stages = self._studio.model.stages
         try:
-            return PictureRequest.from_query(query, len(self._studio.model.stages)), ""
+            request = PictureRequest.from_query(read_query(query), len(stages))
+            request.sampling(stages)
+            return request, ""
         except UserError as error:
             return None, str(error)
 
@@ -160,25 +175,31 @@ class Page:
         self._preview = ui.element("img").classes("preview small").props('alt="The pictures as they form"')
 
     def _say(self, error: str) -> None:
-        self._error.text = error
+        text = " ".join(error.split())  # it may quote a stranger's link
+        self._error.text = text if len(text) <= _ERROR_LENGTH else f"{text[: _ERROR_LENGTH - 1]}…"
         self._error.visible = bool(error)
 
     def _random_seed(self) -> None:
         self._seed.value = secrets.randbelow(2**31)
 
     def _request(self) -> PictureRequest:
-        """What the form says."""
+        """What the form says, or a program in its place."""
+        prompt, negative = self._prompt.value or "", self._negative.value or None
+        check_prompt(prompt)
+        check_prompt(negative or "", "negative prompt")
         return PictureRequest(
-            prompt=self._prompt.value or "",
-            negative_prompt=self._negative.value or None,
+            prompt=prompt,
+            negative_prompt=negative,
             seed=whole_number(self._seed.value, "Seed"),
             num_images=whole_number(self._count.value, "Pictures"),
             overrides=tuple(fields.overrides() for fields in self._fields),
         )
 
     def _submit(self) -> None:
+        if self._job is not None and not self._job.state.over:  # one at a time a page
+            return
         try:
-            self._job = self._studio.submit(self._request())
+            self._job = self._studio.submit(self._request(), self._client)
             self._say("")
         except UserError as error:
             self._say(str(error))
@@ -259,6 +280,7 @@ def _card(shown: Shown, side: int) -> None:
             image = ui.element("img").classes("small" if side <= 256 else "")
             image.props["src"], image.props["alt"], image.props["loading"] = address, record.prompt, "lazy"
         text = record.prompt + (f" · not {record.negative_prompt}" if record.negative_prompt else "")
+        text = text[: 2 * MAX_PROMPT]
         ui.label(text).classes("prompt text-sm").tooltip(text)
         sampling = [each.sampling for each in record.stages]
         steps = ", ".join(str(each.sampler.steps) for each in sampling)
@@ -288,11 +310,14 @@ def make_app(studio: Studio) -> FastAPI:
     @app.get("/pictures/{name}")
     def picture(name: str, download: bool = False) -> Response:
         shown = found(name)
+        try:
+            content = (studio.folder / shown.name).read_bytes()
+        except OSError as error:
+            raise HTTPException(404, f"the picture {name} is not there any more") from error
         # A name always stands for the same picture.
         headers = {"Cache-Control": "private, max-age=86400"}
         if download:
             headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(shown.name)}"
-        content = (studio.folder / shown.name).read_bytes()
         return Response(content, media_type="image/png", headers=headers)
 
     @app.get("/pictures/{name}/record")
@@ -301,7 +326,7 @@ def make_app(studio: Studio) -> FastAPI:
 
     @ui.page("/", title=TITLE)
     def page(request: Request) -> None:
-        Page(studio, request.query_params)
+        Page(studio, request.scope["query_string"], request.client.host if request.client else "")
 
     ui.run_with(app, title=TITLE, dark=None, show_welcome_message=False)
     return app

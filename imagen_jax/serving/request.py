@@ -4,16 +4,20 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import parse_qsl, urlencode
 
 from imagen_jax.config import nearest
 from imagen_jax.errors import UserError
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.sampling.cascade import MAX_SEED
 from imagen_jax.sampling.overrides import SamplingOverrides, override_all, parse_overrides
+from imagen_jax.sampling.prompts import check_prompt
 
-MAX_IMAGES = 64  # of a request: a slip of the finger must not keep the machine busy for a day
+# Of a request: a slip of the finger must not keep the machine busy for a day.
+MAX_IMAGES = 64
+MAX_STEPS = 5000  # of a stage, where they are not its own
 MAX_PROMPT = 4000  # characters
+MAX_QUERY = 100_000  # bytes of a link: two prompts of the longest characters, as links spell them
 
 # Flag of `imagen-jax sample`, and parameter of a link → field of the overrides. These are what the form has.
 STAGE_FLAGS = {"steps": "steps", "guidance": "guidance_weight", "sampler": "sampler"}
@@ -30,15 +34,21 @@ class PictureRequest:
     overrides: tuple[SamplingOverrides, ...]  # of each stage, base first; None in them: the stage's own
 
     def __post_init__(self) -> None:
-        if not self.prompt.strip():
-            raise UserError("the prompt is empty: say what the picture shows")
         for name, text in (("prompt", self.prompt), ("negative prompt", self.negative_prompt or "")):
+            check_prompt(text, name)
             if len(text) > MAX_PROMPT:
                 raise UserError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are read")
+        if not self.prompt.strip():
+            raise UserError("the prompt is empty: say what the picture shows")
         if not 1 <= self.num_images <= MAX_IMAGES:
             raise UserError(f"the number of pictures must be 1 to {MAX_IMAGES}, got {self.num_images}")
         if self.seed < 0 or self.seed + self.num_images - 1 > MAX_SEED:
             raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {self.seed}")
+        for each in self.overrides:
+            if each.steps is not None and each.steps > MAX_STEPS:
+                raise UserError(f"a stage takes at most {MAX_STEPS} steps here, got {each.steps}")
+            if each.guidance_weight is not None and not math.isfinite(each.guidance_weight):
+                raise UserError(f"guidance must be a finite number, got {each.guidance_weight}")
 
     def wanted(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each picture."""
@@ -88,6 +98,29 @@ class PictureRequest:
             num_images=whole_number(values.get("num_images", "1"), "number of pictures"),
             overrides=tuple(parse_overrides({flag: values.get(flag) for flag in STAGE_FLAGS}, stages)),
         )
+
+
+def read_query(query: bytes) -> dict[str, str]:
+    """Parameters of a link, by name.
+
+    Args:
+      query: what follows the question mark, as it came.
+
+    Raises:
+      UserError: it is too long, is not UTF-8, or names a parameter twice.
+    """
+    if len(query) > MAX_QUERY:
+        raise UserError(f"the link has {len(query)} bytes; at most {MAX_QUERY} are read")
+    try:
+        pairs = parse_qsl(query.decode("utf-8"), keep_blank_values=True, errors="strict")
+    except UnicodeDecodeError:
+        raise UserError("the link is not UTF-8 text") from None
+    values: dict[str, str] = {}
+    for name, value in pairs:
+        if name in values:
+            raise UserError(f"the link has the parameter {name!r} twice")
+        values[name] = value
+    return values
 
 
 def whole_number(value: Any, name: str) -> int:

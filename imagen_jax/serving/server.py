@@ -9,10 +9,12 @@ from contextlib import closing
 import uvicorn
 
 from imagen_jax.errors import UserError
+from imagen_jax.serving.guard import HostCheck, Hosts
 from imagen_jax.serving.page import make_app
 from imagen_jax.serving.studio import Studio
 
 _SHUTDOWN_SECONDS = 3  # that open pages get when the server ends
+_HEAD_BYTES = 2**18  # of a request, so that the page can say that a link is too long
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -65,19 +67,24 @@ class _Server(uvicorn.Server):
         self._ready()
 
 
-def serve(studio: Studio, listener: socket.socket, *, ready: Callable[[], None]) -> None:
+def serve(studio: Studio, listener: socket.socket, hosts: Hosts, *, ready: Callable[[], None]) -> None:
     """Serves the page until the process is interrupted; what is being drawn then ends.
 
     Args:
       studio: draws.
       listener: where.
+      hosts: under which names; see `guard`.
       ready: called when the page can be opened.
 
     Raises:
       KeyboardInterrupt: at Ctrl-C.
     """
     config = uvicorn.Config(
-        make_app(studio), log_level="warning", timeout_graceful_shutdown=_SHUTDOWN_SECONDS, lifespan="on"
+        HostCheck(make_app(studio), hosts),
+        log_level="warning",
+        timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
+        lifespan="on",
+        h11_max_incomplete_event_size=_HEAD_BYTES,
     )
     with closing(studio):
         _Server(config, ready).run(sockets=[listener])

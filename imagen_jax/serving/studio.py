@@ -22,6 +22,10 @@ from imagen_jax.sampling.record import PictureRecord, read_record
 from imagen_jax.serving.request import PictureRequest
 
 T = TypeVar("T")
+MAX_JOBS = 128  # that wait or are drawn
+MAX_CLIENT_JOBS = 32  # of these, of one client
+MAX_SHOWN = 500  # pictures in the gallery, and in a folder that the server made for itself
+_OVERVIEWS = ("grid.png", "preview.png")  # that `imagen-jax sample` writes beside pictures
 
 
 class JobState(enum.Enum):
@@ -46,8 +50,8 @@ class _Stopped(BaseException):
 class Job:
     """A request on its way. Fields are written by the thread that draws and read by the pages."""
 
-    def __init__(self, number: int, request: PictureRequest, total_calls: int):
-        self.number, self.request = number, request
+    def __init__(self, number: int, request: PictureRequest, total_calls: int, client: str = ""):
+        self.number, self.request, self.client = number, request, client
         self.state = JobState.WAITING
         self.message = ""  # one line, where it failed
         self.warnings: list[str] = []  # lines: what of its prompts the stages do not see
@@ -55,6 +59,7 @@ class Job:
         self.preview: Preview | None = None
         self._total, self._finished = total_calls, 0  # network calls; those of completed runs of a stage
         self._stop = threading.Event()
+        self._future: Future[None] | None = None
         self._started: float | None = None
         self._ended: float | None = None
 
@@ -63,7 +68,8 @@ class Job:
         """Share of the network calls that are made."""
         if self.state is JobState.DONE:
             return 1.0
-        call = 0 if self.preview is None else self.preview.call
+        preview = self.preview
+        call = 0 if preview is None else preview.call
         return min(1.0, (self._finished + call) / max(1, self._total))
 
     @property
@@ -73,9 +79,15 @@ class Job:
             return 0.0
         return (self._ended or time.monotonic()) - self._started
 
+    def queued(self, future: "Future[None]") -> None:
+        """It waits for its turn as `future`."""
+        self._future = future
+
     def stop(self) -> None:
-        """Asks it to end before the next network call."""
+        """Takes it out of the queue; where it is being drawn it ends before the next network call."""
         self._stop.set()
+        if self._future is not None:
+            self._future.cancel()  # does nothing to what runs
 
     def start(self) -> None:
         """Its turn has come."""
@@ -95,7 +107,7 @@ class Job:
 
     def finish(self, future: "Future[None]") -> None:
         """Says how it ended; an error that is no user's also goes to the terminal with its traceback."""
-        self._ended = time.monotonic()
+        self._ended, self.preview = time.monotonic(), None  # nobody looks at it now, and it may be large
         error = None if future.cancelled() else future.exception()
         if future.cancelled() or isinstance(error, _Stopped):
             self.state = JobState.STOPPED
@@ -129,51 +141,71 @@ class Shown:
 class Studio:
     """A model, the queue before it and the folder of its pictures."""
 
-    def __init__(self, model: Imagen, folder: epath.Path, *, batch_size: int = 4):
-        """Takes up the pictures that lie in `folder`.
+    def __init__(self, model: Imagen, folder: epath.Path, *, batch_size: int = 4, temporary: bool = False):
+        """Takes up the newest pictures that lie in `folder`.
 
         Args:
           model: draws.
           folder: gets the pictures, as `imagen-jax sample` writes them.
           batch_size: pictures drawn together.
+          temporary: whether pictures are removed when they leave the gallery.
 
         Raises:
           UserError: if batch_size is out of range.
         """
         model.check(batch_size=batch_size)
-        self.model, self.folder, self._batch_size = model, folder, batch_size
+        self.model, self.folder, self._batch_size, self._temporary = model, folder, batch_size, temporary
         self._numbers = itertools.count(1)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
         self._waiting: collections.OrderedDict[int, Job] = collections.OrderedDict()
         self._shown: dict[str, Shown] = {}  # oldest first
         self._lock = threading.Lock()
-        found = sorted(folder.glob("*.png"), key=lambda path: (path.stat().mtime, path.name))
-        for path in found:
+        self.passed_over: list[str] = []  # what files of the folder are no part of the gallery, and why
+        self._take_up()
+
+    def _take_up(self) -> None:
+        paths = [path for path in self.folder.glob("*.png") if path.name not in _OVERVIEWS and path.is_file()]
+        records: list[tuple[str, PictureRecord]] = []
+        for path in sorted(paths, key=lambda path: (path.stat().mtime, path.name), reverse=True):
+            if len(records) == MAX_SHOWN:
+                break
             try:
-                self._show(path.name, read_record(path))
-            except UserError:  # a grid, or a picture from elsewhere: no part of the gallery
-                continue
+                records.append((path.name, read_record(path, flag="--out")))
+            except UserError as error:
+                self.passed_over.append(str(error).removeprefix("--out "))
+        for name, record in reversed(records):
+            self._show(name, record)
 
     def _sampling_calls(self, request: PictureRequest) -> int:
         batches = math.ceil(request.num_images / self._batch_size)
         configs = request.sampling(self.model.stages).values()
         return batches * sum(config.sampler.network_calls for config in configs)
 
-    def submit(self, request: PictureRequest) -> Job:
+    def submit(self, request: PictureRequest, client: str = "") -> Job:
         """Puts a request at the end of the queue.
 
+        Args:
+          request: what to draw.
+          client: address of who asks; empty: of nobody in particular, whose requests are not counted.
+
         Raises:
-          UserError: if it cannot be drawn.
+          UserError: if it cannot be drawn, or too many wait.
         """
         sampling = request.sampling(self.model.stages)
         options: Options = {"negative_prompt": request.negative_prompt, "sampling": sampling}
         self.model.check(**options)
         warnings = self.model.text_warnings([request.prompt], **options)
         with self._lock:
-            job = Job(next(self._numbers), request, self._sampling_calls(request))
+            if len(self._waiting) >= MAX_JOBS:
+                raise UserError(f"{len(self._waiting)} requests wait already: try again later")
+            others = sum(job.client == client for job in self._waiting.values()) if client else 0
+            if others >= MAX_CLIENT_JOBS:
+                raise UserError(f"{others} requests from your address wait already: try again later")
+            job = Job(next(self._numbers), request, self._sampling_calls(request), client)
             job.warnings = [str(each) for each in warnings]
             self._waiting[job.number] = job
             future = self._worker.submit(self._draw, job)
+            job.queued(future)
         future.add_done_callback(lambda done: self._end(job, done))
         return job
 
@@ -221,6 +253,11 @@ class Studio:
         with self._lock:
             self._shown.pop(name, None)  # asked for again: to the front
             self._shown[name] = shown
+            last = None if len(self._shown) <= MAX_SHOWN else next(iter(self._shown))
+            if last is not None:
+                del self._shown[last]
+        if last is not None and self._temporary:
+            (self.folder / last).unlink(missing_ok=True)
 
     def _request_of(self, record: PictureRecord) -> PictureRequest | None:
         """The request that makes a picture again; None if the page or this model cannot."""

@@ -160,6 +160,14 @@ def test_prompts_are_encoded_once_and_alone(imagen):
     np.testing.assert_array_equal(together[1], alone[0])
 
 
+@pytest.mark.parametrize("prompt", ["half \ud83c", b"bytes", None, 3])
+def test_a_prompt_that_is_no_text_is_refused(imagen, prompt):
+    with pytest.raises(UserError, match=r"the prompt (holds half a character|must be a text)"):
+        imagen.draw([("good", 0), (prompt, 1)])
+    with pytest.raises(UserError, match="the negative prompt holds half a character"):
+        imagen.draw([("good", 0)], negative_prompt="\udce9")
+
+
 def test_stages_that_are_freed_make_the_same_pictures(imagen, model_folder, eight, monkeypatch):
     freed = Imagen.load(model_folder, free_stages=True)
     reads, read = [], freed.folder.params

@@ -2,19 +2,24 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
+import time
+import types
 
 import jax
 import numpy as np
 import pytest
 
+import imagen_jax.cache as cache_module
 from imagen_jax.cache import VARIABLE, cache_folder, load_program, save_program
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.sampling import tracing
+from imagen_jax.sampling import opened, tracing
 from imagen_jax.sampling.inputs import StageInputs, to_pixels
-from imagen_jax.sampling.programs import ProgramSpec, prepare
+from imagen_jax.sampling.model_folder import ModelFolder
+from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
 from imagen_jax.sampling.stage_sampler import StageSampler
 from imagen_jax.sampling.tracing import lower
 
@@ -91,6 +96,56 @@ def test_a_program_under_another_name_is_none(cache):
     save_program(cache, "name", b"program")
     (cache / "programs" / "other").write_bytes((cache / "programs" / "name").read_bytes())
     assert load_program(cache, "other") is None
+
+
+def test_programs_that_were_used_longest_ago_make_room(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "MAX_PROGRAMS", 3)
+    folder = cache / "programs"
+    (folder / "folder").mkdir()
+
+    def save(name, size, age):
+        save_program(cache, name, bytes(size))
+        os.utime(folder / name, (time.time() - age,) * 2)
+
+    def kept():
+        return sorted(path.name for path in folder.iterdir() if path.is_file())
+
+    for name, age in (("a", 400), ("b", 300), ("c", 200)):
+        save(name, 10, age)
+    assert load_program(cache, "a") == bytes(10)  # used now
+    save("d", 10, 100)
+    assert kept() == ["a", "c", "d"]
+    monkeypatch.setattr(cache_module, "MAX_BYTES", 3 * 42 + 8)
+    save("e", 50, 50)
+    assert kept() == ["a", "e"] and load_program(cache, "e") == bytes(50)
+    save_program(cache, "large", bytes(1000))
+    assert kept() == ["a", "e"]  # what is too large by itself drives nothing out
+    cache_module.remove_oldest(cache / "missing", most_bytes=0)
+
+
+def test_memory_holds_the_programs_that_were_used_last(stages, cache, model_folder, monkeypatch):
+    """Others are read or compiled again when they are wanted, also those that were read ahead for nothing."""
+    prepared = []
+
+    def program(spec, file):
+        return StageProgram(spec, {}, print)
+
+    monkeypatch.setattr(opened, "MAX_PROGRAMS", 2)
+    monkeypatch.setattr(opened, "prepare", lambda *given: prepared.append(given[0].batch) or program(*given))
+    monkeypatch.setattr(opened, "load_program", program)
+    monkeypatch.setattr(opened, "program_file", lambda spec, cache: types.SimpleNamespace(note={}))
+    monkeypatch.setattr(opened, "stored_params", lambda file: {})
+    open_stages = opened.OpenStages(ModelFolder(model_folder), cache)
+    monkeypatch.setattr(open_stages._folder, "params", lambda *_: {})
+    specs = [ProgramSpec(stage=stages[0], sampling=stages[0].sampling, batch=i) for i in range(1, 40)]
+    for number in (0, 1, 0, 2, 0, 1):
+        open_stages.get(specs[number])
+    assert prepared == [1, 2, 3, 2]
+    for spec in specs:
+        open_stages.ahead(spec)
+    assert len(open_stages._programs) == len(open_stages._coming_programs) == 2
+    open_stages.get(specs[-1])
+    assert prepared == [1, 2, 3, 2]  # it was there, read ahead
 
 
 def test_where_the_cache_lies(tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ from etils import epath
 from imagen_jax.errors import UserError
 from imagen_jax.sampling.cascade import Imagen, Picture, Preview
 from imagen_jax.sampling.overrides import SamplingOverrides
-from imagen_jax.sampling.pictures import read_metadata
+from imagen_jax.sampling.pictures import read_metadata, save_png
+from imagen_jax.serving import studio as studio_module
 from imagen_jax.serving.request import PictureRequest
-from imagen_jax.serving.studio import JobState, Studio
+from imagen_jax.serving.studio import MAX_CLIENT_JOBS, MAX_JOBS, JobState, Studio
 
 
 class HandDriven(Imagen):
@@ -101,6 +102,71 @@ def test_a_stopped_request_leaves_the_queue(studio, model):
     until(lambda: last.state is JobState.DONE)
     assert running.state is waiting.state is JobState.STOPPED
     assert [seed for _, seed in model.drawn] == [2]
+
+
+def test_a_request_that_waits_leaves_the_queue_at_once(studio, model):
+    running, waiting, last = (studio.submit(request(seed=seed)) for seed in range(3))
+    until(lambda: running.state is JobState.RUNNING)
+    assert studio.before(last) == 2
+    waiting.stop()
+    assert waiting.state is JobState.STOPPED and studio.before(last) == 1
+    waiting.stop()
+    model.go.release(8)
+    until(lambda: last.state is JobState.DONE)
+    assert running.state is JobState.DONE and running.preview is None
+    assert [seed for _, seed in model.drawn] == [0, 2]
+
+
+def test_the_queue_has_an_end(studio, model):
+    jobs = [studio.submit(request(), "10.0.0.1") for _ in range(MAX_CLIENT_JOBS)]
+    with pytest.raises(UserError, match=f"{MAX_CLIENT_JOBS} requests from your address wait"):
+        studio.submit(request(), "10.0.0.1")
+    jobs[-1].stop()
+    jobs.append(studio.submit(request(), "10.0.0.1"))
+    while len(jobs) <= MAX_JOBS:
+        jobs.append(studio.submit(request(), f"10.0.1.{len(jobs)}"))
+    for client in ("10.0.0.9", ""):
+        with pytest.raises(UserError, match=f"{MAX_JOBS} requests wait already"):
+            studio.submit(request(), client)
+    until(lambda: jobs[0].state is JobState.RUNNING)
+    for job in jobs:
+        job.stop()
+    model.go.release(8)
+    until(lambda: all(job.state is JobState.STOPPED for job in jobs))
+    assert studio.submit(request(), "10.0.0.1").state is not None
+
+
+@pytest.mark.parametrize("temporary", [False, True])
+def test_the_gallery_has_an_end(model, tmp_path, monkeypatch, temporary):
+    """What leaves it stays on disk, unless the folder is the server's own."""
+    monkeypatch.setattr(studio_module, "MAX_SHOWN", 3)
+    model.go.release(100)
+    made = Studio(model, epath.Path(tmp_path), temporary=temporary)
+    for seed in range(5):
+        job = made.submit(request(seed=seed))
+        until(lambda: job.state.over)  # noqa: B023
+    assert [each.record.seed for each in made.gallery()] == [4, 3, 2]
+    assert len(list(tmp_path.glob("*.png"))) == (3 if temporary else 5)
+    made.close()
+    again = Studio(model, epath.Path(tmp_path))
+    assert [each.record.seed for each in again.gallery()] == [4, 3, 2]
+    again.close()
+
+
+def test_files_of_strangers_are_named_and_passed_over(model, tmp_path):
+    for name in ("grid.png", "preview.png", "photo.png"):
+        save_png(tmp_path / name, np.zeros((4, 4, 3), np.uint8))
+    save_png(tmp_path / "new.png", np.zeros((4, 4, 3), np.uint8), {"format": 99})
+    (tmp_path / "broken.png").write_bytes(b"none")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    made = Studio(model, epath.Path(tmp_path))
+    assert made.gallery() == []
+    said = sorted(made.passed_over)
+    assert [line.split(":")[0].split()[0] for line in said] == [
+        str(tmp_path / f"{name}.png") for name in ("broken", "new", "photo")
+    ]
+    made.close()
 
 
 def test_a_failure_is_one_line_and_the_next_request_is_drawn(studio, model, capsys):
