@@ -101,9 +101,9 @@ class Skipped:
 
     def __post_init__(self):
         """Texts become printable, on one line and the same in every run: without addresses in memory."""
+        object.__setattr__(self, "detail", " ".join(_ADDRESS.sub("", self.detail).split()))
         for name in ("file", "key", "reason", "detail"):
             object.__setattr__(self, name, printable(getattr(self, name)))
-        object.__setattr__(self, "detail", " ".join(_ADDRESS.sub("", self.detail).split()))
 
 
 class Source(abc.ABC):

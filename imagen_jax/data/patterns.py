@@ -31,8 +31,9 @@ def expand_braces(pattern: str) -> list[str]:
     while True:
         expanded: list[str] = []
         for name in names:
-            expanded += _expand_once(name)
-            if len(expanded) > _MAX_FILES:
+            parts = _expand_once(name)
+            expanded += parts
+            if len(parts) * len(names) > _MAX_FILES:
                 raise UserError(f"--source: {pattern!r} stands for more than {_MAX_FILES} files")
         if expanded == names:
             return list(dict.fromkeys(names))
@@ -74,8 +75,10 @@ def expand_pattern(pattern: str, suffixes: tuple[str, ...] = (".tar",)) -> list[
     Raises:
       UserError: a file that braces name is missing, or one of the files is a pipe or a device.
     """
-    if epath.Path(pattern).expanduser().is_file():
-        return [epath.Path(pattern).expanduser()]
+    literal = epath.Path(pattern).expanduser()
+    check_regular(literal)
+    if literal.is_file():
+        return [literal]
     names = expand_braces(pattern)
     files: dict[epath.Path, None] = {}
     for name in names:

@@ -124,14 +124,24 @@ def _next_archive(tar: tarfile.TarFile) -> bool:
 
 def _members(tar: tarfile.TarFile, name: str) -> Iterator[tarfile.TarInfo]:
     """The members of a tar that belong to samples; raises DamagedTarError where it breaks off."""
+    end: int | None = None  # where the last archive ended
     while True:
         try:
             member = tar.next()
-            if member is None and not _next_archive(tar):
-                return
+            if member is None:
+                start = tar.offset
+                if not _next_archive(tar):
+                    return
+                end = start
+                continue
+        except DamagedTarError as damage:
+            if end is not None:  # what follows the zeros is no archive: these were not the end
+                damage.position = end
+            raise
         except READ_ERRORS as error:
             raise DamagedTarError(fault_of(error, name), position=tar.offset) from error
-        if member is not None and _is_sample(member):
+        end = None
+        if _is_sample(member):
             yield member
 
 
