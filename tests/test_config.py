@@ -34,12 +34,14 @@ SIZES = {
     "text_attention": (True, True),
     "text_width": 12,
 }
-PLAIN = StageConfig(name="base64", resolution=64, network=UNetConfig(**SIZES))
+PLAIN = StageConfig(name="base64", resolution=64, network=UNetConfig(**SIZES, head_channels=8))
 DEEPFLOYD = StageConfig(
     name="if64",
     resolution=64,
     padded_text=True,
-    network=UNetConfig(**SIZES, head_channels=8, deepfloyd=DeepFloydOptions(text_channels=32)),
+    network=UNetConfig(
+        **SIZES, head_channels=8, deepfloyd=DeepFloydOptions(text_channels=32, pool_heads=4, norm_groups=8)
+    ),
 )
 # No field that has a default keeps it.
 FULL = StageConfig(

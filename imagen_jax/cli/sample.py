@@ -336,8 +336,17 @@ def _draw(
         preview=preview,
         **options,
     )
-    for place, picture in zip(missing, made, strict=True):
-        output.save_picture(place, picture.pixels)
+    written, fault = set[int](), None
+    try:
+        for picture in made:
+            output.save_picture(missing[picture.index], picture.pixels)
+            written.add(picture.index)
+    except UserError as error:
+        fault = error
+    lost = {place.path for number, place in enumerate(missing) if number not in written}
+    places = [place for place in places if place.path not in lost]
+    if fault is not None and not places:
+        raise fault
     shown = output.write_grid(out / "grid.png", places, args.num_images if args.num_images > 1 else None)
     output.write_contact_sheet(out / "index.html", places)
     all_of_them = "all" if shown == len(places) else f"the first {shown}"
@@ -345,3 +354,5 @@ def _draw(
         f"{len(places)} pictures in {out}; {all_of_them} side by side in {out / 'grid.png'}, with prompts and seeds in "
         f"{out / 'index.html'}"
     )
+    if fault is not None:
+        raise fault

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from PIL import Image
 from tqdm import tqdm
 
@@ -22,13 +21,14 @@ from imagen_jax.config import nearest
 from imagen_jax.data.encoder_identity import warn_unknown_encoder
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, shown
-from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
+from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.parallel.spatial import split_rows
+from imagen_jax.sampling.batches import Preview, first_not_finite, run_batch
 from imagen_jax.sampling.identity import check_encoder, encoder_identity, stage_identity
-from imagen_jax.sampling.inputs import StageInputs, to_pixels
+from imagen_jax.sampling.inputs import StageInputs, not_finite, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.opened import OpenStages
-from imagen_jax.sampling.programs import ProgramSpec, StageProgram
+from imagen_jax.sampling.programs import ProgramSpec
 from imagen_jax.sampling.prompts import PromptEncoder, check_prompt, prompt_warnings
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.text.encoder import TextEncoder
@@ -37,7 +37,6 @@ from imagen_jax.text.encoder import TextEncoder
 _WEIGHTS_SHARE = 0.5
 # Batches that go through a stage before the next stage's turn, where weights are read anew at each turn.
 _BATCHES_A_TURN = 16
-_UPDATE_SECONDS = 0.5  # between two signs of life of a stage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,22 +45,13 @@ class Picture:
 
     prompt: str
     seed: int
+    index: int  # in what was wanted
     pixels: np.ndarray  # uint8 (side, side, 3)
     x0: np.ndarray | None = None  # float32 (side, side, 3) in [−1, 1], if it was asked for
 
     def image(self) -> Image.Image:
         """As a PIL image."""
         return Image.fromarray(self.pixels)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Preview:
-    """What a batch looks like on its way."""
-
-    stage: str
-    call: int  # network calls made
-    calls: int  # of so many
-    pixels: np.ndarray  # uint8 (pictures, side, side, 3): x̂0 of the last call
 
 
 class Options(TypedDict, total=False):
@@ -252,7 +242,8 @@ class Imagen:
 
         Raises:
           UserError: if a number is out of range, a prompt is no text, `sampling` or `until` names no stage, or a
-            negative prompt is given while no stage is guided.
+            negative prompt is given while no stage is guided. After all other pictures: some are not finite; names
+            stage, network call and prompt of the first.
         """
         for prompt, _ in wanted:
             check_prompt(prompt)
@@ -367,13 +358,14 @@ class Imagen:
 
     def _draw(self, wanted: list[tuple[str, int]], job: _Job) -> Iterator[Picture]:
         free, group = self._frees, self._group(job)
-        several = len(wanted) > group
+        several, faults = len(wanted) > group, list[str]()
         with tqdm(
             total=len(wanted), unit="picture", desc="all", disable=not (job.progress and several)
         ) as bar:
             for begin in range(0, len(wanted), group):
                 part = wanted[begin : begin + group]
                 x0: np.ndarray | None = None
+                good = np.ones(len(part), bool)
                 if not free:  # else the text encoder has the memory to itself
                     self._opened.ahead(self._spec(job.stages[0], job, len(part)))
                 texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
@@ -384,14 +376,25 @@ class Imagen:
                 for stage, following in zip(job.stages, (*job.stages[1:], None)):
                     if following is not None and not free:
                         self._opened.ahead(self._spec(following, job, len(part)))
-                    x0 = self._run_stage(stage, part, x0, job, leave=not several)
+                    x0, found = self._run_stage(stage, part, x0, good, job, leave=not several)
+                    faults += found
                     if free:
                         self._opened.free(stage.name)
                 assert x0 is not None
-                for i, (prompt, seed) in enumerate(part):
-                    pixels = to_pixels(x0[i])
-                    yield Picture(prompt=prompt, seed=seed, pixels=pixels, x0=x0[i] if job.keep_x0 else None)
+                for i in np.flatnonzero(good):
+                    yield Picture(
+                        prompt=part[i][0],
+                        seed=part[i][1],
+                        index=begin + int(i),
+                        pixels=to_pixels(x0[i]),
+                        x0=x0[i] if job.keep_x0 else None,
+                    )
                 bar.update(len(part))
+        if faults:
+            raise UserError(
+                f"{len(faults)} of {len(wanted)} pictures are none: {faults[0]}; is a weight of that stage not finite, "
+                "or a setting too strong for it?"
+            )
 
     def _spec(self, stage: StageConfig, job: _Job, pictures: int) -> ProgramSpec:
         """The program that draws so many pictures of a stage, in batches."""
@@ -412,11 +415,16 @@ class Imagen:
         stage: StageConfig,
         wanted: list[tuple[str, int]],
         low_res: np.ndarray | None,
+        good: Bool[np.ndarray, " pictures"],
         job: _Job,
         *,
         leave: bool,
-    ) -> Float[np.ndarray, "pictures side side channels"]:
-        """All pictures of a group through one stage, batch by batch; in [−1, 1]."""
+    ) -> tuple[Float[np.ndarray, "pictures side side channels"], list[str]]:
+        """All pictures of a group through one stage, batch by batch; in [−1, 1].
+
+        Those that are not finite are taken out of `good`, and a line says of each where it went wrong; they go on
+        as grey, so that the others keep their places.
+        """
         spec = self._spec(stage, job, len(wanted))
         prompts, seeds = [prompt for prompt, _ in wanted], np.array([seed for _, seed in wanted], np.uint32)
         text, mask = self.encode(prompts, stage.max_text_length, padded=stage.padded_text)
@@ -427,7 +435,7 @@ class Imagen:
             negative = tuple(np.repeat(each, spec.batch, axis=0) for each in embedding)
         program, params = self._opened.get(spec)
         calls, starts = spec.sampling.sampler.network_calls, range(0, len(wanted), spec.batch)
-        made = []
+        made, faults = [], list[str]()
         with tqdm(
             total=calls * len(starts), unit="step", desc=stage.name, disable=not job.progress, leave=leave
         ) as bar:
@@ -442,9 +450,19 @@ class Imagen:
                     negative_mask=None if negative is None else negative[1],
                 )
                 count = min(spec.batch, len(wanted) - begin)
-                x0 = _run_batch(program, params, inputs, count, calls, job, bar)
-                made.append(np.clip(x0[:count], -1.0, 1.0))
-        return np.concatenate(made)
+                x0 = run_batch(program, params, inputs, count, progress=bar, preview=job.preview)
+                bad = not_finite(x0)
+                if bad.any():
+                    first = first_not_finite(program, params, inputs, count)
+                    faults += [
+                        f"stage {stage.name!r} gave numbers that are not finite at call {first[i]} of {calls} for "
+                        f"{shown(prompts[begin + i])} (seed {seeds[begin + i]})"
+                        for i in np.flatnonzero(bad & good[begin : begin + count])
+                    ]
+                    good[begin : begin + count] &= ~bad
+                    x0 = np.where(bad[:, None, None, None], np.float32(0.0), x0)
+                made.append(np.clip(x0, -1.0, 1.0))
+        return np.concatenate(made), faults
 
     def _memory_is_short(self) -> bool:
         """Whether the weights of all stages would leave too little for sampling."""
@@ -478,29 +496,3 @@ def _stage_meshes(folder: ModelFolder, mesh: Mesh | None, rows: Mapping[str, int
         name: mesh if mesh is None or rows.get(name, 1) == 1 else split_rows(mesh, rows[name])
         for name in known
     }
-
-
-def _run_batch(
-    program: StageProgram,
-    params: Params,
-    inputs: StageInputs,
-    count: int,
-    calls: int,
-    job: _Job,
-    bar: tqdm,
-) -> np.ndarray:
-    """One batch from noise to x0: in one call, or in several where somebody watches. The result is the same."""
-    given, state = program.place(inputs), program.empty_state()
-    watched = job.progress or job.preview is not None
-    done, chunk = 0, 1 if watched else calls
-    while done < calls:
-        stop, started = min(calls, done + chunk), time.perf_counter()
-        state = jax.block_until_ready(program(params, given, state, done, stop))
-        seconds = (time.perf_counter() - started) / (stop - done)
-        bar.update(stop - done)
-        done, chunk = stop, max(1, round(_UPDATE_SECONDS / max(seconds, 1e-6)))
-        if job.preview is not None:
-            x0 = np.asarray(state[1])[:count]
-            name = program.spec.stage.name
-            job.preview(Preview(stage=name, call=done, calls=calls, pixels=to_pixels(x0)))
-    return np.asarray(state[1])

@@ -19,8 +19,19 @@ class StageInputs(NamedTuple):
     negative_mask: Bool[Any, "batch length"] | None = None
 
 
+def not_finite(x0: Float[np.ndarray, "batch height width channels"]) -> Bool[np.ndarray, " batch"]:
+    """Which pictures of a batch are none: they hold a number that is not finite."""
+    return ~np.isfinite(x0).all(axis=(1, 2, 3))
+
+
 def to_pixels(x0: Float[np.ndarray, "*shape"]) -> UInt8[np.ndarray, "*shape"]:
-    """Pictures in [−1, 1] as uint8; what lies beyond is cut."""
+    """Pictures in [−1, 1] as uint8; what lies beyond is cut.
+
+    Raises:
+      ValueError: a number is not finite, which no grey level means.
+    """
+    if not np.isfinite(x0).all():
+        raise ValueError("a picture has numbers that are not finite")
     return np.clip(np.round((x0 + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 

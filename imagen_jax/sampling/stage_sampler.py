@@ -13,11 +13,12 @@ from imagen_jax.diffusion.guidance import guide, rescale_guided
 from imagen_jax.diffusion.process import to_x0_and_epsilon
 from imagen_jax.diffusion.samplers import Denoised, Denoiser, SamplerState, advance, image_noise, start
 from imagen_jax.diffusion.thresholding import threshold
+from imagen_jax.errors import UserError
 from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
 from imagen_jax.models.stage import StageNetwork, drop_text
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.parallel.spatial import shard_pictures
-from imagen_jax.sampling.inputs import StageInputs, to_pixels, to_unit
+from imagen_jax.sampling.inputs import StageInputs, not_finite, to_pixels, to_unit
 
 # Steps use the numbers from 0 up for their noise; the low-resolution input's noise has this one.
 _AUG_NOISE = 2**31 - 1
@@ -198,6 +199,7 @@ class StageSampler:
 
         Raises:
           ValueError: if low_res is missing for an SR stage or given to a base stage.
+          UserError: pictures are not finite; names the stage and their seeds.
         """
         check_low_res(self.network.config, low_res is not None)
         inputs = StageInputs(
@@ -212,4 +214,11 @@ class StageSampler:
         if not x0.is_fully_addressable and not x0.is_fully_replicated:
             # Every process gets all pictures, wherever the compiler has put them.
             x0 = multihost_utils.process_allgather(x0, tiled=True)
-        return to_pixels(np.asarray(x0))
+        pictures = np.asarray(x0)
+        if (bad := not_finite(pictures)).any():
+            which = ", ".join(map(str, np.asarray(seeds)[bad][:3]))
+            raise UserError(
+                f"stage {self.network.config.name!r}: {bad.sum()} of {len(bad)} pictures are not finite (seeds {which}"
+                f"{', …' if bad.sum() > 3 else ''})"
+            )
+        return to_pixels(pictures)

@@ -240,7 +240,8 @@ class Studio:
             sampling=sampling,
             preview=job.watch,
         )
-        for place, picture in zip(missing, made, strict=True):
+        for picture in made:
+            place = missing[picture.index]
             save_picture(place, picture.pixels)
             self._done(job, place)
 

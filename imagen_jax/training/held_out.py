@@ -126,7 +126,11 @@ class SampleGrid:
         self._folder = workdir / "samples"
 
     def draw(self, state: TrainState) -> tuple[np.ndarray, dict[str, float]]:
-        """Writes WORKDIR/samples/STEP.png; returns the grid, and the pictures' scores if the run asks for them."""
+        """Writes WORKDIR/samples/STEP.png; returns the grid, and the pictures' scores if the run asks for them.
+
+        Raises:
+          UserError: pictures are not finite.
+        """
         pictures = self._sampler(
             {name: state.ema[name] for name in state.params},
             seeds=self._seeds,

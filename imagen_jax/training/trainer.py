@@ -438,9 +438,15 @@ class _Run:
                 self._grid = self._grid or SampleGrid(
                     self.config, self.network, self.workdir, sample_batch(self.config), self.online
                 )
-                pictures, scores = self._grid.draw(state)
-                self.metrics.pictures(step, pictures)
-                seen |= scores
+                try:
+                    pictures, scores = self._grid.draw(state)
+                except (
+                    UserError
+                ) as error:  # no reason to stop: weights and losses are looked at for themselves
+                    self.metrics.say(f"step {step}: no sample grid: {error}")
+                else:
+                    self.metrics.pictures(step, pictures)
+                    seen |= scores
         return seen
 
     def _make_held_out(self) -> HeldOutLoss:

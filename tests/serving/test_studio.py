@@ -38,9 +38,10 @@ class HandDriven(Imagen):
                         raise self.failure
                     pixels = np.zeros((len(wanted), 8, 8, 3), np.uint8)
                     preview(Preview(stage=stage, call=call, calls=2, pixels=pixels))
-            for prompt, seed in wanted:
+            for index, (prompt, seed) in enumerate(wanted):
                 self.drawn.append((prompt, seed))
-                yield Picture(prompt=prompt, seed=seed, pixels=np.full((16, 16, 3), seed, np.uint8))
+                pixels = np.full((16, 16, 3), seed, np.uint8)
+                yield Picture(prompt=prompt, seed=seed, index=index, pixels=pixels)
         finally:
             self.active -= 1
 
