@@ -264,18 +264,17 @@ def _checked(sample: Example, *, pictures: bool) -> Example:
     return dataclasses.replace(sample, captions=captions)
 
 
+def _checked_or_skipped(sample: Example | Skipped, *, pictures: bool) -> Example | Skipped:
+    """The sample if it is skipped already or passes `_checked`; else the skip that says why not."""
+    if isinstance(sample, Skipped):
+        return sample
+    return attempt(functools.partial(_checked, sample, pictures=pictures), file=sample.file, key=sample.key)
+
+
 def _usable(
     window: Sequence[Example | Skipped], skipped: list[Skipped], pool: ThreadPoolExecutor, *, pictures: bool
 ) -> list[Example]:
     """The examples whose picture decodes, if it matters; the others go to `skipped`, all in order."""
-
-    def check(sample: Example | Skipped) -> Example | Skipped:
-        if isinstance(sample, Skipped):
-            return sample
-        return attempt(
-            functools.partial(_checked, sample, pictures=pictures), file=sample.file, key=sample.key
-        )
-
-    checked = list(pool.map(check, window))
+    checked = list(pool.map(functools.partial(_checked_or_skipped, pictures=pictures), window))
     skipped += [sample for sample in checked if isinstance(sample, Skipped)]
     return [sample for sample in checked if isinstance(sample, Example)]
