@@ -75,6 +75,8 @@ setup(
         "parity": ["torch==2.13.0", "diffusers>=0.42,<0.43"],
         # The TPU compiler of `imagen-jax plan`; it needs no TPU. On a TPU machine, that of jax[tpu] serves as well.
         "plan": ["libtpu>=0.0.42,<0.0.52"],
+        # Pictures of telephones (.heic, .heif).
+        "heif": ["pillow-heif>=1.1,<2"],
         # The plots of benchmarks.
         "plot": ["matplotlib>=3.10,<4"],
         "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],

@@ -323,7 +323,7 @@ def _draw(
     records = [model.record(prompt, seed, **options) for prompt, seed in wanted]
     model.check(batch_size=args.batch_size, **options)
     for warning in model.text_warnings([prompt for prompt, _ in wanted], **options):
-        print(f"imagen-jax sample: warning: {warning}", file=sys.stderr)
+        print(f"warning: {warning}", file=sys.stderr)
     out = make_folder(args.out)
     places = [output.find_place(out, i // args.num_images, record) for i, record in enumerate(records)]
     _say_what_is_there(places, like)

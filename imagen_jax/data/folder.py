@@ -75,12 +75,8 @@ def _walk_local(root: str, follow: bool) -> tuple[list[str], list[_Entry]]:
     faults: list[_Entry] = []
     real = os.path.realpath(root)
     followed = {real}
-
-    def refuse(error: OSError) -> None:
-        name = os.path.relpath(os.fspath(error.filename), root)
-        faults.append(_Entry(name, None, "folder cannot be read", error.strerror or ""))
-
-    for folder, below, files in os.walk(root, followlinks=True, onerror=refuse):
+    unread: list[OSError] = []
+    for folder, below, files in os.walk(root, followlinks=True, onerror=unread.append):
         inner = os.path.relpath(folder, root)
         prefix = "" if inner == "." else f"{inner}/"
         names += [prefix + name for name in files]
@@ -99,6 +95,9 @@ def _walk_local(root: str, follow: bool) -> tuple[list[str], list[_Entry]]:
             else:
                 faults.append(_Entry(prefix + name, None, _OUTSIDE, _OUTSIDE_ADVICE))
         below[:] = kept
+    for error in unread:
+        name = os.path.relpath(os.fspath(error.filename), root)
+        faults.append(_Entry(name, None, "folder cannot be read", error.strerror or ""))
     return names, faults
 
 

@@ -11,7 +11,7 @@ import itertools
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from etils import epath
 
@@ -153,10 +153,7 @@ class WebDatasetSource(Source):
         # Extensions of all samples up to here, of other pieces too: whether a key comes again must not depend
         # on how the source is divided.
         seen: dict[str, set[str]] = {}
-
-        def wanted(offset: int, key: str, extension: str) -> bool:
-            return piece.start <= offset < piece.end and key not in seen and self._is_wanted(extension)
-
+        wanted = functools.partial(self._is_wanted, piece, seen)
         try:
             with open_tar(tar.path, packed=tar.packed) as opened:
                 for run in runs(opened, tar.name, wanted, PICTURE_BYTES):
@@ -199,15 +196,19 @@ class WebDatasetSource(Source):
             there: Counter[str] = Counter()
             try:
                 with open_tar(self._tars[tar].path, packed=self._tars[tar].packed) as opened:
-                    names = runs(opened, self._tars[tar].name, lambda *_: False, PICTURE_BYTES)
+                    names = runs(opened, self._tars[tar].name, _nothing, PICTURE_BYTES)
                     there.update(run.key for run in names)
             except (DamagedTarError, OSError):
                 pass  # reported when it is read
             self._scattered[tar] = frozenset(key for key, number in there.items() if number > 1)
         return self._scattered[tar]
 
-    def _is_wanted(self, extension: str) -> bool:
-        """Whether the content of such a member may be of use."""
+    def _is_wanted(
+        self, piece: Piece, seen: Mapping[str, set[str]], offset: int, key: str, extension: str
+    ) -> bool:
+        """Whether the content of a member may be of use: of a sample of this piece, which is not there already."""
+        if not piece.start <= offset < piece.end or key in seen:
+            return False
         usual = extension in PICTURE_SUFFIXES or extension in ("txt", "json")
         return usual or extension in (self._image, self._text)
 
@@ -259,6 +260,11 @@ class WebDatasetSource(Source):
             return ()
         captions = fields.get("caption") or fields.get("text")
         return clean_captions(captions if isinstance(captions, list) else [captions])
+
+
+def _nothing(offset: int, key: str, extension: str) -> bool:
+    """What is wanted of a tar of which only the headers are read."""
+    return False
 
 
 def _bytes(content: Content) -> bytes:
@@ -313,7 +319,7 @@ def _limited(tars: list[_TarFile], limit: int) -> list[_TarFile]:
         seen: dict[str, set[str]] = {}
         try:
             with open_tar(tar.path, packed=tar.packed) as opened:
-                for run in runs(opened, tar.name, lambda *_: False, PICTURE_BYTES):
+                for run in runs(opened, tar.name, _nothing, PICTURE_BYTES):
                     if found >= limit:
                         end = run.offset
                         break

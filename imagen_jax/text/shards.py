@@ -308,6 +308,13 @@ def _checked(sample: Example, settings: ShardSettings) -> Example:
     return dataclasses.replace(sample, captions=captions)
 
 
+def _checked_or_skipped(sample: Example | Skipped, *, settings: ShardSettings) -> Example | Skipped:
+    """The sample if it is skipped already or passes `_checked`; else the skip that says why not."""
+    if isinstance(sample, Skipped):
+        return sample
+    return attempt(functools.partial(_checked, sample, settings), file=sample.file, key=sample.key)
+
+
 def _usable(
     window: Sequence[Example | Skipped],
     skipped: list[Skipped],
@@ -315,12 +322,6 @@ def _usable(
     settings: ShardSettings,
 ) -> list[Example]:
     """The examples that can become records; the others go to `skipped`, all in order."""
-
-    def check(sample: Example | Skipped) -> Example | Skipped:
-        if isinstance(sample, Skipped):
-            return sample
-        return attempt(functools.partial(_checked, sample, settings), file=sample.file, key=sample.key)
-
-    checked = list(pool.map(check, window))
+    checked = list(pool.map(functools.partial(_checked_or_skipped, settings=settings), window))
     skipped += [sample for sample in checked if isinstance(sample, Skipped)]
     return [sample for sample in checked if isinstance(sample, Example)]

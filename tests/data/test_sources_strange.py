@@ -484,7 +484,7 @@ def test_parquet_files_that_do_not_open(tmp_path, content):
     "name", ["/tmp/" + "n" * 5000, "/tmp/a\0b", "/tmp/caf\udce9", "/dev/null", "/tmp/{0..99999999}"]
 )
 def test_places_that_are_none(spec, name):
-    with pytest.raises(UserError, match=r"^--source: ") as caught:
+    with pytest.raises(UserError, match=r"^--source: |^/dev/null: a pipe or a device") as caught:
         open_source(spec.format(name))
     str(caught.value).encode()
     assert "\n" not in str(caught.value)

@@ -29,7 +29,7 @@ def test_the_command_says_it_once_a_prompt(model_folder, tmp_path, capsys, blank
     for _ in range(2):  # the second time the pictures are there, and lack as much
         assert main(command) == 0
         said = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
-        prefix = "imagen-jax sample: warning: prompt"
+        prefix = "warning: prompt"
         assert said == [
             f"{prefix} {LONG!r} is cut to the 6 tokens of base8 and sr16; left out: "
             "'circle a red circle a blue square'",
