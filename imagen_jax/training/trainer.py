@@ -28,7 +28,7 @@ from imagen_jax.training.lock import WorkdirLock
 from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_of_params
-from imagen_jax.training.train_step import check_accumulation, make_train_step, split_index
+from imagen_jax.training.train_step import check_accumulation, make_train_step, step_arrays
 
 WHOLE_BATCH = DataShare(index=0, count=1)
 
@@ -99,9 +99,7 @@ def device_batch(
       mesh: where to.
       online: the encoder of the batch's tokens.
     """
-    left_out = ("key", "index", "tokens", "caption")
-    arrays = {name: array for name, array in batch.items() if name not in left_out}
-    arrays |= {"index": split_index(batch["index"])}
+    arrays = step_arrays(batch)
     if online is not None:
         online.add_null_text(arrays, len(batch["index"]))
     placed = put_batch(arrays, mesh)
