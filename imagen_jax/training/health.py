@@ -12,10 +12,11 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -29,7 +30,7 @@ from imagen_jax.parallel.processes import on_first
 from imagen_jax.training.checkpoint import Checkpoints, Keep, read_config, write_config
 from imagen_jax.training.config import OnNonfinite, TrainConfig
 from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
-from imagen_jax.training.train_step import LOG_SNR_EDGES, StepMetrics, make_train_step, split_index
+from imagen_jax.training.train_step import LOG_SNR_EDGES, StepMetrics, make_train_step, step_arrays
 
 # Steps that are dispatched before the verdict on one is looked at: the devices never wait for the host. A fixed
 # number, not "when it is ready": all processes must stop after the same step.
@@ -100,7 +101,7 @@ def make_report(
     bad = set(index[~np.isfinite(losses)].tolist())
     finite = np.isfinite(np.asarray(metrics["tensor_squares"]))
     keys = [str(key) for key in batch["key"]]
-    floating = [name for name in ("image", "low_res", "text") if name in batch]
+    floating = [name for name in ("image", "low_res", "text", "null_text") if name in batch]
     return Report(
         step=step,
         loss=_finite(metrics["loss"]),
@@ -121,10 +122,11 @@ def save_report(folder: epath.Path, report: Report) -> None:
 
 def save_batch(folder: epath.Path, batch: Batch) -> None:
     """Writes FOLDER/batch.npz: the arrays of a batch as the step reads them, and its keys, without pickle."""
-    arrays: dict[str, Any] = {
-        name: np.asarray(batch[name]) for name in ("image", "low_res", "text_mask", "index") if name in batch
-    }
-    arrays["text"] = np.asarray(batch["text"], np.float32)  # exact: bfloat16 has no name in NumPy's format
+    arrays: dict[str, Any] = {name: np.asarray(array) for name, array in step_arrays(batch).items()}
+    for name, array in arrays.items():
+        if array.dtype == jnp.bfloat16:
+            arrays[name] = array.astype(np.float32)  # exact: bfloat16 has no name in NumPy's format
+    arrays["index"] = np.asarray(batch["index"])
     arrays["key"] = np.array([str(key) for key in batch["key"]])
     packed = io.BytesIO()
     np.savez(packed, **arrays)
@@ -261,8 +263,7 @@ def reproduce(folder: epath.PathLike) -> Report:
         if before is None:
             raise UserError(f"--reproduce {folder}: it has no checkpoint")
         state, _ = checkpoints.restore(before, abstract)
-    arrays: Mapping[str, np.ndarray] = {name: each for name, each in batch.items() if name != "key"}
-    placed = put_batch({**arrays, "index": split_index(batch["index"])}, mesh)
+    placed = put_batch(step_arrays(batch), mesh)
     names = list(state.params)
     _, metrics = make_train_step(network, optimizer, config, mesh, abstract)(state, placed)
     return make_report(before + 1, metrics, batch, names, before)

@@ -38,6 +38,15 @@ def split_index(index: np.ndarray) -> np.ndarray:
     return np.stack([unsigned & np.uint64(0xFFFFFFFF), unsigned >> np.uint64(32)], axis=1).astype(np.uint32)
 
 
+def step_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays of a batch that the training step reads, with indices as it takes them.
+
+    Whatever a pipeline or an encoder adds to a batch is among them unless it is named here.
+    """
+    arrays = {name: each for name, each in batch.items() if name not in ("key", "caption", "tokens")}
+    return arrays | {"index": split_index(batch["index"])}
+
+
 class Draws(NamedTuple):
     """The random numbers of a batch; each example's depend on the seed and its index only."""
 

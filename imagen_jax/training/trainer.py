@@ -36,7 +36,7 @@ from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.run_encoder import data_encoder, resumed_encoder, write_encoder
 from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_of_params
-from imagen_jax.training.train_step import check_accumulation, make_train_step, split_index
+from imagen_jax.training.train_step import check_accumulation, make_train_step, step_arrays
 from imagen_jax.training.workdir import taken_workdir
 
 WHOLE_BATCH = DataShare(index=0, count=1)
@@ -108,9 +108,7 @@ def device_batch(
       mesh: where to.
       online: the encoder of the batch's tokens.
     """
-    left_out = ("key", "index", "tokens", "caption")
-    arrays = {name: array for name, array in batch.items() if name not in left_out}
-    arrays |= {"index": split_index(batch["index"])}
+    arrays = step_arrays(batch)
     if online is not None:
         online.add_null_text(arrays, len(batch["index"]))
     placed = put_batch(arrays, mesh)

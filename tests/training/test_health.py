@@ -1,5 +1,6 @@
 """A record that is not finite: what is said, what is saved, and what stays intact."""
 
+import contextlib
 import json
 
 import jax
@@ -12,9 +13,11 @@ from imagen_jax.data import pipeline
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.training.checkpoint import Checkpoints
-from imagen_jax.training.health import LAG, bin_name, load_batch
-from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.checkpoint import Checkpoints, Keep, write_config
+from imagen_jax.training.health import LAG, bin_name, load_batch, reproduce, save_batch
+from imagen_jax.training.online import OnlineText
+from imagen_jax.training.state import abstract_state, init_state, make_optimizer
+from imagen_jax.training.train_step import example_losses, step_arrays
 from imagen_jax.training.trainer import train, whole_batch
 
 BAD = 4  # step whose batch holds the bad record
@@ -97,6 +100,32 @@ def test_a_bad_record_is_named_and_skipped_or_reproduced(make_config, bad_key, t
     assert f"step {BAD}: loss not finite" in said and f"records {bad_key}" in said
     assert main(["train", f"--reproduce={skipped}"]) == 1
     assert "has no batch.npz" in capsys.readouterr().err
+
+
+def test_a_step_with_padded_text_is_reproduced(make_config, text_encoder, tmp_path):
+    """Its null text is the empty caption's, an array of its own that the saved batch must hold."""
+    padded = (f"data.text_encoder={text_encoder}", "stage.padded_text=true", "train.text_dropout=1")
+    config, folder = make_config("base", *padded), epath.Path(tmp_path)
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    length = config.stage.max_text_length
+    online = OnlineText.load(text_encoder, dtype="float32", max_length=length, mesh=mesh, padded=True)
+    batch = whole_batch(config, online, 1)
+    assert "null_text" in batch and "caption" in batch
+    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
+    state = init_state(network, optimizer, config, mesh)
+    # Biases of a fresh network's output are zero, and so is all that the text says.
+    state = state._replace(params={name: value + 0.01 for name, value in state.params.items()})
+    losses = jax.jit(lambda params, arrays: example_losses(network, config, params, arrays).loss.mean())
+    expected = losses(state.params, step_arrays(batch))
+    dropped = losses(state.params, {**step_arrays(batch), "null_text": 2 * batch["null_text"]})
+    assert abs(expected - dropped) > 1e-5  # the null text has a say
+    write_config(folder, config)
+    save_batch(folder, batch)
+    assert set(load_batch(folder)) == {*step_arrays(batch), "key"}
+    with contextlib.closing(Checkpoints(folder, keep=Keep())) as checkpoints:
+        checkpoints.save(0, state, examples=0, config=config)
+    report = reproduce(folder)
+    assert report.loss == pytest.approx(float(expected), rel=1e-5) and not report.inputs
 
 
 def test_names_of_bins():
