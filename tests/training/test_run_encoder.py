@@ -1,10 +1,11 @@
 """A run's text encoder stays the same: when it goes on, starts from other weights, is exported and draws."""
 
+import contextlib
+import functools
 import json
 import shutil
 
 import jax
-import numpy as np
 import pytest
 from etils import epath
 
@@ -35,7 +36,7 @@ def other_encoder(text_encoder, tmp_path_factory):
     from imagen_jax.data import shapes
 
     folder = tmp_path_factory.mktemp("other") / "text_encoder"
-    return make_small_encoder(folder, vocabulary_texts=shapes.all_captions(), width=16, layers=1, seed=1)
+    return make_small_encoder(folder, vocabulary_texts=shapes.words(), width=16, layers=1, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +66,19 @@ def records_of(records_folder, tmp_path):
 def run_of(make_config, tmp_path_factory):
     """run_of(identity, variant) → a work directory with a checkpoint of its last step; None: an older one."""
 
-    def make(identity, variant="base"):
-        workdir = epath.Path(tmp_path_factory.mktemp("runs"))
+    @functools.cache
+    def state(variant):
         config = make_config(variant)
         network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
-        params = {name: np.ones(each.shape, np.float32) for name, each in network.abstract_params.items()}
-        state = TrainState(np.zeros((), np.int32) + 4, params, params, jax.jit(optimizer.init)(params))
+        params = {name: jax.numpy.ones(each.shape) for name, each in network.abstract_params.items()}
+        return TrainState(jax.numpy.int32(4), params, params, optimizer.init(params))
+
+    def make(identity, variant="base"):
+        workdir, config = epath.Path(tmp_path_factory.mktemp("runs")), make_config(variant)
         write_config(workdir, config)
         write_encoder(workdir, identity)
-        checkpoints = Checkpoints(workdir, keep=Keep())
-        placed = jax.tree.map(jax.numpy.asarray, state)
-        checkpoints.save(4, placed, examples=32, config=config, encoder=identity)
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(workdir, keep=Keep())) as checkpoints:
+            checkpoints.save(4, state(variant), examples=32, config=config, encoder=identity)
         return workdir
 
     return make
@@ -148,7 +150,7 @@ def test_what_does_not_know_its_encoder_goes_on_with_one_warning(
     older = run_of(None)
     capsys.readouterr()
     unknown = make_config("base", f"data.path={records_of(None)}")
-    for config, workdir in ((make_config("base"), older), (unknown, run), (unknown, run_of(None))):
+    for config, workdir in ((make_config("base"), older), (unknown, run)):
         train(config, workdir)
         said = warnings_in(capsys)
         assert len(said) == 1 and "not say which text encoder" in said[0], said
@@ -187,10 +189,10 @@ def test_export_takes_one_encoder_only(
     run, run_of, encoder, other, other_encoder, text_encoder, tmp_path, capsys
 ):
     out = tmp_path / "model"
-    with pytest.raises(UserError, match="were trained with different text encoders .*embeddings differ"):
+    with pytest.raises(UserError, match=r"were trained with different text encoders .*embeddings differ"):
         export([run, run_of(other, "sr")], out)
     for copy in (True, False):
-        with pytest.raises(UserError, match="is not the one that the stages were trained with .*differ"):
+        with pytest.raises(UserError, match=r"is not the one that the stages were trained with .*differ"):
             export([run], out, text_encoder=str(other_encoder), copy_text_encoder=copy)
     assert not out.exists()
     capsys.readouterr()
