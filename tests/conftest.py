@@ -94,7 +94,7 @@ def text_encoder(tmp_path_factory):
     from imagen_jax.text.small import make_small_encoder
 
     folder = tmp_path_factory.mktemp("encoder") / "text_encoder"
-    make_small_encoder(folder, vocabulary_texts=shapes.all_captions(), width=TEXT_WIDTH, layers=1)
+    make_small_encoder(folder, vocabulary_texts=shapes.words(), width=TEXT_WIDTH, layers=1)
     return folder
 
 

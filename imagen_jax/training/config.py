@@ -199,7 +199,7 @@ class TrainConfig:
 
 # Fields that may differ between a run and its resumption: they change neither the weights (the mesh and the parts
 # of a batch: but for rounding) nor the data. Of the text's fields none is here: another encoder's embeddings look
-# alike and mean something else.
+# alike and mean something else, see `RENAMEABLE`.
 RESUMABLE = (
     "config.mesh",
     "config.data.path",

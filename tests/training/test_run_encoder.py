@@ -1,10 +1,11 @@
 """A run's text encoder stays the same: when it goes on, starts from other weights, is exported and draws."""
 
+import contextlib
+import functools
 import json
 import shutil
 
 import jax
-import numpy as np
 import pytest
 from etils import epath
 
@@ -35,7 +36,7 @@ def other_encoder(text_encoder, tmp_path_factory):
     from imagen_jax.data import shapes
 
     folder = tmp_path_factory.mktemp("other") / "text_encoder"
-    return make_small_encoder(folder, vocabulary_texts=shapes.all_captions(), width=16, layers=1, seed=1)
+    return make_small_encoder(folder, vocabulary_texts=shapes.words(), width=16, layers=1, seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -65,18 +66,19 @@ def records_of(records_folder, tmp_path):
 def run_of(make_config, tmp_path_factory):
     """run_of(identity, variant) → a work directory with a checkpoint of its last step; None: an older one."""
 
-    def make(identity, variant="base"):
-        workdir = epath.Path(tmp_path_factory.mktemp("runs"))
+    @functools.cache
+    def state(variant):
         config = make_config(variant)
         network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
-        params = {name: np.ones(each.shape, np.float32) for name, each in network.abstract_params.items()}
-        state = TrainState(np.zeros((), np.int32) + 4, params, params, jax.jit(optimizer.init)(params))
+        params = {name: jax.numpy.ones(each.shape) for name, each in network.abstract_params.items()}
+        return TrainState(jax.numpy.int32(4), params, params, optimizer.init(params))
+
+    def make(identity, variant="base"):
+        workdir, config = epath.Path(tmp_path_factory.mktemp("runs")), make_config(variant)
         write_config(workdir, config)
         write_encoder(workdir, identity)
-        checkpoints = Checkpoints(workdir, keep=Keep())
-        placed = jax.tree.map(jax.numpy.asarray, state)
-        checkpoints.save(4, placed, examples=32, config=config, encoder=identity)
-        checkpoints.close()
+        with contextlib.closing(Checkpoints(workdir, keep=Keep())) as checkpoints:
+            checkpoints.save(4, state(variant), examples=32, config=config, encoder=identity)
         return workdir
 
     return make
@@ -148,7 +150,7 @@ def test_what_does_not_know_its_encoder_goes_on_with_one_warning(
     older = run_of(None)
     capsys.readouterr()
     unknown = make_config("base", f"data.path={records_of(None)}")
-    for config, workdir in ((make_config("base"), older), (unknown, run), (unknown, run_of(None))):
+    for config, workdir in ((make_config("base"), older), (unknown, run)):
         train(config, workdir)
         said = warnings_in(capsys)
         assert len(said) == 1 and "not say which text encoder" in said[0], said
@@ -170,15 +172,27 @@ def test_init_from_refuses_another_encoder(run, run_of, make_config, encoder, ot
     assert len(warnings_in(capsys)) == 1
 
 
-@pytest.fixture
-def exported(run, text_encoder, tmp_path):
-    """exported(copy=…) → a model folder, and its encoder's folder, which may be damaged."""
+@pytest.fixture(scope="module")
+def exported(run, text_encoder, tmp_path_factory):
+    """A model folder with a copy of its encoder."""
+    folder = tmp_path_factory.mktemp("models") / "model"
+    export([run], folder, text_encoder=str(text_encoder))
+    return folder
 
-    def make(copy):
-        encoder = tmp_path / "encoder"
-        shutil.copytree(text_encoder, encoder)
-        export([run], tmp_path / "model", text_encoder=str(encoder), copy_text_encoder=copy)
-        return tmp_path / "model", (tmp_path / "model" / "text_encoder" if copy else encoder)
+
+@pytest.fixture
+def model_with(exported, tmp_path):
+    """model_with(encoder) → a model folder that refers to this folder; None: with its own copy."""
+
+    def make(encoder=None):
+        model = tmp_path / "model"
+        shutil.copytree(exported, model)
+        if encoder is not None:
+            shutil.rmtree(model / "text_encoder")
+            index = json.loads((model / "model_index.json").read_text())
+            index |= {"text_encoder": str(encoder), "encoder_files": sampling_identity.encoder_files(encoder)}
+            (model / "model_index.json").write_text(json.dumps(index))
+        return model
 
     return make
 
@@ -189,24 +203,28 @@ def test_export_takes_one_encoder_only(
     out = tmp_path / "model"
     with pytest.raises(UserError, match=r"were trained with different text encoders .*embeddings differ"):
         export([run, run_of(other, "sr")], out)
-    for copy in (True, False):
-        with pytest.raises(UserError, match=r"is not the one that the stages were trained with .*differ"):
-            export([run], out, text_encoder=str(other_encoder), copy_text_encoder=copy)
+    with pytest.raises(UserError, match=r"is not the one that the stages were trained with .*differ"):
+        export([run], out, text_encoder=str(other_encoder))
     assert not out.exists()
     capsys.readouterr()
-    export([run_of(None)], out, text_encoder=str(text_encoder))
+    export([run_of(None)], out, text_encoder=str(text_encoder), copy_text_encoder=False)
     assert len(warnings_in(capsys)) == 1
-    assert ModelFolder(out).index.encoder == encoder
+    index = ModelFolder(out).index
+    assert index.encoder == encoder and index.encoder_files == sampling_identity.encoder_files(text_encoder)
 
 
-@pytest.mark.parametrize("copy", [True, False], ids=["copied", "referred to"])
+@pytest.mark.parametrize("copied", [True, False], ids=["copied", "referred to"])
 def test_an_encoder_that_was_replaced_does_not_draw(
-    exported, other_encoder, encoder, make_config, other, copy
+    model_with, text_encoder, other_encoder, encoder, other, make_config, tmp_path, copied
 ):
-    model, place = exported(copy)
+    place = tmp_path / "encoder"
+    shutil.copytree(text_encoder, place)
+    model = model_with(None if copied else place)
+    place = model / "text_encoder" if copied else place
     assert ModelFolder(model).index.encoder == encoder
-    with pytest.raises(UserError, match=f"--init_from {model}: .*another text encoder"):
-        initial_params(str(model), make_config("base"), encoder=other)
+    if copied:
+        with pytest.raises(UserError, match=f"--init_from {model}: .*another text encoder"):
+            initial_params(str(model), make_config("base"), encoder=other)
     with pytest.MonkeyPatch.context() as patch:  # as long as the files are the same, nothing is encoded
         patch.setattr(TextEncoder, "encode", lambda *_, **__: pytest.fail("encoded"))
         Imagen.load(model)
@@ -218,29 +236,30 @@ def test_an_encoder_that_was_replaced_does_not_draw(
     assert "not the one that the stages were trained with" in message and "\n" not in message
 
 
-def test_other_files_of_the_same_encoder_draw(exported, text_encoder, capsys):
-    model, place = exported(copy=True)
-    content = json.loads((place / "tokenizer.json").read_text())
-    (place / "tokenizer.json").write_text(json.dumps(content))  # without its line breaks
+def test_other_files_of_the_same_encoder_draw(model_with, capsys):
+    model = model_with()
+    place = model / "text_encoder" / "tokenizer.json"
+    place.write_text(json.dumps(json.loads(place.read_text())))  # without its line breaks
     capsys.readouterr()
     imagen = Imagen.load(model)
-    assert not sampling_identity.has_files_of(imagen.folder, place)
+    assert not sampling_identity.has_files_of(imagen.folder, model / "text_encoder")
     assert not warnings_in(capsys)
 
 
-def test_a_tokenizer_beside_the_encoder_counts(run, text_encoder, tmp_path):
+def test_a_tokenizer_beside_the_encoder_counts(model_with, text_encoder, tmp_path):
     """A pipeline folder: the tokenizer is in none of the encoder's own files."""
     pipeline = tmp_path / "pipeline"
     for part, pattern in (("text_encoder", "[cm]*"), ("tokenizer", "tok*")):
         (pipeline / part).mkdir(parents=True)
         for file in text_encoder.glob(pattern):
             shutil.copy(file, pipeline / part / file.name)
-    export([run], tmp_path / "model", text_encoder=str(pipeline), copy_text_encoder=False)
-    Imagen.load(tmp_path / "model")
+    model = model_with(pipeline)
+    Imagen.load(model)
+    assert sampling_identity.encoder_files(TextEncoder.load(pipeline).folder) is None
     place = pipeline / "tokenizer" / "tokenizer.json"
     content = json.loads(place.read_text())
     words = content["model"]["vocab"]
     words["red"], words["blue"] = words["blue"], words["red"]
     place.write_text(json.dumps(content))
     with pytest.raises(UserError, match="their tokenizers differ"):
-        Imagen.load(tmp_path / "model")
+        Imagen.load(model)
