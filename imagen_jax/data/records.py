@@ -23,7 +23,7 @@ from google.protobuf.message import DecodeError
 from jaxtyping import BFloat16, Float, Float32, Int8, UInt64
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile
+from imagen_jax.files import AtomicFile, check_regular
 
 IMAGE, CAPTION, KEY, TEXT_EMBEDDING = "image", "caption", "key", "text_embedding"
 TEXT_EMBEDDING_SCALE = "text_embedding_scale"
@@ -419,6 +419,7 @@ class KeyIndex:
     def __init__(self, folder: epath.PathLike, split: str):
         """Opens the index."""
         path = _key_index_path(folder, split)
+        check_regular(path)
         try:
             cloud = "://" in os.fspath(path)
             table = np.load(io.BytesIO(path.read_bytes())) if cloud else np.load(path, mmap_mode="r")

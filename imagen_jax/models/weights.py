@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 
 from imagen_jax.errors import UserError
+from imagen_jax.files import check_regular
 
 _STEMS = ("model", "diffusion_pytorch_model")  # the names transformers and diffusers save under
 _VARIANTS = ("fp16", "bf16")  # tried, in this order, where the folder has no plain file
@@ -148,6 +149,7 @@ class SafetensorsReader:
 
     def _open(self, file: epath.Path) -> Any:
         if file not in self._handles:
+            check_regular(file)
             if not file.exists():
                 raise UserError(f"{self.location}: weights file {file.name} is missing; copy it there")
             try:
