@@ -5,8 +5,12 @@ import os
 
 import pytest
 
+from imagen_jax.cli.main import main
+from imagen_jax.data.records import KeyIndex
+from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.files import json_field, json_object, parse_json, read_bytes, read_json
+from imagen_jax.models.weights import SafetensorsReader
 
 BAD_JSON = {
     "not UTF-8": b'{"a": "caf\xe9"}',
@@ -70,3 +74,39 @@ def test_a_limit_is_said(tmp_path):
     with pytest.raises(UserError, match="11 bytes, where at most 10 are read"):
         read_bytes(path, limit=10)
     assert parse_json("3", "x") == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "open_"),
+    [
+        ("captions-train.tfrecord-00000-of-00001", lambda path: len(TFRecordReader(path))),
+        ("model.safetensors", lambda path: SafetensorsReader(path).names),
+        ("model.safetensors", lambda path: SafetensorsReader(path.parent).names),
+        ("keys-train.npy", lambda path: KeyIndex(path.parent, "train")),
+    ],
+)
+def test_pipes_are_refused_where_files_are_opened(tmp_path, name, open_):
+    """Opened, they would wait for a writer for ever."""
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="a pipe or a device, not a file") as raised:
+        open_(tmp_path / name)
+    assert str(tmp_path / name) in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config=/dev/zero", "--workdir={}/out"],
+        ["train", "--config={}/pipe", "--workdir={}/out"],
+        ["sample", "--prompts_file={}/pipe", "--model={}", "--out={}/out"],
+        ["precompute", "--source=folder:/dev/zero", "--text_encoder={}", "--out={}/out"],
+        ["precompute", "--source=folder:{}/pipe", "--text_encoder={}", "--out={}/out"],
+        ["precompute", "--source=shapes:count=2", "--text_encoder={}/pipe", "--out={}/out"],
+        ["precompute", "--source=shapes:count=2", "--text_encoder={}", "--out=/dev/null"],
+    ],
+)
+def test_commands_refuse_pipes_and_devices(tmp_path, capsys, arguments):
+    os.mkfifo(tmp_path / "pipe")
+    assert main([argument.format(tmp_path) for argument in arguments]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert "error: " in lines[-1] and "Traceback" not in lines

@@ -34,7 +34,9 @@ def rgb_on_white(picture: Image.Image, data: bytes) -> Image.Image:
     colours = _colours(picture)
     if opacity is None:
         return colours
-    return Image.composite(colours, Image.new("RGB", picture.size, "white"), opacity)
+    shown = Image.new("RGB", picture.size, "white")
+    shown.paste(colours, mask=opacity)
+    return shown
 
 
 def needs_conversion(picture: Image.Image) -> bool:

@@ -36,8 +36,8 @@ DECODE_ERRORS = (
     Warning,
 )
 
-# Pixels of the largest picture that is read: where Pillow begins to warn. Such a picture takes 0.36 GB, its
-# conversion to RGB as much again, and as many are decoded at a time as there are threads.
+# Pixels of the largest picture that is read: where Pillow begins to warn. Such a picture takes 0.36 GB, with
+# transparency four times as much while it is converted, and as many are decoded at a time as there are threads.
 MAX_PIXELS = 89_478_485
 # Of one damaged file after another; what makes a picture unusable is raised.
 warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -23,7 +23,7 @@ from jaxtyping import BFloat16, Float, Float32, Int8, UInt64
 
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, is_cloud, read_json
+from imagen_jax.files import AtomicFile, check_regular, is_cloud, read_json
 
 IMAGE, CAPTION, KEY, TEXT_EMBEDDING = "image", "caption", "key", "text_embedding"
 TEXT_EMBEDDING_SCALE = "text_embedding_scale"
@@ -418,6 +418,7 @@ class KeyIndex:
     def __init__(self, folder: epath.PathLike, split: str):
         """Opens the index."""
         path = _key_index_path(folder, split)
+        check_regular(path)
         try:
             table = np.load(io.BytesIO(path.read_bytes())) if is_cloud(path) else np.load(path, mmap_mode="r")
         except FileNotFoundError:

@@ -16,7 +16,7 @@ from fsspec.core import url_to_fs
 from jaxtyping import Int64
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, is_cloud
+from imagen_jax.files import AtomicFile, check_regular, is_cloud
 
 _HEADER = struct.Struct("<QI")  # length, its CRC
 _FOOTER = struct.Struct("<I")  # CRC of the data
@@ -95,9 +95,11 @@ def index_offsets(path: epath.PathLike) -> Int64[np.ndarray, "records_plus_one"]
     One pass over the record headers; the data is skipped.
 
     Raises:
-      UserError: a length CRC does not match or the last record is cut off; names file and byte offset.
+      UserError: a length CRC does not match or the last record is cut off; names file and byte offset. Or it is no
+        ordinary file.
     """
     path = epath.Path(path)
+    check_regular(path)
     offsets = [0]
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)

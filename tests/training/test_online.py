@@ -198,6 +198,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(config, tmp_path, runs):
     train(config(f"train.sample_every={STEPS}", "train.sample_count=3"), tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == list(enumerate(runs[0]["online"], 1))
+    assert all(line["enlarged"] == 0 for line in lines)
     assert (tmp_path / "samples" / f"{STEPS:08d}.png").exists()
     with pytest.raises(UserError, match=r"config.data.text_encoder: '.*' → None"):
         train(config(online=False), tmp_path)
