@@ -10,6 +10,7 @@ client has drawn, and at the end.
 
 import argparse
 import asyncio
+import html
 import json
 import math
 import os
@@ -85,48 +86,39 @@ def draw_settings(model: Path, folder: Path, cache: Path, settings: int) -> list
 
 
 async def client(url: str, requests: list[int], done: list[int]) -> None:
-    """One page that draws one picture after the other and leaves."""
+    """One browser that opens a page for each picture, draws it and leaves."""
     import httpx
 
     async with httpx.AsyncClient(timeout=60) as http:
         for seed in requests:
-            html = (await http.get(url, params={"prompt": PROMPTS[seed % 3], "seed": seed})).text
-            elements = re.search(
-                r"const elements = .*?`(.*?)`|parseElements\(String.raw`(.*?)`\)", html, re.S
-            )
-            assert elements, html[:4000]
-            text = next(filter(None, elements.groups()))
-            for escaped, plain in (
-                ("&lt;", "<"),
-                ("&gt;", ">"),
-                ("&#36;", "$"),
-                ("&#96;", "`"),
-                ("&amp;", "&"),
-            ):
-                text = text.replace(escaped, plain)
-            draw = next(
-                (int(key), each)
-                for key, each in json.loads(text).items()
-                if each.get("props", {}).get("label") == "Draw"
-            )
-            await press(url, html, draw[0], draw[1]["events"][0]["listener_id"])
+            page = (await http.get(url, params={"prompt": PROMPTS[seed % 3], "seed": seed})).text
+            (elements,) = re.findall(r"parseElements\(String\.raw`(.*?)`\)", page, re.DOTALL)
+            for key, element in json.loads(html.unescape(elements)).items():
+                if element.get("props", {}).get("label") == "Draw":
+                    await press(url, page, int(key), element["events"][0]["listener_id"])
             done.append(seed)
 
 
-async def press(url: str, html: str, button: int, listener: str) -> None:
+async def press(url: str, page: str, button: int, listener: str) -> None:
     """Connects as the page's script does, presses the button and waits for the end."""
     import socketio
 
-    (name,) = re.findall(r"[\"']client_id[\"']: ?[\"']([^\"']+)", html)
-    page, ended = socketio.AsyncClient(), asyncio.Event()
-    page.on("update", lambda message: ended.set() if "1 picture in" in json.dumps(message) else None)
+    (name,) = re.findall(r"[\"']client_id[\"']: ?[\"']([^\"']+)", page)
+    connection, ended = socketio.AsyncClient(), asyncio.Event()
+    connection.on("update", lambda message: ended.set() if "1 picture in" in json.dumps(message) else None)
     tab = {"client_id": name, "tab_id": name, "document_id": name, "next_message_id": "0"}
     query = "&".join(f"{key}={value}" for key, value in (tab | {"implicit_handshake": "true"}).items())
-    await page.connect(f"{url}/?{query}", socketio_path="/_nicegui_ws/socket.io", transports=["websocket"])
+    await connection.connect(
+        f"{url}/?{query}",
+        socketio_path="/_nicegui_ws/socket.io",
+        transports=["websocket"],
+        wait_timeout=60,
+        retry=True,  # of a busy machine
+    )
     event = {"id": button, "client_id": name, "listener_id": listener, "args": ["{}"]}
-    await page.emit("event", event)
+    await connection.emit("event", event)
     await asyncio.wait_for(ended.wait(), 300)
-    await page.disconnect()
+    await connection.disconnect()
 
 
 def serve_clients(model: Path, cache: Path, clients: int, requests: int) -> list[dict]:
@@ -152,7 +144,7 @@ def serve_clients(model: Path, cache: Path, clients: int, requests: int) -> list
                 )
 
             asyncio.run(all_clients())
-            time.sleep(5)  # by when the pages that were left are gone
+            time.sleep(15)  # by when the pages that were left are gone
             rows.append({"requests": len(done), "memory_MB": round(memory(process.pid), 1)})
             print(rows[-1], file=sys.stderr, flush=True)
         return rows

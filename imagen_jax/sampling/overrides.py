@@ -126,7 +126,7 @@ def parse_overrides(flags: dict[str, str | None], stages: int) -> list[SamplingO
         field, read, meaning = FLAGS[flag]
         parts = text.split(",")
         if len(parts) not in (1, stages):
-            raise UserError(f"--{flag} {text}: give one value, or one for each of the {stages} stages")
+            raise UserError(f"--{flag} {text:.80}: give one value, or one for each of the {stages} stages")
         for number, part in enumerate(parts * stages if len(parts) == 1 else parts):
             part = part.strip()
             if not part and len(parts) > 1:

@@ -30,6 +30,7 @@ from imagen_jax.serving.studio import Job, JobState, Shown, Studio
 TITLE = "imagen-jax"
 GALLERY_PICTURES = 200  # newest ones that a page shows
 _REFRESH_SECONDS = 0.25  # between two looks at the queue and the gallery
+_AWAY_SECONDS = 10.0  # without a connection, after which a page is taken for closed
 _ERROR_LENGTH = 500  # characters
 _PREVIEW_SIDE = 128  # pixels, of one picture in a preview at most
 
@@ -125,7 +126,7 @@ class Page:
             self._gallery = ui.row().classes("flex-1 gap-4").props('role=list aria-label="Gallery"')
         self._say(error)
         self.refresh()
-        # Whoever closes the page, or is away for longer than a reload takes, waits for nothing any more.
+        # Whoever closes the page waits for nothing any more.
         ui.context.client.on_delete(self._stop_job)
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
@@ -328,5 +329,5 @@ def make_app(studio: Studio) -> FastAPI:
     def page(request: Request) -> None:
         Page(studio, request.scope["query_string"], request.client.host if request.client else "")
 
-    ui.run_with(app, title=TITLE, dark=None, show_welcome_message=False)
+    ui.run_with(app, title=TITLE, dark=None, show_welcome_message=False, reconnect_timeout=_AWAY_SECONDS)
     return app

@@ -144,5 +144,5 @@ def _number(value: Any, name: str, kind: Callable[[Any], Any], meaning: str) -> 
         if not math.isfinite(number) or (not isinstance(value, str) and number != value):
             raise ValueError
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name} {value!r} is not {meaning}") from None
+        raise UserError(f"{name} {value!r:.60} is not {meaning}") from None
     return number

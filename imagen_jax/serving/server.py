@@ -84,6 +84,7 @@ def serve(studio: Studio, listener: socket.socket, hosts: Hosts, *, ready: Calla
         log_level="warning",
         timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         lifespan="on",
+        http="h11",  # httptools reads no link beyond 64 KiB
         h11_max_incomplete_event_size=_HEAD_BYTES,
     )
     with closing(studio):

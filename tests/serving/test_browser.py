@@ -1,5 +1,6 @@
 """The page in the system's Chromium, as somebody uses it: `make test-browser`."""
 
+import http.server
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,12 +20,14 @@ from PIL import Image
 
 from imagen_jax.cli.main import main
 from imagen_jax.sampling.pictures import METADATA_KEY
+from imagen_jax.serving.request import MAX_IMAGES, MAX_STEPS
 
 pytestmark = pytest.mark.browser
 
 PATIENCE = 300_000  # milliseconds: the first picture waits for the compiler
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROMPT = "a red circle"
+FOREIGN = "evil.example"
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +38,9 @@ def browser():
     assert found, f"none of {', '.join(BROWSERS)} is installed"
     with sync_playwright() as playwright:
         # Chromium's sandbox does not run as root, which continuous integration often is.
-        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        # As an attacker's name server would: a foreign name leads to this machine.
+        names = f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1"
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", names])
         yield browser
         browser.close()
 
@@ -74,7 +80,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(start, folder):
-    return start(f"--out={folder}")[1]
+    return start(f"--out={folder}", "--batch_size=1")[1]
 
 
 @pytest.fixture
@@ -104,12 +110,17 @@ def page(browser, url):
     assert not strange and not errors
 
 
-def draw(page, prompt=PROMPT, **fields):
-    """Fills in the form, clicks and waits for the end; the line below the button."""
+def ask(page, prompt=PROMPT, **fields):
+    """Fills in the form and clicks."""
     page.get_by_label("Prompt", exact=True).fill(prompt)
     for label, value in fields.items():
         page.get_by_label(label.replace("_", " "), exact=True).fill(str(value))
     page.get_by_role("button", name="Draw").click()
+
+
+def draw(page, prompt=PROMPT, **fields):
+    """Fills in the form, clicks and waits for the end; the line below the button."""
+    ask(page, prompt, **fields)
     status = page.get_by_role("status").filter(has_text=re.compile(r"pictures? in |failed|stopped"))
     status.wait_for()
     return status.inner_text()
@@ -222,22 +233,129 @@ def test_a_broken_link_says_so(page, url):
     page.get_by_role("alert").filter(has_text="--steps many: 'many' is not a whole number").wait_for()
 
 
+LONG = {"base_steps": MAX_STEPS, "Pictures": MAX_IMAGES}
+
+
 def test_one_after_the_other_and_stop(page, browser, url):
     """A long request in one page, a second page that waits for it, and the button that ends the first."""
-    page.get_by_label("Prompt", exact=True).fill(PROMPT)
-    page.get_by_label("base steps").fill("200000")
-    page.get_by_role("button", name="Draw").click()
+    ask(page, **LONG, Seed=1000)
     page.get_by_role("status").filter(has_text="base: step").wait_for()
     assert page.get_by_role("img", name="as they form").evaluate("image => image.naturalWidth") == 12
     other = browser.new_page()
     other.goto(url)
-    other.get_by_label("Prompt", exact=True).fill("a blue square")
-    other.get_by_role("button", name="Draw").click()
+    ask(other, "a blue square")
     other.get_by_role("status").filter(has_text="waiting: 1 request before this one").wait_for()
     page.get_by_role("button", name="Stop").click()
     page.get_by_role("status").filter(has_text="stopped after").wait_for(timeout=PATIENCE)
     other.get_by_role("status").filter(has_text="1 picture in").wait_for(timeout=PATIENCE)
     other.close()
+
+
+def test_who_leaves_waits_for_nothing(page, browser, url):
+    """Pages with long requests are closed, one that is being drawn and one that waits: whoever comes next is drawn."""
+    pages = [browser.new_page() for _ in range(2)]
+    for number, each in enumerate(pages):
+        each.goto(url)
+        ask(each, **LONG, Seed=2000 + 1000 * number)
+        each.get_by_role("status").filter(has_text=re.compile("preparing|step|waiting: 1")).wait_for()
+    ask(page, "a blue square", Seed=77)
+    page.get_by_role("status").filter(has_text="waiting: 2 requests").wait_for()
+    for each in pages:
+        each.close()
+    page.get_by_role("status").filter(has_text="1 picture in").wait_for()
+
+
+def get(url, target):
+    """(status, body) of a request that no browser would send so."""
+    connection = socket.create_connection((urlsplit(url).hostname, urlsplit(url).port), timeout=60)
+    with connection, connection.makefile("rb") as answer:
+        connection.sendall(
+            b"GET "
+            + target
+            + f" HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\nConnection: close\r\n\r\n".encode()
+        )
+        status = int(answer.readline().split()[1])
+        return status, answer.read().decode()
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        (b"prompt=x&steps=1e9", "'1e9' is not a whole number"),
+        (b"prompt=x&steps=1000000000", f"at most {MAX_STEPS} steps"),
+        (b"prompt=x&guidance=nan", "guidance must be a finite number"),
+        (b"prompt=x&guidance=1e999", "guidance must be a finite number"),
+        (b"prompt=x&seed=-1", "seeds must lie in 0"),
+        (b"prompt=x&seed=" + b"9" * 4000, "is not a whole number"),
+        (b"prompt=x&steps=0", "steps must be at least 1"),
+        (b"prompt=x&prompt=y", "twice"),
+        (b"prompt[]=x", "unknown parameter"),
+        (b"prompt=caf%e9", "not UTF-8"),
+        (b"prompt=%ed%a0%bc", "not UTF-8"),
+        (b"prompt=%00%0a</script>&x", "unknown parameter"),
+        (b"prompt=" + b"x" * 100_000, "the link has 100007 bytes"),
+        (b"prompt=x&steps=" + b"1," * 40_000, "give one value"),
+    ],
+    ids=lambda value: ascii(value)[:30],
+)
+def test_a_strangers_link_is_a_message(url, query, message):
+    status, body = get(url, b"/?" + query)
+    assert (status, message in body) == (200, True)
+
+
+def test_other_addresses_of_strangers(url):
+    for target in (
+        b"/?prompt=caf\xe9",
+        b"/pictures/%ff",
+        b"/pictures/%00",
+        b"/pictures/a/record",
+        b"/x",
+        b"/\xff",
+        b"*",
+        b"//evil/",
+    ):
+        assert 400 <= get(url, target)[0] < 500, target
+    assert get(url, b"/pictures/x?download=maybe")[0] in (404, 422)
+
+
+def test_another_name_for_this_machine_is_refused(browser, start, url):
+    """DNS rebinding: the page under a stranger's name, which leads here."""
+    page = browser.new_page()
+    response = page.goto(f"http://{FOREIGN}:{urlsplit(url).port}/")
+    assert response.status == 400
+    assert response.text().startswith(f"Host '{FOREIGN}:") and response.text().count("\n") == 1
+    _, named = start(f"--allow_host={FOREIGN}")
+    page.goto(f"http://{FOREIGN}:{urlsplit(named).port}/")
+    page.get_by_role("button", name="Draw").click()  # goes through the websocket
+    page.get_by_role("alert").filter(has_text="the prompt is empty").wait_for()
+    page.close()
+
+
+CONNECT = """address => new Promise(done => {
+    const socket = new WebSocket(address);
+    socket.onopen = () => done("opened");
+    socket.onerror = () => done("refused");
+})"""
+
+
+def test_a_page_of_another_site_is_refused(browser, url):
+    """It is served from this machine, too, at another port."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        page, statuses = browser.new_page(), {}
+        page.on("response", lambda response: statuses.update({response.url: response.status}))
+        websocket = f"ws://{urlsplit(url).netloc}/_nicegui_ws/socket.io/?EIO=4&transport=websocket"
+        page.goto(f"http://127.0.0.1:{other.server_address[1]}/")
+        assert page.evaluate(CONNECT, websocket) == "refused"
+        post = "url => fetch(url, {method: 'POST', mode: 'no-cors', body: '40'}).then(() => 'sent')"
+        polling = f"{url}/_nicegui_ws/socket.io/?EIO=4&transport=polling"
+        assert page.evaluate(post, polling) == "sent" and statuses[polling] == 403
+        record = "url => fetch(url).then(() => 'answered', () => 'refused')"
+        assert page.evaluate(record, f"{url}/pictures/x/record") == "refused"
+        page.goto(url)
+        assert page.evaluate(CONNECT, websocket) == "opened"
+        page.close()
+        other.shutdown()
 
 
 def test_the_gallery_outlives_page_and_server(start, folder, page):
