@@ -464,6 +464,8 @@ def export_diffusers(
         check_encoder(folder, TextEncoder.load(encoder, dtype="bfloat16"))
     for stage in folder.stages:
         with SafetensorsReader(folder.path / stage.name / WEIGHTS) as reader:
+            for name in sorted(reader.names):
+                reader.check_float(name)
             stored = {
                 name: LazyTensor(reader.shape(name), reader.dtype(name), functools.partial(reader.read, name))
                 for name in sorted(reader.names)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from imagen_jax.cli.main import main
 from imagen_jax.data import shapes
@@ -100,6 +101,7 @@ def test_bfloat16_is_stored_and_used(pipelines, tmp_path):
         ({"act_fn": "relu"}, "act_fn"),
         ({"block_out_channels": [32, 96]}, "expected"),
         ({"layers_per_block": 2}, "missing"),
+        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "config.json has quantization_config"),
     ],
 )
 def test_a_config_that_is_not_of_the_weights_is_refused(change, message, pipelines, tmp_path, capsys):
@@ -111,6 +113,27 @@ def test_a_config_that_is_not_of_the_weights_is_refused(change, message, pipelin
     assert main(["import", "deepfloyd", f"--stage1={tmp_path / 'one'}", f"--out={tmp_path / 'out'}"]) == 1
     error = capsys.readouterr().err
     assert message in error.splitlines()[-1] and str(tmp_path / "one") in error
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+@pytest.mark.parametrize("extra", [False, True])
+def test_quantised_weights_are_refused(part, extra, pipelines, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(pipelines / "one", tmp_path / "one")
+    [path] = (tmp_path / "one" / part).glob("*.safetensors")
+    weights = tensors(path)
+    name = min(each for each in weights if weights[each].ndim > 1 and "relative" not in each)
+    if extra:
+        weights[f"{name.removesuffix('.weight')}.SCB"] = np.ones(len(weights[name]), np.float32)
+    else:
+        weights[name] = np.ones(weights[name].shape, np.int8)
+    save_file(weights, path)
+    assert main(["import", "deepfloyd", f"--stage1={tmp_path / 'one'}", f"--out={tmp_path / 'out'}"]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert str(path) in error and name.removesuffix(".weight") in error and "quantised" in error
+    assert ("SCB (F32)" if extra else "int8") in error
+    assert not (tmp_path / "out" / "model_index.json").exists()
 
 
 def test_stages_in_the_wrong_place_are_refused(pipelines, tmp_path, capsys):
