@@ -22,7 +22,7 @@ from jaxlib import xla_client
 
 import imagen_jax
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile
+from imagen_jax.files import AtomicFile, read_bytes
 
 VARIABLE = "IMAGEN_JAX_CACHE"
 OFF = "off"
@@ -153,8 +153,8 @@ def program_key(description: Any, devices: Sequence[jax.Device]) -> str:
 def load_program(folder: Path, key: str) -> bytes | None:
     """A program's bytes; None if there is none that can be read whole."""
     try:
-        content = (folder / "programs" / key).read_bytes()
-    except OSError:
+        content = read_bytes(folder / "programs" / key)
+    except UserError:
         return None
     digest, program = content[:32], content[32:]
     return program if hashlib.sha256(program).digest() == digest else None

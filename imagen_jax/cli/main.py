@@ -45,13 +45,24 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def _exhausted(error: Exception) -> str | None:
+    """Whose memory is too small, if that is the error: JAX says of a device in a RuntimeError that it is full."""
+    if isinstance(error, MemoryError):
+        return "this machine"
+    return "the device" if "RESOURCE_EXHAUSTED" in str(error) else None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is 0 only on success."""
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((argument for argument in argv if argument in VERBS), None)
-    args, rest = make_parser(verb).parse_known_args(argv)
-    module: Any = _module(args.verb)
+    # Names and captions hold characters that a terminal's encoding may lack: no reason to fail after the work.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    args: Any = argparse.Namespace(verb=verb, debug="--debug" in argv)
     try:
+        args, rest = make_parser(verb).parse_known_args(argv)
+        module: Any = _module(args.verb)
         if hasattr(module, "run_with_overrides"):
             return module.run_with_overrides(args, rest)
         if rest:
@@ -67,6 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             raise
         print(f"imagen-jax {args.verb}: error: {error}", file=sys.stderr)
+        return 1
+    # All other errors are the program's own and show where they are from.
+    except (MemoryError, RuntimeError) as error:
+        place = _exhausted(error)
+        if place is None or args.debug:
+            raise
+        print(
+            f"imagen-jax {args.verb}: error: {place} has too little memory for this; ask for less at a time "
+            f"(a smaller batch, smaller pictures), or see what it is with --debug",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -15,6 +15,7 @@ from etils import epath
 from imagen_jax.data import records
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
+from imagen_jax.files import json_field, json_object, read_bytes, read_json
 from imagen_jax.text.shards import ShardReport, read_key_hashes, report_files
 
 
@@ -26,10 +27,10 @@ def _read_job(out: epath.Path) -> dict[str, Any]:
     """
     path = out / "job.json"
     try:
-        job = json.loads(path.read_text())
-        if not isinstance(job["splits"], dict):
-            raise TypeError("no splits")
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        job = read_json(path)
+        for split, values in json_field(job, "splits", dict, str(path)).items():
+            json_object(values, f"{path}: split {split!r}")
+    except UserError as error:
         raise UserError(f"{path}: not a job description ({error}); use another --out") from error
     job.setdefault("embeddings_only", False)
     return job
@@ -78,7 +79,7 @@ def claim_folder(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
     splits[split] = job["split"]
     content = {**{key: value for key, value in job.items() if key != "split"}, "splits": splits}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or read_bytes(path) != text.encode("utf-8"):
         records.write_shared_json(path, content)
         if report_files(out):
             _compare(out, split, job)
@@ -96,7 +97,9 @@ def still_ours(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
 
 def write_skipped(out: epath.Path) -> None:
     """Collects what the shards of all splits skipped into `skipped.jsonl`, in order."""
-    skipped = [item for file in report_files(out) for item in json.loads(file.read_text())["skipped"]]
+    skipped = [
+        item for file in report_files(out) for item in json_field(read_json(file), "skipped", list, str(file))
+    ]
     text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in skipped)
     records.write_shared(out / "skipped.jsonl", lambda: [text.encode("utf-8")])
 

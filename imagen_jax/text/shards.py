@@ -7,7 +7,7 @@ batched among themselves, so that neither other shards nor other processes chang
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
@@ -19,12 +19,15 @@ from imagen_jax.data.examples import Example, Skipped, Source
 from imagen_jax.data.pictures import picture_fault
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, write_text
+from imagen_jax.files import AtomicFile, json_field, json_object, read_json, write_text
 from imagen_jax.text.store import EmbeddingDtype, StoredEmbedding, TokenCounts, pack
 
 WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together
 MEMORY = 2**30  # bytes of embeddings remembered per shard, for captions that occur again
 _HASH = np.dtype("<u8")
+# Fields of `ShardReport`: those that every report has, and those that the first versions did not write.
+_COUNTS = ("records", "tokens", "num_bytes", "width")
+_LATER_COUNTS = ("unknown", "encoded", "computed")
 
 
 @runtime_checkable
@@ -64,6 +67,25 @@ class ShardReport:
     encoded: int = 0  # tokens of the distinct captions, which were encoded
     computed: int = 0  # tokens the encoder computed for them, padding included
 
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> "ShardReport":
+        """From what `write_report` wrote.
+
+        Raises:
+          UserError: a field is missing or of another type, or a count is negative.
+        """
+        counts = {name: json_field(content, name, int, where) for name in _COUNTS}
+        counts |= {name: json_field(content, name, int, where, default=0) for name in _LATER_COUNTS}
+        if negative := [name for name, count in counts.items() if count < 0]:
+            raise UserError(f"{where}: {negative[0]!r} must be at least 0, got {counts[negative[0]]}")
+        encoder = json_field(content, "encoder", str, where)
+        skipped = [
+            json_object(item, f"{where}: skipped") for item in json_field(content, "skipped", list, where)
+        ]
+        for item in skipped:
+            json_field(item, "reason", str, f"{where}: skipped")
+        return cls(**counts, encoder=encoder, skipped=skipped)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShardSettings:
@@ -91,10 +113,10 @@ def report_files(out: epath.Path) -> list[epath.Path]:
 def read_report(out: epath.Path, shard: str, *, images: bool) -> ShardReport | None:
     """The report of a shard; None unless the shard is complete."""
     try:
-        found = ShardReport(**json.loads(_report_path(out, shard).read_text()))
+        found = ShardReport.from_json(read_json(_report_path(out, shard)), shard)
         size = int((out / shard).stat().length)
         hashed = None if images else int(_hashes_path(out, shard).stat().length)
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError):
         return None  # to be written again
     if size != found.num_bytes or hashed not in (None, found.records * _HASH.itemsize):
         return None
