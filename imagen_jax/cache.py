@@ -23,7 +23,7 @@ from jaxlib import xla_client
 
 import imagen_jax
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile
+from imagen_jax.files import AtomicFile, read_bytes
 
 VARIABLE = "IMAGEN_JAX_CACHE"
 OFF = "off"
@@ -183,8 +183,8 @@ def load_program(folder: Path, key: str) -> bytes | None:
     """A program's bytes; None if there is none that can be read whole."""
     path = folder / "programs" / key
     try:
-        content = path.read_bytes()
-    except OSError:
+        content = read_bytes(path)
+    except UserError:
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # it was used

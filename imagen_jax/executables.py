@@ -18,6 +18,7 @@ import jax
 
 from imagen_jax.cache import load_program, no_compilation_cache, program_key, save_program
 from imagen_jax.errors import UserError
+from imagen_jax.files import parse_json
 
 _LOG = logging.getLogger(__name__)
 _LENGTH_BYTES = 8  # of the number that says how long the note is
@@ -73,7 +74,11 @@ class ProgramFile:
         if content is None:
             return None
         end = _LENGTH_BYTES + int.from_bytes(content[:_LENGTH_BYTES], "little")
-        return json.loads(content[_LENGTH_BYTES:end]), content[end:]
+        try:
+            return parse_json(content[_LENGTH_BYTES:end], f"the note of {self.key}"), content[end:]
+        except UserError as error:
+            _LOG.warning("a stored program is compiled anew (%s)", error)
+            return None
 
     @property
     def note(self) -> Any:

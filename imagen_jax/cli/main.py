@@ -64,6 +64,24 @@ def _line(error: BaseException) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error))
 
 
+def _said_of(error: Exception) -> str | None:
+    """The line that an error of the user's, or of the machine's, is printed as; None: it is the program's own."""
+    from imagen_jax.files import cloud_fault  # only here: --help does not wait for what it imports
+
+    if (fault := cloud_fault(error)) is not None:
+        return fault
+    if isinstance(error, (UserError, OSError)):
+        return _line(error)
+    # JAX says of a device in a RuntimeError that it is full.
+    full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    if full or isinstance(error, MemoryError):
+        return (
+            f"{'the device' if full else 'this machine'} has too little memory for this; ask for less at a time "
+            "(a smaller batch, smaller pictures), or see what it is with --debug"
+        )
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is 0 only on success."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -73,9 +91,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:  # before the parser could quote it
         print(f"imagen-jax{f' {verb}' if verb else ''}: error: {_line(error)}", file=sys.stderr)
         return 1
-    args, rest = make_parser(verb).parse_known_args(argv)
-    module: Any = _module(args.verb)
+    # Names and captions hold characters that a terminal's encoding may lack: no reason to fail after the work.
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    args: Any = argparse.Namespace(verb=verb, debug="--debug" in argv)
     try:
+        args, rest = make_parser(verb).parse_known_args(argv)
+        module: Any = _module(args.verb)
         if hasattr(module, "run_with_overrides"):
             return module.run_with_overrides(args, rest)
         if rest:
@@ -88,12 +110,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
-        from imagen_jax.files import cloud_fault  # only here: --help does not wait for what it imports
-
-        fault = cloud_fault(error)
-        if args.debug or (fault is None and not isinstance(error, (UserError, OSError))):
+        said = _said_of(error)
+        if args.debug or said is None:
             raise
-        print(f"imagen-jax {args.verb}: error: {fault or _line(error)}", file=sys.stderr)
+        print(f"imagen-jax {args.verb}: error: {said}", file=sys.stderr)
         return 1
 
 

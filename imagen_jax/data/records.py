@@ -11,6 +11,7 @@ import enum
 import hashlib
 import io
 import json
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -19,21 +20,19 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 from google.protobuf.message import DecodeError
-from jaxtyping import BFloat16, Float, Float32, Int8, UInt64
+from jaxtyping import BFloat16, Float32, Int8, UInt64
 
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json
+from imagen_jax.data.quantise import BLOCK_SIZE, dequantise
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, check_regular, is_cloud, read_json
+from imagen_jax.files import AtomicFile, check_regular, is_cloud, json_field, json_object, read_json
 
 IMAGE, CAPTION, KEY, TEXT_EMBEDDING = "image", "caption", "key", "text_embedding"
 TEXT_EMBEDDING_SCALE = "text_embedding_scale"
-# Channels that share a scale: a channel 60 standard deviations out costs precision to its 63 neighbours
-# only, and the scales add one byte to 16.
-BLOCK_SIZE = 64
 VERSION = "1.0.0"  # of the record format
 _FEATURES = "tensorflow_datasets.core.features"
 _FILEPATH_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
-_INT8_MAX = 127
+_MAX_SIZE = 2**20  # of an embedding's width and length: far beyond any encoder's
 _WRITE_ATTEMPTS = 8
 _INDEX_CHUNK = 2**22  # entries of the key index written at once
 
@@ -191,54 +190,6 @@ def parse(data: bytes, width: int, where: str, *, images: bool = True) -> Record
         raise UserError(f"{where}: not a record of this format ({error})") from error
 
 
-def quantise(
-    embedding: Float[np.ndarray, "tokens width"], *, block_size: int = BLOCK_SIZE
-) -> tuple[Int8[np.ndarray, "tokens width"], Float32[np.ndarray, "tokens blocks"]]:
-    """Int8 values and their scales: per token and block of channels, the largest magnitude becomes 127.
-
-    Args:
-      embedding: finite values.
-      block_size: channels that share a scale; the last block may be smaller.
-
-    Returns:
-      values from -127 to 127, and scales; value · scale is the embedding to within half a scale.
-
-    Raises:
-      ValueError: a value is not finite, or the block size is below 1.
-    """
-    if block_size < 1:
-        raise ValueError(f"block_size must be at least 1, got {block_size}")
-    tokens, width = embedding.shape
-    blocks = -(-width // block_size)
-    padded = np.zeros((tokens, blocks * block_size), np.float32)
-    padded[:, :width] = embedding
-    if not np.isfinite(padded).all():
-        raise ValueError("the text embedding holds values that are not finite")
-    grouped = padded.reshape(tokens, blocks, block_size)
-    scale = np.abs(grouped).max(axis=-1) / np.float32(_INT8_MAX)
-    divisor = np.where(scale > 0, scale, np.float32(1))[..., None]
-    # The clip is for scales so small that they are rounded themselves.
-    values = np.clip(np.rint(grouped / divisor), -_INT8_MAX, _INT8_MAX).astype(np.int8)
-    return values.reshape(tokens, -1)[:, :width].copy(), scale
-
-
-def dequantise(
-    values: Int8[np.ndarray, "tokens width"],
-    scale: Float32[np.ndarray, "tokens blocks"],
-    *,
-    block_size: int = BLOCK_SIZE,
-) -> Float32[np.ndarray, "tokens width"]:
-    """The inverse of `quantise`, up to rounding.
-
-    Raises:
-      ValueError: the number of scales is not that of the blocks.
-    """
-    width = values.shape[1]
-    if scale.shape[1] != -(-width // block_size):
-        raise ValueError(f"{scale.shape[1]} scales per token for {width} channels in blocks of {block_size}")
-    return values.astype(np.float32) * np.repeat(scale, block_size, axis=1)[:, :width]
-
-
 def features_json(width: int, *, block_size: int | None = None, images: bool = True) -> dict[str, Any]:
     """The content of `features.json`: TFDS's description of the features.
 
@@ -346,29 +297,74 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def _count(value: Any, what: str) -> int:
+    """A count as TFDS writes it: in protocol buffers' JSON, whole numbers of 64 bits are texts."""
+    text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise UserError(f"{what} must be a whole number, got {value!r}")
+    return int(text)
+
+
+def _split_info(content: Any, where: str) -> SplitInfo:
+    """One split of dataset_info.json."""
+    split = json_object(content, f"{where}: a split")
+    lengths = json_field(split, "shardLengths", list, where)
+    return SplitInfo(
+        name=_name(split, where),
+        shard_lengths=tuple(_count(length, f"{where}: a length in 'shardLengths'") for length in lengths),
+        num_bytes=_count(split.get("numBytes"), f"{where}: 'numBytes'"),
+    )
+
+
+def _name(content: Mapping[str, Any], where: str) -> str:
+    """The name of a data set or split, which is a part of its files' names and leads nowhere else."""
+    name = json_field(content, "name", str, where)
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise UserError(f"{where}: 'name' must be letters, digits, '_', '-' and '.', got {name!r}")
+    return name
+
+
+def _encoder_info(metadata: Mapping[str, Any], where: str) -> EncoderInfo:
+    """What metadata.json says; fields that a later version has added are passed over."""
+    source = json_field(metadata, "source", dict, where)
+    block_size = None
+    if metadata.get("block_size") is not None:
+        block_size = json_field(metadata, "block_size", int, where)
+    info = EncoderInfo(
+        text_encoder=json_field(metadata, "text_encoder", str, where),
+        width=json_field(metadata, "width", int, where),
+        max_length=json_field(metadata, "max_length", int, where),
+        dtype=json_field(metadata, "dtype", str, where),
+        source={split: json_field(source, split, str, f"{where}: 'source'") for split in source},
+        block_size=block_size,
+        images=json_field(metadata, "images", bool, where, default=True),
+        identity=identity_from_json(metadata.get("identity"), f"{where}: identity"),
+    )
+    for name in ("width", "max_length", "block_size"):
+        value = getattr(info, name)
+        if value is not None and not 1 <= value <= _MAX_SIZE:
+            raise UserError(f"{where}: {name!r} must be from 1 to {_MAX_SIZE}, got {value}")
+    if info.dtype not in [dtype.value for dtype in EmbeddingDtype]:
+        raise UserError(f"{where}: 'dtype' must be bfloat16 or int8, got {info.dtype!r}")
+    return info
+
+
 def read_folder_info(path: epath.PathLike) -> FolderInfo:
     """Opens a record folder.
 
     Raises:
-      UserError: not a complete record folder; names the file at fault.
+      UserError: not a complete record folder; names the file and the field at fault.
     """
     path = epath.Path(path).expanduser()
-    dataset_info = _read_json(path / "dataset_info.json")
-    metadata = _read_json(path / "metadata.json")
-    try:
-        splits = {
-            split["name"]: SplitInfo(
-                name=split["name"],
-                shard_lengths=tuple(int(length) for length in split["shardLengths"]),
-                num_bytes=int(split["numBytes"]),
-            )
-            for split in dataset_info["splits"]
-        }
-        identity = identity_from_json(metadata.get("identity"), f"{path / 'metadata.json'}: identity")
-        encoder = EncoderInfo(**{**metadata, "identity": identity})
-        return FolderInfo(path=path, name=dataset_info["name"], splits=splits, encoder=encoder)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: dataset_info.json or metadata.json lacks a field ({error})") from error
+    dataset_info, metadata = (_read_json(path / name) for name in ("dataset_info.json", "metadata.json"))
+    where = f"{path}/dataset_info.json"
+    splits = [_split_info(split, where) for split in json_field(dataset_info, "splits", list, where)]
+    return FolderInfo(
+        path=path,
+        name=_name(dataset_info, where),
+        splits={split.name: split for split in splits},
+        encoder=_encoder_info(metadata, f"{path}/metadata.json"),
+    )
 
 
 def key_hash(key: str) -> int:

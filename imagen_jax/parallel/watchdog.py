@@ -17,6 +17,8 @@ from collections.abc import Iterator
 
 import jax
 
+from imagen_jax.errors import UserError
+from imagen_jax.files import json_field, json_object, parse_json
 from imagen_jax.parallel.processes import EXIT_RESTART, KeyValueStore, whoami
 
 # What is named as long work (compilation, sample grids) may take this long, in seconds.
@@ -59,6 +61,25 @@ class Life:
         """Sorts processes by how far they are."""
         return self.step, int(self.phase)
 
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Life":
+        """What a process has posted.
+
+        Raises:
+          UserError: it is something else, as of a process of another version.
+        """
+        content = json_object(parse_json(text, where), where)
+        phase = json_field(content, "phase", int, where)
+        if phase not in list(Phase):
+            raise UserError(f"{where}: 'phase' must be one of {list(map(int, Phase))}, got {phase}")
+        return cls(
+            beat=json_field(content, "beat", int, where),
+            step=json_field(content, "step", int, where),
+            phase=Phase(phase),
+            who=json_field(content, "who", str, where),
+            done=json_field(content, "done", bool, where),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -67,6 +88,16 @@ class Verdict:
     message: str
     code: int  # exit code of all processes
     process: int  # whose fault it is; -1: unknown
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> "Verdict":
+        """What a process has posted; raises as `Life.from_json`."""
+        content = json_object(parse_json(text, where), where)
+        return cls(
+            message=json_field(content, "message", str, where),
+            code=json_field(content, "code", int, where),
+            process=json_field(content, "process", int, where),
+        )
 
 
 class Judge:
@@ -224,15 +255,18 @@ class Watchdog:
 
     def _others(self, store: KeyValueStore, judge: Judge) -> Verdict | None:
         """The verdict that somebody posted, or on process 0 its own."""
-        posted = store.folder("verdict")
-        if posted:
-            return Verdict(**json.loads(next(iter(posted.values()))))
-        if jax.process_index() != 0:
-            return None
-        lives = {}
-        for process, text in store.folder("life").items():
-            values = json.loads(text)
-            lives[int(process)] = Life(**{**values, "phase": Phase(values["phase"])})
+        try:
+            for process, text in store.folder("verdict").items():
+                return Verdict.from_json(text, f"the verdict of process {process}")
+            if jax.process_index() != 0:
+                return None
+            lives = {
+                int(process): Life.from_json(text, f"the sign of life of process {process}")
+                for process, text in store.folder("life").items()
+            }
+        except UserError as error:
+            message = f"{error}; all processes must run the same version of imagen_jax"
+            return Verdict(message=message, code=1, process=-1)
         verdict = judge.look(lives, time.monotonic())
         if verdict is not None:
             self._put(store, verdict)

@@ -6,6 +6,7 @@ model.safetensors; MODEL/text_encoder/ is a copy of the encoder, or the index re
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,10 @@ class ModelFolder:
             raise UserError(f"{self.path / INDEX}: {error}") from error
 
     def _stage(self, name: str) -> StageConfig:
+        if name in (".", "..") or not re.fullmatch(r"[^/\\\0]+", name):
+            raise UserError(
+                f"{self.path / INDEX}: {name!r} in 'stages' is no name of a folder in the model folder"
+            )
         path = self.path / name / "config.json"
         config = build(StageConfig, read_json(path), str(path))
         if config.name != name:  # the weights are looked for under the config's name

@@ -15,7 +15,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from imagen_jax.config import to_dict
+from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
+from imagen_jax.files import json_object
 from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
 from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
 from imagen_jax.parallel.spatial import picture_sharding
@@ -147,8 +149,21 @@ def program_file(spec: ProgramSpec, cache: Path | None) -> ProgramFile | None:
 
 
 def stored_params(file: ProgramFile) -> Params:
-    """Shapes of the parameters that a stored program takes."""
-    return {name: jax.ShapeDtypeStruct(shape, dtype) for name, (shape, dtype) in file.note.items()}
+    """Shapes of the parameters that a stored program takes.
+
+    Raises:
+      UserError: the file says something else; names it.
+    """
+    where, found = f"{file.folder / 'programs' / file.key}: its note", {}
+    for name, value in json_object(file.note, where).items():
+        try:
+            shape, dtype = value
+            found[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+        except (TypeError, ValueError):
+            raise UserError(
+                f"{where} has {value!r} for {name}, no shape and dtype; delete the file"
+            ) from None
+    return found
 
 
 def load_program(spec: ProgramSpec, file: ProgramFile) -> StageProgram | None:

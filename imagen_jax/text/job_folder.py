@@ -16,7 +16,7 @@ from imagen_jax.data import records
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
-from imagen_jax.files import json_field, json_object, read_json
+from imagen_jax.files import json_field, json_object, read_bytes, read_json
 from imagen_jax.lock import remove_unheld
 from imagen_jax.text.shards import ShardReport, read_key_hashes, report_files
 
@@ -30,8 +30,8 @@ def _read_job(out: epath.Path) -> dict[str, Any]:
     path = out / "job.json"
     try:
         job = read_json(path)
-        for split in json_field(job, "splits", dict, "job.json").values():
-            json_object(split, "a split of job.json")
+        for split, values in json_field(job, "splits", dict, str(path)).items():
+            json_object(values, f"{path}: split {split!r}")
     except UserError as error:
         raise UserError(f"{path}: not a job description ({error}); use another --out") from error
     job.setdefault("embeddings_only", False)
@@ -105,7 +105,7 @@ def claim_folder(out: epath.Path, split: str, job: Mapping[str, Any]) -> None:
     splits[split] = job["split"]
     content = {**{key: value for key, value in job.items() if key != "split"}, "splits": splits}
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or read_bytes(path) != text.encode("utf-8"):
         records.write_shared_json(path, content)
         if report_files(out):
             check_job(out, split, job)

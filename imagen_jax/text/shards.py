@@ -30,12 +30,15 @@ from imagen_jax.data.picture_kinds import lacks_heif
 from imagen_jax.data.pictures import picture_fault, shorter_side
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, json_field, read_json
+from imagen_jax.files import AtomicFile, json_field, json_object, read_json
 from imagen_jax.text.store import EmbeddingDtype, StoredEmbedding, TokenCounts, pack
 
 WINDOW = 1024  # samples held in memory with their pictures; their new captions are encoded together
 MEMORY = 2**30  # bytes of embeddings remembered per shard, for captions that occur again
 _HASH = np.dtype("<u8")
+# Fields of `ShardReport`: those that every report has, and those that the first versions did not write.
+_COUNTS = ("records", "tokens", "num_bytes", "width")
+_LATER_COUNTS = ("unknown", "encoded", "computed", "cut")
 
 
 @runtime_checkable
@@ -88,14 +91,23 @@ class ShardReport:
         """Reads what `write_report` wrote.
 
         Raises:
-          ValueError, TypeError: it is missing or something else.
+          UserError: it is missing, or a field is, or is of another type, or a count is negative.
         """
         content, where = read_json(path), path.name
-        for name in ("records", "tokens", "num_bytes", "width"):
-            json_field(content, name, int, where)
-        json_field(content, "skipped", list, where)
-        identity = identity_from_json(content.pop("identity", None), f"{where}: identity")
-        return cls(**content, identity=identity)
+        counts = {name: json_field(content, name, int, where) for name in _COUNTS}
+        counts |= {name: json_field(content, name, int, where, default=0) for name in _LATER_COUNTS}
+        if content.get("samples") is not None:
+            counts["samples"] = json_field(content, "samples", int, where)
+        if negative := [name for name, count in counts.items() if count < 0]:
+            raise UserError(f"{where}: {negative[0]!r} must be at least 0, got {counts[negative[0]]}")
+        encoder = json_field(content, "encoder", str, where)
+        skipped = [
+            json_object(item, f"{where}: skipped") for item in json_field(content, "skipped", list, where)
+        ]
+        for item in skipped:
+            json_field(item, "reason", str, f"{where}: skipped")
+        identity = identity_from_json(content.get("identity"), f"{where}: identity")
+        return cls(**counts, encoder=encoder, skipped=skipped, identity=identity)
 
 
 class _Embedded(NamedTuple):
@@ -136,7 +148,7 @@ def read_report(out: epath.Path, shard: str, *, images: bool) -> ShardReport | N
         found = ShardReport.read(_report_path(out, shard))
         size = int((out / shard).stat().length)
         hashed = None if images else int(_hashes_path(out, shard).stat().length)
-    except (FileNotFoundError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError):
         return None  # to be written again
     if size != found.num_bytes or hashed not in (None, found.records * _HASH.itemsize):
         return None

@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import BFloat16, Float, Float32, Int8
 
-from imagen_jax.data.records import BLOCK_SIZE, EmbeddingDtype, dequantise, quantise
+from imagen_jax.data.quantise import BLOCK_SIZE, dequantise, quantise
+from imagen_jax.data.records import EmbeddingDtype
 
 __all__ = [
     "BLOCK_SIZE",

@@ -17,7 +17,7 @@ from tensorboardX.record_writer import register_writer_factory
 from tqdm import tqdm
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, is_cloud, write_text
+from imagen_jax.files import AtomicFile, is_cloud, json_field, json_object, parse_json, read_bytes, write_text
 from imagen_jax.training.clock import StepClock, memory_in_use
 
 
@@ -96,13 +96,13 @@ def trim_lines(path: epath.Path, last_step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in read_bytes(path).split(b"\n"):
         try:
-            step = json.loads(line)["step"]
-        except (ValueError, KeyError, TypeError):
+            step = json_field(json_object(parse_json(line, "a line"), "a line"), "step", int, "a line")
+        except UserError:
             continue
         if step <= last_step:
-            kept.append(line + "\n")
+            kept.append(line.decode("utf-8") + "\n")
     write_text(path, "".join(kept))
 
 

@@ -17,6 +17,7 @@ from imagen_jax.data.pipeline import (
     open_batches,
     record_count,
 )
+from imagen_jax.data.quantise import quantise
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
 
@@ -258,7 +259,7 @@ def write_embeddings(folder, numbers, *, dtype):
             for number in half:
                 plain = np.repeat(number + np.arange(3)[:, None] / 8, 70, 1).astype(np.float32)
                 if dtype == "int8":
-                    values, scale = records.quantise(plain)
+                    values, scale = quantise(plain)
                 else:
                     values, scale = plain.astype(ml_dtypes.bfloat16), None
                 key = f"key {number}"

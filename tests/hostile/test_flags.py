@@ -1,0 +1,99 @@
+"""Every flag of every verb with values that it cannot mean: one line that names the flag."""
+
+import argparse
+
+import pytest
+
+from tests.hostile.mutations import BAD_REAL, BAD_TEXT, BAD_WHOLE
+
+VERBS = {
+    "precompute": ("--source=folder:pictures", "--text_encoder=encoder", "--out=out"),
+    "train": ("--config=config.py", "--workdir=out"),
+    "export": ("--from=run", "--out=out"),
+    "import": ("deepfloyd", "--stage1=pipeline", "--out=out"),
+    "sample": ("a red circle", "--model=model", "--out=out"),
+    "plan": ("--config=config.py", "--topology=v5e:2x2"),
+    "serve": ("--model=model", "--port=0"),
+    "quickstart": ("--out=out", "--scale=smoke"),
+}
+# Texts of these flags name files or folders that are written, or are free: what is not refused is meant.
+FREE = ("negative_prompt", "wandb", "variant", "name", "cache", "out", "workdir", "json")
+# Sampling flags are texts that hold numbers, one for all stages or one a stage.
+NUMBERS = ("steps", "eta", "churn", "guidance", "guidance_rescale", "percentile", "aug_level", "rows")
+MEANT = {
+    ("--seed", str(10**9)),
+    ("--limit", str(10**9)),
+    ("--limit", "9" * 30),
+    ("--num_shards", "-7"),
+}
+
+
+def _flags(verb):
+    """(flag, values that it cannot mean) of a verb."""
+    from imagen_jax.cli.main import make_parser
+
+    parser = make_parser(verb)
+    commands = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    for action in commands.choices[verb]._actions:
+        flag = next((each for each in action.option_strings if each.startswith("--")), None)
+        if flag is None or action.nargs == 0 or action.dest in ("help", "debug"):
+            continue
+        if action.type is int:
+            yield flag, BAD_WHOLE
+        elif action.type is float:
+            yield flag, BAD_REAL
+        elif action.choices:
+            yield flag, ("x", "")
+        elif action.dest in NUMBERS:
+            yield flag, (*BAD_REAL, str(10**9), "1,2,3", "1,,", "--")
+        elif action.dest not in FREE:
+            yield flag, BAD_TEXT
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_flag_that_means_nothing(verb, run):
+    faults = []
+    for flag, values in _flags(verb):
+        for value in values:
+            rest = [each for each in VERBS[verb] if not each.startswith(f"{flag}=")]
+            outcome = run(verb, *rest, f"{flag}={value}")
+            if outcome.reached and (flag, value) in MEANT:
+                continue
+            if fault := outcome.fault(flag, flag.removeprefix("--")):
+                faults.append(f"{flag}={value[:40]!r}: {fault}")
+    assert not faults, "\n".join([f"{len(faults)} of {verb}", *faults])
+
+
+PATHS = {
+    "precompute": ("--text_encoder", "--out"),
+    "train": ("--config", "--workdir", "--init_from", "--reproduce"),
+    "export": ("--from", "--out", "--text_encoder"),
+    "import": ("--stage1", "--stage2", "--text_encoder", "--out"),
+    "sample": ("--model", "--out", "--like", "--prompts_file", "--cache"),
+    "plan": ("--config", "--json"),
+    "serve": ("--model", "--out", "--cache"),
+    "quickstart": ("--out",),
+}
+
+
+@pytest.mark.parametrize("verb", PATHS)
+def test_a_path_that_is_of_another_kind(verb, place, run):
+    import os
+
+    (place / "file").write_text("x")
+    os.mkfifo(place / "pipe")
+    (place / "loop").symlink_to("loop")
+    (place / "empty").mkdir()
+    faults = []
+    for flag in PATHS[verb]:
+        written = flag in ("--out", "--workdir", "--json", "--cache")
+        values = ["file", "pipe", "loop", "file/below", "/dev/zero", "a\0b", "x" * 300]
+        values += [] if written else ["missing", "empty", "pictures", "http://localhost:1/x", "gopher://x/y"]
+        if flag == "--json":
+            values = ["file/below", "empty", "missing/x", "a\0b", "x" * 300]
+        for value in values:
+            rest = [each for each in VERBS[verb] if not each.startswith(f"{flag}=")]
+            outcome = run(verb, *rest, f"{flag}={value}")
+            if fault := outcome.fault(flag, value[:200].replace("\0", "\\x00"), value[:200]):
+                faults.append(f"{flag}={value[:40]!r}: {fault}")
+    assert not faults, "\n".join([f"{len(faults)} of {verb}", *faults])
