@@ -61,5 +61,5 @@ def test_a_link(name, good):
 def test_a_field_of_the_form(read, value):
     if value is True:
         pytest.skip("a number field of a browser sends no booleans")
-    with pytest.raises(UserError, match="^Seed "):
+    with pytest.raises(UserError, match=r"^Seed "):
         read(value, "Seed")

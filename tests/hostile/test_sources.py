@@ -65,10 +65,7 @@ def test_a_source_that_is_none(spec, place, run):
     os.mkfifo(place / "pipe")
     (place / "loop").symlink_to("loop")
     outcome = run("precompute", f"--source={spec}", "--text_encoder=encoder", "--out=out")
-    if spec == "tfds:records,data_dir=/dev/zero,x=1":
-        fault = outcome.fault("x=1")
-    else:
-        fault = outcome.fault("--source")
+    fault = outcome.fault("x=1" if spec == "tfds:records,data_dir=/dev/zero,x=1" else "--source")
     assert not fault, f"{spec[:60]!r}: {fault}"
 
 
