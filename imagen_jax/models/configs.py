@@ -25,7 +25,7 @@ Params = dict[str, Any]  # arrays (or their shapes) under dotted names
 class Attention(enum.StrEnum):
     """Which implementation of attention a network runs."""
 
-    AUTO = "auto"  # FLASH where the parameters lie on a mesh of TPUs and the shapes allow it, else XLA
+    AUTO = "auto"  # FLASH on a mesh of TPUs where the shapes allow it and pictures lie whole, else XLA
     XLA = "xla"  # `jax.nn.dot_product_attention`
     FLASH = "flash"  # `models.flash_attention`; where there is no TPU its kernels are interpreted, slowly
 
