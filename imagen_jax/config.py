@@ -1,7 +1,8 @@
 """From nested dictionaries (config files, JSON) to frozen dataclasses and back.
 
 A dataclass that is one choice of several (a network, a schedule) has a class variable `KIND`; its dictionary
-carries that name under "kind".
+carries that name under "kind". One that had more fields once lists them in a class variable `RETIRED`, with the value
+that means what is now always so: dictionaries that say this value still open.
 """
 
 import dataclasses
@@ -43,6 +44,9 @@ def build(cls: type[T], values: Any, where: str) -> T:
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     hints = typing.get_type_hints(cls)
     given = {name: value for name, value in values.items() if not (name == "kind" and hasattr(cls, "KIND"))}
+    for name, only in getattr(cls, "RETIRED", {}).items():
+        if name in given and (value := given.pop(name)) != only:
+            raise UserError(f"{where}.{name} is no field any more and means {only!r} always, got {value!r}")
     for name in given:
         if name not in fields:
             raise UserError(f"{where}.{name} is not a field{nearest(name, fields)}")

@@ -58,7 +58,6 @@ FULL = StageConfig(
         attention=Attention.FLASH,
         remat=Remat.PRODUCTS,
         gather=Gather.ONCE,
-        scan=3,
         concat_skips=(False, True),
         param_dtype="bfloat16",
         learned_variance=True,
@@ -134,6 +133,17 @@ def test_full_has_no_default_left():
     for part in (*parts, FULL.sampling.sampler, FULL.sampling.threshold):
         # An option of the other kind of network, see DEEPFLOYD.
         assert left_at_default(part) == (["deepfloyd"] if part is FULL.network else []), part
+
+
+def test_a_retired_field_opens_with_the_value_that_is_now_always_so():
+    values = to_dict(PLAIN)
+    values["network"]["scan"] = 0
+    assert build(StageConfig, values, "stage") == PLAIN
+    values["network"]["scan"] = 2
+    with pytest.raises(
+        UserError, match=r"^stage\.network\.scan is no field any more and means 0 always, got 2$"
+    ):
+        build(StageConfig, values, "stage")
 
 
 @pytest.mark.parametrize("config", [PLAIN, FULL, DEEPFLOYD], ids=lambda config: config.name)

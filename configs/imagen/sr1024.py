@@ -42,7 +42,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
                     "gather": "once",
-                    "scan": 0,
                 },
                 "schedule": {"kind": "linear"},  # [P] 1000 steps, β from 1e-4 to 0.02
                 "prediction": "epsilon",  # [P]

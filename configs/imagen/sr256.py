@@ -44,7 +44,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "dtype": "bfloat16",
                     "remat": "products",  # docs/performance.md
                     "gather": "once",
-                    "scan": 0,
                 },
                 "schedule": {"kind": "cosine"},  # [P]
                 "prediction": "epsilon",  # [P]

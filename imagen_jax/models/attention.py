@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 from imagen_jax.models.configs import Attention
 from imagen_jax.models.flash_attention import LANES, flash_attention, supports
 from imagen_jax.parallel.mesh import works_locally
+from imagen_jax.parallel.spatial import ROWS
 
 
 def split_heads(
@@ -38,15 +39,15 @@ def attend(
       value: likewise.
       mask: True for keys that are attended to.
       heads: that share the channels.
-      kind: which implementation. AUTO looks at the mesh's devices and not at the default backend: a program
-        may be compiled for devices that are not here.
-      mesh: over which examples, and with tensor parallelism heads, are split.
+      kind: which implementation. AUTO looks at the mesh's devices: a program may be compiled for devices that
+        are not here.
+      mesh: over which examples, and with tensor parallelism heads, are split; None: not known, so that AUTO is XLA.
 
     Raises:
       ValueError: for FLASH, where the kernels do not take the shapes.
     """
     length, channels = query.shape[1:]
-    platform = "" if mesh is None else mesh.devices.flat[0].platform
+    platform = None if mesh is None else mesh.devices.flat[0].platform
     parts = 1 if mesh is None else mesh.shape["tensor"]
     possible = channels % parts == 0 and supports(length, channels // parts, channels // heads)
     if kind is Attention.FLASH and not possible:
@@ -54,8 +55,11 @@ def attend(
             f"attention 'flash' needs a multiple of 16 positions and of {LANES} channels a device, whole heads "
             f"in each {LANES}; got {length} positions and {channels} channels in {heads} heads"
         )
-    if kind is Attention.FLASH or (kind is Attention.AUTO and possible and platform == "tpu"):
-        run = functools.partial(flash_attention, head_channels=channels // heads, interpret=platform != "tpu")
+    # A kernel sees whole pictures: where their rows lie on several devices each would do the work of all.
+    whole = mesh is None or mesh.shape.get(ROWS, 1) == 1
+    if kind is Attention.FLASH or (kind is Attention.AUTO and possible and whole and platform == "tpu"):
+        interpret = (platform or jax.default_backend()) != "tpu"
+        run = functools.partial(flash_attention, head_channels=channels // heads, interpret=interpret)
         if mesh is None or works_locally():
             return checkpoint_name(run(query, key, value, mask), "attended")
         # The compiler does not know how to split a kernel: each device runs it on its own examples and heads.

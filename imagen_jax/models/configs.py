@@ -35,7 +35,7 @@ Params = dict[str, Any]  # arrays (or their shapes) under dotted names
 class Attention(enum.StrEnum):
     """Which implementation of attention a network runs."""
 
-    AUTO = "auto"  # FLASH where the parameters lie on a mesh of TPUs and the shapes allow it, else XLA
+    AUTO = "auto"  # FLASH on a mesh of TPUs where the shapes allow it and pictures lie whole, else XLA
     XLA = "xla"  # `jax.nn.dot_product_attention`
     FLASH = "flash"  # `models.flash_attention`; where there is no TPU its kernels are interpreted, slowly
 
@@ -113,6 +113,7 @@ class UNetConfig:
     """Shape of an ADM-style U-Net. Tuples have one entry a level, from full resolution down by twos."""
 
     KIND: ClassVar[str] = "unet"
+    RETIRED: ClassVar[dict[str, Any]] = {"scan": 0}  # see `config.build`
     channels: tuple[int, ...]  # channels of each level; Imagen base: 512, 1024, 1536, 2048
     num_res_blocks: tuple[int, ...]  # residual blocks of each level; Imagen base: 3
     self_attention: tuple[bool, ...]  # whether positions attend to each other at this level
@@ -130,7 +131,6 @@ class UNetConfig:
     attention: Attention = Attention.AUTO  # kernels on TPU, plain XLA elsewhere, unless told otherwise
     remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
     gather: Gather = Gather.BLOCK  # when weights that chips share are made whole; memory against traffic
-    scan: int = 0  # equal blocks in a row from which on they are one loop; 0: never
     learned_variance: bool = False  # beside each channel's output another, which says how much noise to add
     deepfloyd: DeepFloydOptions | None = None  # parts as DeepFloyd IF has them; None: as the paper has them
 
@@ -140,8 +140,6 @@ class UNetConfig:
         levels = len(self.channels)
         if not levels or min(self.channels) < 1 or self.channels[0] % 2:
             raise ValueError(f"channels must be positive, the first even, got {self.channels}")
-        if self.scan < 0 or self.scan == 1:
-            raise ValueError(f"scan must be 0 or at least 2 blocks, got {self.scan}")
         for name in ("text_width", "head_channels", "image_channels", "patch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")

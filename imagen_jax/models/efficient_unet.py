@@ -1,6 +1,7 @@
 """The Efficient U-Net of Imagen's super-resolution stages (arXiv 2205.11487, appendices B.1, F.2 and F.3)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.configs import EfficientUNetConfig
-from imagen_jax.models.execution import Execution, Twins
+from imagen_jax.models.execution import Execution
 from imagen_jax.models.layers import (
     Conditioning,
     Linear,
@@ -69,12 +70,17 @@ class Stack(nnx.Module):
         mask: Array,
         *,
         execution: Execution,
-        twins: Twins | None = None,
-        keep: bool = False,
-    ) -> tuple[Array, Twins]:
-        """The stack's output and, if they are to be kept, its residual blocks': (N, H, W, channels)."""
+        skips: Sequence[Array] | None = None,
+    ) -> tuple[Array, list[Array]]:
+        """The stack's output and its residual blocks', (N, H, W, channels).
+
+        `skips`: what concatenating blocks see beside x, the last one's first.
+        """
         x = execution.run(self.combine, x, embedding)
-        x, outputs = execution.chain(list(self.blocks), x, embedding, twins=twins, keep=keep)
+        outputs = []
+        for number, block in enumerate(self.blocks):
+            x = execution.run(block, x, embedding, *(() if skips is None else (skips[-1 - number],)))
+            outputs.append(x)
         if self.attention is not None:
             x = execution.run(self.attention, x, text, mask, mesh=execution.mesh)
         return x, outputs
@@ -87,15 +93,14 @@ class DBlock(nnx.Module):
         self.conv = conv3x3(
             inputs, config.channels[level], stride=2, dtype=jnp.dtype(config.dtype), rngs=rngs
         )
-        self.concatenate = config.concatenates(level)
         self.stack = Stack(config, level, rngs=rngs)
 
     def __call__(
         self, x: Array, embedding: Array, text: Array, mask: Array, *, execution: Execution
-    ) -> tuple[Array, Twins]:
+    ) -> tuple[Array, list[Array]]:
         """Maps x (N, H, W, inputs) → the output and the residual blocks', (N, H/2, W/2, channels)."""
         x = execution.run(self.conv, x)
-        return self.stack(x, embedding, text, mask, execution=execution, keep=self.concatenate)
+        return self.stack(x, embedding, text, mask, execution=execution)
 
 
 class UBlock(nnx.Module):
@@ -114,7 +119,7 @@ class UBlock(nnx.Module):
         self,
         x: Array,
         skip: Array,
-        twins: Twins,
+        skips: Sequence[Array],
         embedding: Array,
         text: Array,
         mask: Array,
@@ -123,7 +128,7 @@ class UBlock(nnx.Module):
     ) -> Array:
         """Maps x and what its DBlock made, (N, H, W, channels of the level), → (N, 2H, 2W, outputs)."""
         if self.concatenate:
-            h, _ = self.stack(x, embedding, text, mask, execution=execution, twins=twins)
+            h, _ = self.stack(x, embedding, text, mask, execution=execution, skips=skips)
         else:
             h, _ = self.stack((x + skip) * 2**-0.5, embedding, text, mask, execution=execution)
         return execution.run(self.conv, h)

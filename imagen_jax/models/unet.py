@@ -200,16 +200,16 @@ class UNet(nnx.Module):
         h = execution.run_first(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
         skips = [h]
         for level, blocks in enumerate(self.down):
-            h, outputs = execution.chain(list(blocks), h, *rest, keep=True, mesh=mesh)
-            skips += list(outputs)
+            for block in blocks:
+                h = execution.run(block, h, *rest, mesh=mesh)
+                skips.append(h)
             if level < len(self.downsamples):
                 h = execution.run(self.downsamples[level], h, embedding)
                 skips.append(h)
         h = execution.run(self.mid2, execution.run(self.mid1, h, *rest, mesh=mesh), *rest)
         for level, blocks in enumerate(self.up):
-            twins = skips[len(skips) - len(blocks) :]
-            h, _ = execution.chain(list(blocks), h, *rest, twins=twins, mesh=mesh)
-            del skips[len(skips) - len(blocks) :]
+            for block in blocks:
+                h = execution.run(block, h, *rest, skips.pop(), mesh=mesh)
             if level < len(self.upsamples):
                 h = execution.run(self.upsamples[level], h, embedding)
         h = execution.run(self.norm_out, h)

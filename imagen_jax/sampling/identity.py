@@ -5,8 +5,8 @@ import json
 
 from etils import epath
 
-from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
+from imagen_jax.files import read_json
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.sampling.model_folder import WEIGHTS, ModelFolder
 from imagen_jax.text.encoder import TextEncoder
@@ -38,7 +38,9 @@ def stage_identity(folder: epath.Path, config: StageConfig) -> str:
       folder: the model folder.
       config: the stage's.
     """
-    network = {name: value for name, value in to_dict(config).items() if name not in ("name", "sampling")}
+    # As it stands in the folder: fields that come and go with versions of this package do not make another model.
+    written = read_json(folder / config.name / "config.json")
+    network = {name: value for name, value in written.items() if name not in ("name", "sampling")}
     digest = hashlib.sha256(json.dumps(network, sort_keys=True).encode())
     _add_file(digest, folder / config.name / WEIGHTS)
     return digest.hexdigest()[:_DIGITS]

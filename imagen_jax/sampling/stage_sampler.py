@@ -33,6 +33,7 @@ def guided_denoiser(
     negative: tuple[Float[Array, "batch length width"], Bool[Array, "batch length"]] | None = None,
     low_res: Float[Array, "batch low_height low_width channels"] | None,
     config: SamplingConfig,
+    mesh: Mesh | None = None,
 ) -> Denoiser:
     """x_t, log-SNR, step → thresholded x̂0, with classifier-free guidance in one call on the doubled batch.
 
@@ -44,6 +45,7 @@ def guided_denoiser(
       negative: embeddings and mask of what guidance leads away from; None: the null text.
       low_res: for an SR stage, the augmented low-resolution pictures.
       config: guidance and thresholding. At steps that are not guided nothing is doubled.
+      mesh: where `params` lie by the rules of `parallel.mesh`; None: they lie whole.
     """
     batch = text.shape[0]
     aug_log_snr = None
@@ -60,7 +62,9 @@ def guided_denoiser(
         x_t: Array, log_snr: Array, text: Array, mask: Array, low_res: Array | None, aug: Array | None
     ) -> tuple[Array, Array | None]:
         levels = jnp.broadcast_to(log_snr, x_t.shape[:1])
-        return network.apply_with_variance(params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug)
+        return network.apply_with_variance(
+            params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug, mesh=mesh
+        )
 
     def plain(x_t: Array, log_snr: Array) -> tuple[Array, Array | None]:
         return call(x_t, log_snr, text, mask, low_res, aug_log_snr)
@@ -135,7 +139,14 @@ def draw(
     if inputs.negative_text is not None and inputs.negative_mask is not None:
         negative = inputs.negative_text, inputs.negative_mask
     denoise = guided_denoiser(
-        network, params, inputs.text, inputs.mask, negative=negative, low_res=augmented, config=config
+        network,
+        params,
+        inputs.text,
+        inputs.mask,
+        negative=negative,
+        low_res=augmented,
+        config=config,
+        mesh=mesh,
     )
 
     def sharded(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
@@ -160,7 +171,8 @@ def check_low_res(stage: StageConfig, given: bool) -> None:
 class StageSampler:
     """A stage that draws pictures; each batch shape and sampling config is compiled once.
 
-    Parameters may lie on devices in any way. `sampling.programs` keeps compiled stages from one run to the next.
+    Without a mesh parameters may lie on devices in any way; with one, by the rules of `parallel.mesh`.
+    `sampling.programs` keeps compiled stages from one run to the next.
     """
 
     def __init__(self, network: StageNetwork, mesh: Mesh | None = None):
@@ -210,11 +222,17 @@ class StageSampler:
             negative_text=None if negative is None else np.asarray(negative[0], np.float32),
             negative_mask=None if negative is None else np.asarray(negative[1]),
         )
+        count = len(inputs.seeds)
+        parts = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        filled = (
+            np.arange(-(-count // parts) * parts) % count
+        )  # from the front, so that devices share it equally
+        inputs = jax.tree.map(lambda array: array[filled], inputs)
         x0 = self._run(params, inputs, config=config or self.network.config.sampling)
         if not x0.is_fully_addressable and not x0.is_fully_replicated:
             # Every process gets all pictures, wherever the compiler has put them.
             x0 = multihost_utils.process_allgather(x0, tiled=True)
-        pictures = np.asarray(x0)
+        pictures = np.asarray(x0)[:count]
         if (bad := not_finite(pictures)).any():
             which = ", ".join(map(str, np.asarray(seeds)[bad][:3]))
             raise UserError(

@@ -4,10 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from imagen_jax.diffusion.samplers import SamplerState
 from imagen_jax.models.configs import Params
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.inputs import StageInputs
 from imagen_jax.sampling.programs import ProgramSpec
 from imagen_jax.sampling.stage_sampler import draw
@@ -19,12 +21,13 @@ def trace(spec: ProgramSpec) -> tuple[jax.stages.Lowered, tuple[Any, ...]]:
     All arguments are kept, whether or not the computation looks at them: the program is called without JAX.
     """
     network = StageNetwork(spec.stage)
+    mesh = _mesh(spec)
 
     def advance(
         params: Params, inputs: dict[str, Any], state: tuple[Any, Any], first: Any, last: Any
     ) -> tuple[jax.Array, jax.Array]:
         given, before = StageInputs(**inputs), SamplerState(*state)
-        after = draw(network, params, given, before, first, last, config=spec.sampling, mesh=spec.mesh)
+        after = draw(network, params, given, before, first, last, config=spec.sampling, mesh=mesh)
         return after.x, after.x0
 
     inputs, state = spec.arguments()
@@ -47,13 +50,18 @@ def lower(spec: ProgramSpec, network: StageNetwork | None = None) -> jax.stages.
     """
     network = network or StageNetwork(spec.stage)
     inputs, _ = spec.arguments()
-    shardings = spec.shardings(network.abstract_params)
+    shardings, mesh = spec.shardings(network.abstract_params), _mesh(spec)
 
     def whole(params: Params, inputs: dict[str, Any]) -> jax.Array:
         given = StageInputs(**inputs)
-        return draw(network, params, given, None, config=spec.sampling, mesh=spec.mesh).x0
+        return draw(network, params, given, None, config=spec.sampling, mesh=mesh).x0
 
     if shardings is None:
         return jax.jit(whole).lower(network.abstract_params, inputs)
     jitted = jax.jit(whole, in_shardings=shardings[:2], out_shardings=shardings[2][0])
     return jitted.lower(network.abstract_params, inputs)
+
+
+def _mesh(spec: ProgramSpec) -> Mesh:
+    """Where the program runs: the network chooses its kernels by the devices."""
+    return spec.mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])

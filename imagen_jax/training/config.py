@@ -219,7 +219,6 @@ RESUMABLE = (
     "config.stage.network.attention",
     "config.stage.network.gather",
     "config.stage.network.remat",
-    "config.stage.network.scan",
     "config.train.sample_score",
     "config.train.accumulate",
     "config.train.on_nonfinite",

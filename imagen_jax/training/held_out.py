@@ -101,6 +101,7 @@ class SampleGrid:
     Args:
       config: the run.
       network: the stage's network.
+      mesh: where its parameters lie.
       workdir: of the run.
       batch: the examples whose captions, and low-resolution pictures, are used.
       online: the encoder of their captions, if they hold no text.
@@ -110,6 +111,7 @@ class SampleGrid:
         self,
         config: TrainConfig,
         network: StageNetwork,
+        mesh: Mesh,
         workdir: epath.Path,
         batch: Batch,
         online: OnlineText | None,
@@ -122,7 +124,7 @@ class SampleGrid:
         null = None if online is None else online.null_text
         self._null = None if null is None else np.broadcast_to(null, self._batch["text"].shape)
         self._seeds = np.arange(len(self._batch["text_mask"]), dtype=np.uint32)
-        self._sampler = StageSampler(network)
+        self._sampler = StageSampler(network, mesh)
         self._folder = workdir / "samples"
 
     def draw(self, state: TrainState) -> tuple[np.ndarray, dict[str, float]]:

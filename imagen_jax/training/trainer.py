@@ -435,7 +435,7 @@ class _Run:
                 seen = self._held_out({name: state.ema[name] for name in state.params})
             if draw:
                 self._grid = self._grid or SampleGrid(
-                    self.config, self.network, self.workdir, sample_batch(self.config), self.online
+                    self.config, self.network, self.mesh, self.workdir, sample_batch(self.config), self.online
                 )
                 try:
                     pictures, scores = self._grid.draw(state)

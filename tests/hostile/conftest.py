@@ -94,6 +94,12 @@ class _FakeEncoder:
     def __init__(self, name):
         self.name = name
 
+    @property
+    def identity(self):
+        from imagen_jax.data.encoder_identity import EncoderIdentity
+
+        return EncoderIdentity(width=TEXT_WIDTH, tokenizer="fake", sketches=())
+
     def encode(self, captions, *, max_length):
         return [np.ones((2, TEXT_WIDTH), np.float32) for _ in captions]
 

@@ -1,4 +1,4 @@
-"""Rematerialisation, scans and gathering on a mesh change neither the output nor the gradients."""
+"""Rematerialisation and gathering on a mesh change neither the output nor the gradients."""
 
 import dataclasses
 
@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from imagen_jax.models.configs import EfficientUNetConfig, Remat, StageConfig, UNetConfig
-from imagen_jax.models.execution import Execution
 from imagen_jax.models.layers import GroupNorm
 from imagen_jax.models.stage import StageNetwork
 
@@ -64,13 +62,13 @@ def primitives(jaxpr, name):
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_nothing_changes_but_the_program(kind):
-    """The same loss and gradients; fewer convolutions under a scan, more where blocks are computed again."""
+    """The same loss and gradients; more convolutions where blocks are computed again."""
     stage, counts, expected = STAGES[kind], {}, None
-    for remat, scan in [(Remat.NONE, 0), (Remat.NONE, 2), (Remat.PRODUCTS, 2), (Remat.BLOCK, 2)]:
-        network = dataclasses.replace(stage.network, remat=remat, scan=scan)
+    for remat in Remat:
+        network = dataclasses.replace(stage.network, remat=remat)
         loss, params = loss_of(dataclasses.replace(stage, network=network))
         gradient = jax.value_and_grad(loss)
-        counts[remat, scan] = primitives(jax.make_jaxpr(gradient)(params).jaxpr, "conv_general_dilated")
+        counts[remat] = primitives(jax.make_jaxpr(gradient)(params).jaxpr, "conv_general_dilated")
         made = jax.jit(gradient, compiler_options={"xla_backend_optimization_level": 0})(params)
         if expected is None:
             expected = made
@@ -78,45 +76,10 @@ def test_nothing_changes_but_the_program(kind):
         np.testing.assert_allclose(made[0], expected[0], rtol=1e-6)
         for name, value in expected[1].items():
             np.testing.assert_allclose(
-                made[1][name], value, atol=2e-6 + 1e-4 * np.abs(value).max(), err_msg=f"{remat} {scan} {name}"
+                made[1][name], value, atol=2e-6 + 1e-4 * np.abs(value).max(), err_msg=f"{remat} {name}"
             )
-    assert counts[Remat.NONE, 2] < counts[Remat.NONE, 0]
-    assert counts[Remat.PRODUCTS, 2] == counts[Remat.NONE, 2]
-    assert counts[Remat.BLOCK, 2] > counts[Remat.PRODUCTS, 2]
-
-
-def test_parameters_do_not_know_of_the_scan():
-    stage = STAGES["sr"]
-    scanned = dataclasses.replace(stage, network=dataclasses.replace(stage.network, scan=2))
-    assert StageNetwork(stage).abstract_params == StageNetwork(scanned).abstract_params
-
-
-class Scale(nnx.Module):
-    def __init__(self, shape):
-        self.weight = nnx.Param(jnp.full(shape, 2.0))
-
-    def __call__(self, x, other=None):
-        return x * self.weight[...].sum() + (0.0 if other is None else other)
-
-
-def test_chain_scans_over_runs_of_equal_modules_only():
-    modules = [Scale((1,)), Scale((1,)), Scale((2,)), Scale((1,)), Scale((1,))]
-    twins = [jnp.full((3,), float(index)) for index in reversed(range(5))]
-
-    def run(scan):
-        return lambda x: Execution(scan=scan).chain(modules, x, twins=twins, keep=True)
-
-    x = jnp.asarray([1.0, -1.0, 0.5])
-    last, outputs = run(2)(x)
-    value, expected = x, []
-    for index, factor in enumerate([2.0, 2.0, 4.0, 2.0, 2.0]):
-        value = value * factor + index
-        expected.append(value)
-    np.testing.assert_array_equal(outputs, expected)
-    np.testing.assert_array_equal(last, expected[-1])
-    assert primitives(jax.make_jaxpr(run(2))(x).jaxpr, "scan") == 2
-    assert primitives(jax.make_jaxpr(run(3))(x).jaxpr, "scan") == 0
-    assert primitives(jax.make_jaxpr(run(0))(x).jaxpr, "scan") == 0
+    assert counts[Remat.PRODUCTS] == counts[Remat.NONE]
+    assert counts[Remat.BLOCK] > counts[Remat.PRODUCTS]
 
 
 @pytest.mark.parametrize("mean", [0.0, 1e3, -3e4])

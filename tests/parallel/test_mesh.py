@@ -62,7 +62,6 @@ STAGES = {
             "kind": "efficient_unet",
             "channels": [64],
             "gather": "once",  # the base gathers block by block, the default
-            "scan": 2,
             "num_res_blocks": [2],
             "self_attention": [True],
             "text_attention": [True],

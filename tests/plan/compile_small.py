@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from imagen_jax.models.configs import Attention, SamplingConfig, StageConfig, UNetConfig  # noqa: E402
 from imagen_jax.models.layers import upsample_nearest, upsampled_convolution  # noqa: E402
 from imagen_jax.models.normalisation import moments, position_sums  # noqa: E402
 from imagen_jax.parallel.mesh import MeshConfig, gather_shard, make_mesh  # noqa: E402
@@ -21,6 +22,7 @@ from imagen_jax.plan.chips import parse_topology  # noqa: E402
 from imagen_jax.plan.compile import slice_devices  # noqa: E402
 from imagen_jax.plan.estimate import estimate  # noqa: E402
 from imagen_jax.sampling import programs  # noqa: E402
+from imagen_jax.sampling.tracing import trace  # noqa: E402
 from imagen_jax.training.config import LoopConfig  # noqa: E402
 from imagen_jax.training.train_step import compiler_options  # noqa: E402
 
@@ -112,6 +114,24 @@ def added(a):
     )(a)
 
 
+def sampled(kind):
+    """Whether a kernel is in the program that draws pictures of a stage whose attention is of this kind."""
+    network = UNetConfig(
+        channels=(128,),
+        num_res_blocks=(1,),
+        self_attention=(True,),
+        text_attention=(True,),
+        text_width=16,
+        embedding_width=128,
+        dtype="bfloat16",
+        attention=kind,
+    )
+    stage = StageConfig(name="base", resolution=16, network=network, max_text_length=8)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2), slice_devices(parse_topology("v5e:2x2")))
+    spec = programs.ProgramSpec(stage=stage, sampling=SamplingConfig(), batch=4, mesh=mesh)
+    return "tpu_custom_call" in programs.compile_program(trace(spec)[0], mesh).as_text()
+
+
 def main():
     square = (SIDE, SIDE)
     slices = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
@@ -124,6 +144,7 @@ def main():
     pictures = ("v5e:2x2", convolved, [P(), P()], [(2, 64, 64, 256), (3, 3, 256, 256)])
     results["strips"] = predict(*pictures)
     results["whole"] = predict(*pictures, sampling=True)
+    results["sampled"] = {kind.value: sampled(kind) for kind in Attention}
     programs._TPU_OPTIONS["xla_tpu_that_there_is_not"] = "false"
     results["unknown option"] = predict("v5e:2x2", product, [P(), P()], [square] * 2, sampling=True)
     level = ("v5e:2x2", normalised, [P(), P()], [(8, 128, 128, 128), (3, 3, 128, 128)])

@@ -58,6 +58,11 @@ def test_pictures_of_a_small_batch_are_left_whole_when_sampling(small):
     assert small["whole"]["seconds"] < 0.7 * small["strips"]["seconds"]
 
 
+def test_pictures_are_drawn_with_the_attention_kernel(small):
+    """On a slice, unless the stage's config forbids it; never in its interpreted form, which is no kernel."""
+    assert small["sampled"] == {"auto": True, "xla": False, "flash": True}
+
+
 def test_a_compiler_without_the_options_for_sampling_still_compiles(small):
     assert small["unknown option"]["seconds"] == small["v5e:2x2"]["seconds"]
 
