@@ -25,7 +25,7 @@ from PIL import Image
 TEXT_WIDTH = 16
 CAPTIONS = ("a red circle", "a blue square", "two green triangles", "a yellow star")
 SECONDS = 10  # beyond which a case hangs
-MEMORY = 2 * 2**30  # bytes that a case may ask for
+MEMORY = 2 * 2**30  # bytes that a test may ask for
 
 CONFIG = """
 def get_config(variant=""):
@@ -73,15 +73,16 @@ def limited_memory():
 
 
 @pytest.fixture(autouse=True)
-def alarm():
-    """A case that waits for ever fails."""
+def limits(good):
+    """A case that waits for ever, or asks for memory without end, fails."""
 
     def ring(number, frame):
         raise HangsError
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.alarm(SECONDS)
-    yield
+    with limited_memory():
+        yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
 
@@ -386,7 +387,7 @@ def run(place, capsys, monkeypatch):
         capsys.readouterr()
         code, reached, raised = None, False, ""
         try:
-            with _time_limit(before, place.root), limited_memory():
+            with _time_limit(before, place.root):
                 code = main([str(argument) for argument in arguments])
         except SystemExit as error:
             code = error.code
