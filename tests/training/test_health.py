@@ -13,7 +13,8 @@ from imagen_jax.data import pipeline
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.training.checkpoint import Checkpoints, Keep, write_config
+from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.config_file import write_config
 from imagen_jax.training.health import LAG, bin_name, load_batch, reproduce, save_batch
 from imagen_jax.training.online import OnlineText
 from imagen_jax.training.state import abstract_state, init_state, make_optimizer
