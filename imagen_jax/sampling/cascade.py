@@ -161,6 +161,7 @@ class Imagen:
             stages were trained with.
         """
         folder = ModelFolder(model)
+        folder.check_weights()
         remembered = cache_folder(cache)
         enable_compilation_cache(remembered)
 

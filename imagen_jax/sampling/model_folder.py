@@ -16,9 +16,9 @@ from etils import epath
 from imagen_jax.config import build, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder, read_json, write_text
+from imagen_jax.files import check_regular, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import Params, StageConfig
-from imagen_jax.models.weights import load_state, save_state
+from imagen_jax.models.weights import SafetensorsReader, load_state, save_state
 
 INDEX = "model_index.json"
 WEIGHTS = "model.safetensors"
@@ -103,6 +103,21 @@ class ModelFolder:
         if config.name != name:  # the weights are looked for under the config's name
             raise UserError(f"{path}: the stage is called {config.name!r}, but its folder {name!r}")
         return config
+
+    def check_weights(self) -> None:
+        """Looks at the beginning of each stage's weights, before anything is compiled for them; cloud files wait.
+
+        Raises:
+          UserError: they are missing, cut off or no weights at all; names the file.
+        """
+        for stage in self.stages:
+            path = self.path / stage.name / WEIGHTS
+            if is_cloud(path):
+                continue
+            check_regular(path)
+            if not path.exists():
+                raise UserError(f"{path} is missing")
+            SafetensorsReader(path).close()
 
     def text_encoder(self) -> str:
         """Path or hub id of the text encoder."""

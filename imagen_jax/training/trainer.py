@@ -262,13 +262,14 @@ def train(
         taken_workdir(config, workdir, encoder),
         contextlib.closing(Checkpoints(workdir, keep=keep)) as checkpoints,
     ):
+        if on_first(checkpoints.latest_step) is not None:
+            check_record(workdir, init_from)
         abstract = abstract_state(network, optimizer, mesh, loop.ema_decays)
         found = checkpoints.restore_newest(abstract)
         if found is None:
             state = _start(config, network, optimizer, workdir, mesh, init_from, encoder)
             examples = step = 0
         else:
-            check_record(workdir, init_from)
             state, examples, step = found
             encoder = resumed_encoder(workdir, config.data, checkpoints.encoder(step), encoder)
         on_first(lambda: write_encoder(workdir, encoder))
