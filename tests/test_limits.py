@@ -176,8 +176,8 @@ DEEPFLOYD = {"text_channels": 8, "pool_heads": 4, "norm_groups": 4, "text_norm_g
     ("cls", "sizes", "options", "message"),
     [
         (UNetConfig, {"head_channels": 8, "embedding_width": 20}, None, None),
-        (UNetConfig, {"head_channels": 3}, None, "head_channels 3 does not divide the 8 channels of level 0"),
-        (EfficientUNetConfig, {"head_channels": 3}, None, "head_channels 3 does not divide the 8 channels"),
+        (UNetConfig, {"head_channels": 3}, None, "head_channels 3 does not divide 8 channels of level 0"),
+        (EfficientUNetConfig, {"head_channels": 3}, None, "head_channels 3 does not divide 8 channels"),
         (
             UNetConfig,
             {
@@ -194,7 +194,7 @@ DEEPFLOYD = {"text_channels": 8, "pool_heads": 4, "norm_groups": 4, "text_norm_g
             UNetConfig,
             {"head_channels": 4},
             {"norm_groups": 3},
-            "norm_groups 3 does not divide the 8 channels",
+            "norm_groups 3 does not divide 8 channels",
         ),
         (UNetConfig, {"head_channels": 4}, {"pool_heads": 3}, "3 heads, which pool .*text_width 16"),
         # The middle block attends, whatever the levels do.

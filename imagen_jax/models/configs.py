@@ -179,11 +179,11 @@ class UNetConfig:
             attends = self.text_attention[level] or (options is None and self.self_attention[level])
             if (attends or (options is not None and level == last)) and channels % self.head_channels:
                 raise ValueError(
-                    f"head_channels {self.head_channels} does not divide the {channels} channels of level {level}"
+                    f"head_channels {self.head_channels} does not divide {channels} channels of level {level}"
                 )
             if options is not None and channels % options.norm_groups:
                 raise ValueError(
-                    f"norm_groups {options.norm_groups} does not divide the {channels} channels of level {level}"
+                    f"norm_groups {options.norm_groups} does not divide {channels} channels of level {level}"
                 )
         shared, heads = self.width, max(1, self.width // self.head_channels)
         if options is not None:

@@ -21,13 +21,13 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from imagen_jax.config import build, differences, to_dict
+from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json, identity_to_json
 from imagen_jax.errors import UserError
-from imagen_jax.files import cloud_fault, is_cloud, make_folder, move_folder, read_json, write_text
+from imagen_jax.files import cloud_fault, is_cloud, make_folder, move_folder
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.training.checksums import add_checksums, begin_checksums, json_checksum
-from imagen_jax.training.config import RENAMEABLE, RESUMABLE, Best, TrainConfig
+from imagen_jax.training.config import Best, TrainConfig
 from imagen_jax.training.orbax_s3 import teach_orbax_s3
 from imagen_jax.training.state import TrainState
 
@@ -450,50 +450,3 @@ def _quiet() -> Iterator[None]:
             gc.collect()  # tasks that failed report when they are collected
     finally:
         sys.unraisablehook = hook
-
-
-def write_config(workdir: epath.Path, config: TrainConfig) -> None:
-    """Writes the resolved config as WORKDIR/config.json, by renaming a complete file, unless it is there."""
-    make_folder(workdir)
-    path, text = workdir / "config.json", json.dumps(to_dict(config), indent=2) + "\n"
-    if path.exists() and path.read_text() == text:
-        return
-    write_text(path, text)
-
-
-def read_config(workdir: epath.PathLike) -> Mapping[str, Any]:
-    """The resolved config of a work directory.
-
-    Raises:
-      UserError: if there is none or it is no JSON.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise UserError(f"{workdir} is not a work directory of a training run: it has no config.json")
-    return read_json(path)
-
-
-def check_same_config(workdir: epath.Path, config: TrainConfig, *, same_encoder: bool = False) -> None:
-    """Refuses to go on with a run of another config.
-
-    Args:
-      workdir: of the run.
-      config: to go on with.
-      same_encoder: whether the text encoder is known to be the same one, so that it may be found elsewhere.
-
-    Raises:
-      UserError: naming the first field that differs, among those that a resumed run must keep, or that is
-        unknown.
-    """
-    # Through the dataclass: fields that are newer than the run have their defaults, which is how it ran.
-    before = build(TrainConfig, read_config(workdir), f"{workdir}/config.json")
-    lines = differences(to_dict(before), to_dict(config))
-    changed = [line for line in lines if not line.startswith(RESUMABLE)]
-    if same_encoder:
-        changed = [line for line in changed if not line.startswith(RENAMEABLE) or line.endswith("→ None")]
-    if changed:
-        more = f" (and {len(changed) - 1} more)" if len(changed) > 1 else ""
-        raise UserError(
-            f"--workdir {workdir} holds a run of another config: {changed[0]}{more}; "
-            "take another --workdir or the old config"
-        )

@@ -17,8 +17,9 @@ from imagen_jax.sampling.deepfloyd import export_diffusers, export_pipeline
 from imagen_jax.sampling.identity import encoder_files
 from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage
 from imagen_jax.text.encoder import TextEncoder
-from imagen_jax.training.checkpoint import Checkpoints, read_config
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import LoopConfig, TrainConfig
+from imagen_jax.training.config_file import read_config
 from imagen_jax.training.state import abstract_state, ema_of, make_optimizer
 
 

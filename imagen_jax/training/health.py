@@ -27,8 +27,9 @@ from imagen_jax.files import AtomicFile, make_folder, write_text
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.parallel.processes import on_first
-from imagen_jax.training.checkpoint import Checkpoints, Keep, read_config, write_config
+from imagen_jax.training.checkpoint import Checkpoints, Keep
 from imagen_jax.training.config import OnNonfinite, TrainConfig
+from imagen_jax.training.config_file import read_config, write_config
 from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
 from imagen_jax.training.train_step import LOG_SNR_EDGES, StepMetrics, make_train_step, step_arrays
 

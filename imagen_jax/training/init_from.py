@@ -15,8 +15,9 @@ from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import make_mesh, state_shardings
 from imagen_jax.parallel.processes import on_first
 from imagen_jax.sampling.model_folder import INDEX, ModelFolder
-from imagen_jax.training.checkpoint import Checkpoints, read_config
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import TrainConfig
+from imagen_jax.training.config_file import read_config
 from imagen_jax.training.state import abstract_state, ema_of, make_optimizer
 
 RECORD = "init_from.json"  # in the work directory: where its weights come from

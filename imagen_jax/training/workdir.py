@@ -7,8 +7,8 @@ from etils import epath
 
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.parallel.processes import on_first
-from imagen_jax.training.checkpoint import check_same_config, write_config
 from imagen_jax.training.config import TrainConfig
+from imagen_jax.training.config_file import check_same_config, write_config
 from imagen_jax.training.lock import WorkdirLock
 from imagen_jax.training.run_encoder import check_encoder, recorded_encoder
 

@@ -16,7 +16,7 @@ from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.sampling.model_folder import ModelIndex, save_index, save_stage
-from imagen_jax.training.checkpoint import write_config
+from imagen_jax.training.config_file import write_config
 from imagen_jax.training.trainer import pipeline_config
 
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.data.embeddings import cut_embedding
-from imagen_jax.data.records import dequantise, quantise
+from imagen_jax.data.quantise import dequantise, quantise
 
 
 def tokens(count, width=3):

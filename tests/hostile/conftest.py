@@ -204,8 +204,9 @@ def _make_run(root):
 
     from imagen_jax.models.stage import StageNetwork
     from imagen_jax.parallel.mesh import make_mesh
-    from imagen_jax.training.checkpoint import Checkpoints, Keep, write_config
+    from imagen_jax.training.checkpoint import Checkpoints, Keep
     from imagen_jax.training.config import load_config
+    from imagen_jax.training.config_file import write_config
     from imagen_jax.training.state import abstract_state, make_optimizer
 
     config, workdir = load_config(str(root / "config.py")), epath.Path(root / "run")

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import json
 import shutil
 
@@ -40,6 +41,14 @@ def abstract(state, shardings=None):
 
 def equal(a, b):
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+@pytest.fixture(autouse=True)
+def little_garbage():
+    """Reading a checkpoint collects garbage: it need not go through what all other tests have left."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,8 @@ from imagen_jax.data import pipeline
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.training.checkpoint import Checkpoints, Keep, write_config
+from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.config_file import write_config
 from imagen_jax.training.health import LAG, bin_name, load_batch, reproduce, save_batch
 from imagen_jax.training.online import OnlineText
 from imagen_jax.training.state import abstract_state, init_state, make_optimizer
@@ -117,7 +118,7 @@ def test_a_step_with_padded_text_is_reproduced(make_config, text_encoder, tmp_pa
     state = state._replace(params={name: value + 0.01 for name, value in state.params.items()})
     losses = jax.jit(lambda params, arrays: example_losses(network, config, params, arrays).loss.mean())
     expected = losses(state.params, step_arrays(batch))
-    dropped = losses(state.params, {**step_arrays(batch), "null_text": 2 * batch["null_text"]})
+    dropped = losses(state.params, {**step_arrays(batch), "null_text": batch["null_text"][..., ::-1]})
     assert abs(expected - dropped) > 1e-5  # the null text has a say
     write_config(folder, config)
     save_batch(folder, batch)

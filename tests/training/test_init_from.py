@@ -10,8 +10,9 @@ from etils import epath
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.training.checkpoint import Checkpoints, Keep, write_config
+from imagen_jax.training.checkpoint import Checkpoints, Keep
 from imagen_jax.training.config import Scorer
+from imagen_jax.training.config_file import write_config
 from imagen_jax.training.export import export
 from imagen_jax.training.held_out import check_scorer
 from imagen_jax.training.init_from import check_record, initial_params, write_record
