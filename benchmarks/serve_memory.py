@@ -154,6 +154,8 @@ def serve_clients(model: Path, cache: Path, clients: int, requests: int) -> list
 
             asyncio.run(all_clients())
             time.sleep(15)  # by when the pages that were left are gone
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with {process.returncode}")
             rows.append({"requests": len(done), "memory_MB": round(memory(process.pid), 1)})
             print(rows[-1], file=sys.stderr, flush=True)
         return rows

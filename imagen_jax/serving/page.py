@@ -29,7 +29,7 @@ from imagen_jax.serving.request import (
 from imagen_jax.serving.studio import Job, JobState, Shown, Studio
 
 TITLE = "imagen-jax"
-GALLERY_PICTURES = 200  # newest ones that a page shows
+GALLERY_PICTURES = 100  # newest ones that a page shows
 _REFRESH_SECONDS = 0.25  # between two looks at the queue and the gallery
 _AWAY_SECONDS = 10.0  # without a connection, after which a page is taken for closed
 _ERROR_LENGTH = 500  # characters
