@@ -49,6 +49,8 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
 def _check_text(argv: Sequence[str]) -> None:
     """Refuses arguments that are no text: they would go into records and names that nobody could read."""
     for argument in argv:
+        if argument.startswith("--") and argument.endswith("=--"):  # which argparse takes for an empty list
+            raise UserError(f"{argument.removesuffix('=--')}: '--' is no value")
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:

@@ -16,7 +16,7 @@ from etils import epath
 from imagen_jax.config import build, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
-from imagen_jax.files import check_regular, is_cloud, make_folder, read_json, write_text
+from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.weights import SafetensorsReader, load_state, save_state
 
@@ -78,7 +78,7 @@ class ModelFolder:
           UserError: if the folder is missing, is no model folder, or its stages do not fit each other.
         """
         self.path = epath.Path(folder)
-        if not self.path.is_dir():
+        if not exists(self.path) or not self.path.is_dir():
             raise UserError(f"--model {folder}: there is no such folder")
         if not (self.path / INDEX).exists():
             raise UserError(f"--model {folder} is not a model folder: it has no {INDEX}")

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
 from imagen_jax.data import records
@@ -181,7 +182,7 @@ class _Job:
         self._given = encoder
         self.source = source
         self.units = source.units(config.num_shards)
-        self.out = make_folder(config.out)
+        self.out = epath.Path(config.out).expanduser()
         self.description = _job_description(config, source, len(self.units))
         count = len(self.units)
         self.shards = [records.shard_name(config.name, config.split, i, count) for i in range(count)]
@@ -208,6 +209,15 @@ class _Job:
                 self.description = renamed
         job_folder.claim_folder(self.out, self.config.split, self.description)
         make_folder(self.out / "job")
+
+    def open_encoder(self) -> None:
+        """Opens the text encoder of a job that has not begun: a wrong name leaves no folder behind.
+
+        Raises:
+          UserError: there is no such encoder.
+        """
+        if not (self.out / "job.json").exists():
+            self.encoder  # noqa: B018
 
     def _check_encoder(self, done: Sequence[ShardReport]) -> None:
         """Refuses to add another encoder's embeddings to those of complete shards, of other splits too."""
@@ -403,6 +413,8 @@ def precompute(config: PrecomputeConfig, *, encoder: Encoder | None = None) -> S
     """
     source = open_source(config.source, split=config.split, limit=config.limit)
     job = _Job(config, source, encoder)
+    job.open_encoder()
+    make_folder(job.out)
     job.claim()
     reports = [job.report(number) for number in range(len(job.units))]
     start = time.monotonic()

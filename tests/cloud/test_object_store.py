@@ -15,7 +15,8 @@ from imagen_jax.data.webdataset import expand_pattern
 from imagen_jax.files import AtomicFile, copy_file, is_cloud, make_folder, move_folder, write_text
 from imagen_jax.models.weights import SafetensorsReader, save_state
 from imagen_jax.sampling.pictures import read_metadata, save_png
-from imagen_jax.text.encoder import TextEncoder, copy_encoder
+from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.encoder_folder import copy_encoder
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.metrics import MetricsWriter

@@ -322,7 +322,10 @@ class Outcome:
             return f"raised {self.raised}"
         if self.reached or self.code == 0:
             return "was not refused"
-        lines = self.said.strip("\n").split("\n")
+        # Warnings come before: an older input says less of itself than a new one.
+        lines = [each for each in self.said.strip("\n").split("\n") if not each.startswith("warning: ")]
+        if not lines:
+            return f"said nothing, exit code {self.code}"
         message = lines[-1]
         if self.code not in (1, 2) or (self.code == 1 and len(lines) != 1):
             return f"exit code {self.code}, {len(lines)} lines: {self.said[:600]}"
