@@ -115,5 +115,6 @@ def test_folders_and_patterns_are_listed(store):
     for name in ("deep/er/x.png", "deep/er/x.txt"):
         write_text(FOLDER / name, "a caption")
     source = open_source("folder:gs://bucket/folder", split="train", limit=None)
-    [example] = [each for unit in source.units() for each in source.read(unit)]
+    lone, example = [sample for unit in source.units() for sample in source.read(unit)]
+    assert (lone.key, lone.reason) == ("a/x.txt", "no picture")
     assert (example.key, example.captions) == ("deep/er/x", ("a caption",))

@@ -14,6 +14,7 @@ from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling import tracing
 from imagen_jax.sampling.cascade import MAX_SEED, Imagen
 from imagen_jax.sampling.inputs import to_pixels
+from imagen_jax.sampling.prompts import check_prompt
 
 PROMPTS = ("a red circle", "a blue square", "一个红色的圆形", "two green triangles")
 
@@ -161,9 +162,14 @@ def test_prompts_are_encoded_once_and_alone(imagen):
 
 
 @pytest.mark.parametrize("prompt", ["half \ud83c", b"bytes", None, 3])
-def test_a_prompt_that_is_no_text_is_refused(imagen, prompt):
+def test_a_prompt_that_is_no_text_is_refused(prompt):
     with pytest.raises(UserError, match=r"the prompt (holds half a character|must be a text)"):
-        imagen.draw([("good", 0), (prompt, 1)])
+        check_prompt(prompt)
+
+
+def test_half_a_character_is_not_drawn(imagen):
+    with pytest.raises(UserError, match="the prompt holds half a character"):
+        imagen.draw([("good", 0), ("half \ud83c", 1)])
     with pytest.raises(UserError, match="the negative prompt holds half a character"):
         imagen.draw([("good", 0)], negative_prompt="\udce9")
 
