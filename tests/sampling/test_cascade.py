@@ -216,8 +216,8 @@ def test_a_fault_in_what_is_opened_ahead_is_one_line(model_folder, tmp_path, mon
     folder = shutil.copytree(model_folder, tmp_path / "model")
     cache = str(tmp_path / "cache")
     Imagen.load(folder, cache=cache).pictures(PROMPTS[:1], batch_size=1)
-    (folder / "sr16" / "model.safetensors").unlink()
     imagen, coming = Imagen.load(folder, cache=cache, free_stages=False), []
+    (folder / "sr16" / "model.safetensors").unlink()
     ahead = imagen._opened.ahead
     monkeypatch.setattr(
         imagen._opened, "ahead", lambda spec: (ahead(spec), coming.extend(imagen._opened._coming_params))
