@@ -91,34 +91,43 @@ async def client(url: str, requests: list[int], done: list[int]) -> None:
 
     async with httpx.AsyncClient(timeout=60) as http:
         for seed in requests:
-            page = (await http.get(url, params={"prompt": PROMPTS[seed % 3], "seed": seed})).text
-            (elements,) = re.findall(r"parseElements\(String\.raw`(.*?)`\)", page, re.DOTALL)
-            for key, element in json.loads(html.unescape(elements)).items():
-                if element.get("props", {}).get("label") == "Draw":
-                    await press(url, page, int(key), element["events"][0]["listener_id"])
+            drawn = False
+            while not drawn:  # a connection that a busy machine loses is the page's end: another is opened
+                page = (await http.get(url, params={"prompt": PROMPTS[seed % 3], "seed": seed})).text
+                (elements,) = re.findall(r"parseElements\(String\.raw`(.*?)`\)", page, re.DOTALL)
+                for key, element in json.loads(html.unescape(elements)).items():
+                    if element.get("props", {}).get("label") == "Draw":
+                        drawn = await press(url, page, int(key), element["events"][0]["listener_id"])
             done.append(seed)
 
 
-async def press(url: str, page: str, button: int, listener: str) -> None:
-    """Connects as the page's script does, presses the button and waits for the end."""
+async def press(url: str, page: str, button: int, listener: str) -> bool:
+    """Connects as the page's script does, presses the button and waits for the end; whether that was the picture."""
     import socketio
 
     (name,) = re.findall(r"[\"']client_id[\"']: ?[\"']([^\"']+)", page)
-    connection, ended = socketio.AsyncClient(), asyncio.Event()
-    connection.on("update", lambda message: ended.set() if "1 picture in" in json.dumps(message) else None)
+    connection, ended, seen = socketio.AsyncClient(reconnection=False), asyncio.Event(), []
+
+    def update(message: dict) -> None:
+        if "1 picture in" in json.dumps(message):
+            seen.append(message)
+            ended.set()
+
+    connection.on("update", update)
+    connection.on("disconnect", lambda *_: ended.set())
     tab = {"client_id": name, "tab_id": name, "document_id": name, "next_message_id": "0"}
     query = "&".join(f"{key}={value}" for key, value in (tab | {"implicit_handshake": "true"}).items())
-    await connection.connect(
-        f"{url}/?{query}",
-        socketio_path="/_nicegui_ws/socket.io",
-        transports=["websocket"],
-        wait_timeout=60,
-        retry=True,  # of a busy machine
-    )
-    event = {"id": button, "client_id": name, "listener_id": listener, "args": ["{}"]}
-    await connection.emit("event", event)
-    await asyncio.wait_for(ended.wait(), 300)
-    await connection.disconnect()
+    place = {"socketio_path": "/_nicegui_ws/socket.io", "transports": ["websocket"], "wait_timeout": 60}
+    try:
+        await connection.connect(f"{url}/?{query}", **place)
+        event = {"id": button, "client_id": name, "listener_id": listener, "args": ["{}"]}
+        await connection.emit("event", event)
+        await asyncio.wait_for(ended.wait(), 300)
+    except socketio.exceptions.ConnectionError:
+        return False
+    finally:
+        await connection.disconnect()
+    return bool(seen)
 
 
 def serve_clients(model: Path, cache: Path, clients: int, requests: int) -> list[dict]:

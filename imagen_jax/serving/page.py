@@ -1,6 +1,7 @@
 """The page in the browser, with NiceGUI: a form on the left, the gallery on the right."""
 
 import base64
+import html
 import io
 import secrets
 from urllib.parse import quote
@@ -36,7 +37,7 @@ _PREVIEW_SIDE = 128  # pixels, of one picture in a preview at most
 
 # NiceGUI brings its own fonts and scripts: nothing is asked of the network.
 _STYLE = """
-.picture { width: 14rem; }
+.picture { width: 14rem; display: flex; flex-direction: column; gap: .25rem; }
 .picture img { width: 14rem; height: 14rem; object-fit: contain; background: #8881; border-radius: .4rem; }
 img.small { image-rendering: pixelated; }
 .preview { width: 100%; object-fit: contain; border-radius: .4rem; }
@@ -114,7 +115,7 @@ class Page:
         """
         self._studio, self._client = studio, address
         self._job: Job | None = None
-        self._shown: tuple[str, ...] = ()
+        self._cards: dict[str, ui.html] = {}  # of the pictures shown, by name, the newest first
         self._preview_call: tuple[str, int] | None = None
         ui.add_css(_STYLE)
         request, error = self._linked(query)
@@ -238,14 +239,21 @@ class Page:
 
     def _show_gallery(self) -> None:
         pictures = self._studio.gallery()[:GALLERY_PICTURES]
-        names = tuple(shown.name for shown in pictures)
-        if names == self._shown:
+        names = [shown.name for shown in pictures]
+        if names == list(self._cards):
             return
-        self._shown = names
-        self._gallery.clear()
+        # Only what is new is made and sent: every page that is open shows every picture.
+        for name in self._cards.keys() - set(names):
+            self._cards.pop(name).delete()
+        order, cards = list(self._cards), {}
         with self._gallery:
-            for shown in pictures:
-                _card(shown, self._studio.model.stages[-1].resolution)
+            for place, shown in enumerate(pictures):
+                name = shown.name
+                cards[name] = self._cards.get(name) or _card(shown, self._studio.model.stages[-1].resolution)
+                if order[place : place + 1] != [name]:
+                    cards[name].move(self._gallery, place)
+                    order = [*order[:place], name, *(other for other in order[place:] if other != name)]
+        self._cards = cards
 
 
 def status_line(job: Job, before: int) -> str:
@@ -274,24 +282,30 @@ def status_line(job: Job, before: int) -> str:
             return f"failed after {seconds}"
 
 
-def _card(shown: Shown, side: int) -> None:
-    address, record = _address(shown), shown.record
-    with ui.column().classes("picture gap-1").props("role=listitem"):
-        with ui.link(target=address, new_tab=True):
-            image = ui.element("img").classes("small" if side <= 256 else "")
-            image.props["src"], image.props["alt"], image.props["loading"] = address, record.prompt, "lazy"
-        text = record.prompt + (f" · not {record.negative_prompt}" if record.negative_prompt else "")
-        text = text[: 2 * MAX_PROMPT]
-        ui.label(text).classes("prompt text-sm").tooltip(text)
-        sampling = [each.sampling for each in record.stages]
-        steps = ", ".join(str(each.sampler.steps) for each in sampling)
-        weights = ", ".join(f"{each.guidance_weight:g}" for each in sampling)
-        ui.label(f"seed {record.seed} · steps {steps} · guidance {weights}").classes("text-xs opacity-70")
-        with ui.row().classes("gap-3 text-sm"):
-            ui.link("Download", f"{address}?download=1").props(f'download="{shown.name}"')
-            if shown.again is not None:
-                ui.link("Make it again", f"/?{shown.again.query()}")
-            ui.link("JSON", f"{address}/record", new_tab=True)
+def _card(shown: Shown, side: int) -> ui.html:
+    """A picture of the gallery, as one element: a page has hundreds, and each of NiceGUI's takes kilobytes."""
+    address, record = html.escape(_address(shown)), shown.record
+    text = record.prompt + (f" · not {record.negative_prompt}" if record.negative_prompt else "")
+    alt, text = html.escape(record.prompt[:MAX_PROMPT]), html.escape(text[: 2 * MAX_PROMPT])
+    sampling = [each.sampling for each in record.stages]
+    steps = ", ".join(str(each.sampler.steps) for each in sampling)
+    weights = ", ".join(f"{each.guidance_weight:g}" for each in sampling)
+    link = 'class="nicegui-link" href'
+    again = ""
+    if shown.again is not None:
+        again = f'<a {link}="/?{html.escape(shown.again.query())}">Make it again</a>'
+    return (
+        ui.html(
+            f'<a href="{address}" target="_blank"><img src="{address}" alt="{alt}" loading="lazy"'
+            f' class="{"small" if side <= 256 else ""}"></a><div class="prompt text-sm" title="{text}">{text}</div>'
+            f'<div class="text-xs opacity-70">seed {record.seed} · steps {steps} · guidance {weights}</div>'
+            f'<div class="row gap-3 text-sm"><a {link}="{address}?download=1" download="{html.escape(shown.name)}">'
+            f'Download</a>{again}<a {link}="{address}/record" target="_blank">JSON</a></div>',
+            sanitize=False,  # every word of a stranger's is escaped above
+        )
+        .classes("picture")
+        .props("role=listitem")
+    )
 
 
 def make_app(studio: Studio) -> FastAPI:

@@ -47,8 +47,6 @@ class PictureRequest:
         for each in self.overrides:
             if each.steps is not None and each.steps > MAX_STEPS:
                 raise UserError(f"a stage takes at most {MAX_STEPS} steps here, got {each.steps}")
-            if each.guidance_weight is not None and not math.isfinite(each.guidance_weight):
-                raise UserError(f"guidance must be a finite number, got {each.guidance_weight}")
 
     def wanted(self) -> list[tuple[str, int]]:
         """(prompt, seed) of each picture."""

@@ -28,7 +28,6 @@ from imagen_jax.files import cloud_fault, is_cloud, make_folder, move_folder
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.training.checksums import add_checksums, begin_checksums, json_checksum
 from imagen_jax.training.config import Best, TrainConfig
-from imagen_jax.training.orbax_s3 import teach_orbax_s3
 from imagen_jax.training.state import TrainState
 
 # What storage answers when it is not the checkpoint that is at fault.
@@ -148,6 +147,9 @@ class Checkpoints:
         # An absolute path is what orbax takes; of a cloud path `resolve` would make a local one.
         self.folder = (workdir if is_cloud(workdir) else workdir.resolve()) / "checkpoints"
         if os.fspath(self.folder).startswith("s3://"):
+            # Only here: it names orbax's insides, which checkpoints elsewhere must not depend on.
+            from imagen_jax.training.orbax_s3 import teach_orbax_s3
+
             teach_orbax_s3()
         self._keep, self._failed = keep or Keep(), False
         self._echoes = contextlib.ExitStack()

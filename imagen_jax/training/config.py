@@ -259,7 +259,13 @@ def parse_override(argument: str) -> tuple[list[str], Any]:
         raise UserError(f"unexpected argument {argument!r}; overrides are --config.some.field=value")
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        MemoryError,
+        RecursionError,
+    ):  # all that Python says of such texts
         value = text
     return flag.removeprefix("--config.").split("."), value
 

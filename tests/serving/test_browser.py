@@ -191,6 +191,18 @@ def test_settings_change_the_picture_and_the_link_makes_it_again(page, folder):
     assert len(list(folder.glob("*.png"))) == before
 
 
+def test_a_prompt_is_no_markup(page):
+    """It is shown as it was written, in the text, in the picture's description and in the link that makes it again."""
+    prompt = """<img src=x onerror="document.title='seized'"> & "it's" </div><b>bold</b>"""
+    draw(page, prompt, Seed=21)
+    card = cards(page).first
+    assert prompt in card.inner_text() and card.locator("img").get_attribute("alt") == prompt
+    assert card.locator("b").count() == 0 and card.locator("img").count() == 1
+    card.get_by_text("Make it again").click()
+    page.wait_for_url(re.compile("seed=21"))
+    assert page.get_by_label("Prompt", exact=True).input_value() == prompt and page.title() == "imagen-jax"
+
+
 def test_a_random_seed(page):
     seeds = []
     for _ in range(2):
@@ -283,8 +295,8 @@ def get(url, target):
     [
         (b"prompt=x&steps=1e9", "'1e9' is not a whole number"),
         (b"prompt=x&steps=1000000000", f"at most {MAX_STEPS} steps"),
-        (b"prompt=x&guidance=nan", "guidance must be a finite number"),
-        (b"prompt=x&guidance=1e999", "guidance must be a finite number"),
+        (b"prompt=x&guidance=nan", "'nan' is not a number"),
+        (b"prompt=x&guidance=1e300", "guidance_weight"),
         (b"prompt=x&seed=-1", "seeds must lie in 0"),
         (b"prompt=x&seed=" + b"9" * 4000, "is not a whole number"),
         (b"prompt=x&steps=0", "steps must be at least 1"),
