@@ -77,8 +77,9 @@ class ModelFolder:
         Raises:
           UserError: if the folder is missing, is no model folder, or its stages do not fit each other.
         """
+        there = exists(folder)  # asked first: no path is made of an address of a kind that is not read
         self.path = epath.Path(folder)
-        if not exists(self.path) or not self.path.is_dir():
+        if not there or not self.path.is_dir():
             raise UserError(f"--model {folder}: there is no such folder")
         if not (self.path / INDEX).exists():
             raise UserError(f"--model {folder} is not a model folder: it has no {INDEX}")

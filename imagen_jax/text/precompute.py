@@ -26,7 +26,7 @@ from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UnknownTokensWarning, UserError
 from imagen_jax.files import make_folder
-from imagen_jax.limits import MAX_COUNT, MAX_PROCESSES, MAX_TEXT_LENGTH, shown
+from imagen_jax.limits import MAX_COUNT, MAX_NAME, MAX_PROCESSES, MAX_SIDE, MAX_TEXT_LENGTH, shown
 from imagen_jax.lock import FolderLock
 from imagen_jax.text import job_folder, shards
 from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
@@ -72,14 +72,16 @@ class PrecomputeConfig:
             raise UserError(f"--min_side: must be at least 1, got {self.min_side}")
         if self.min_side is not None and self.embeddings_only:
             raise UserError("--min_side: pictures are not looked at with --embeddings_only")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise UserError(f"--name: wants lower-case letters, digits and _, got {self.name!r}")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.split):
-            raise UserError(f"--split: wants lower-case letters, digits and _, got {self.split!r}")
+        for flag, text in (("name", self.name), ("split", self.split)):
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", text) or len(text) > MAX_NAME:  # parts of files' names
+                raise UserError(
+                    f"--{flag}: wants lower-case letters, digits and _, at most {MAX_NAME}, got {shown(text)}"
+                )
         for flag, most in (
             ("max_length", MAX_TEXT_LENGTH),
             ("num_processes", MAX_PROCESSES),
             ("limit", MAX_COUNT),
+            ("min_side", MAX_SIDE),
         ):
             if (value := getattr(self, flag)) is not None and value > most:
                 raise UserError(f"--{flag}: must be at most {most}, got {shown(value)}")

@@ -91,7 +91,7 @@ def test_a_path_that_is_of_another_kind(verb, place, run):
         written = flag in ("--out", "--workdir", "--json", "--cache")
         values = ["file", "pipe", "loop", "/dev/zero/x", "x" * 300]
         values += (
-            ["./file/below"] if written else ["missing", "empty", "pictures", "http://a/x", "gopher://x/y"]
+            ["file/below"] if written else ["missing", "empty", "pictures", "http://a/x", "gopher://x/y"]
         )
         if flag == "--json":
             values = ["file/below", "empty", "missing/x"]
