@@ -72,6 +72,14 @@ def limited_memory():
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """The tests of this folder are a target of their own."""
+    for item in items:
+        if "hostile" in item.path.parts:
+            item.add_marker("hostile")
+
+
 @pytest.fixture(autouse=True)
 def limits(good):
     """A case that waits for ever, or asks for memory without end, fails."""
