@@ -194,11 +194,23 @@ def move_folder(source: epath.Path, target: epath.Path) -> None:
 
 def files_below(folder: epath.Path) -> Iterator[epath.Path]:
     """All files of a folder and of those in it."""
-    scheme, cloud, _ = os.fspath(folder).partition("://")
-    for parent, _, names in folder.walk():
-        if cloud and not is_cloud(parent):  # epath leaves the scheme out
-            parent = epath.Path(f"{scheme}://{os.fspath(parent).lstrip('/')}")
-        yield from (parent / name for name in names if name)  # an empty one stands for a folder
+    if not is_cloud(folder):
+        for parent, _, names in folder.walk():
+            yield from (parent / name for name in names)
+        return
+    # Not by `walk`, which leaves the scheme out and does not work in S3.
+    storage, name = cloud_storage(folder)
+    scheme = os.fspath(folder).partition("://")[0]
+    for file in storage.find(name):
+        if not file.endswith("/"):  # that stands for an empty folder
+            yield epath.Path(f"{scheme}://{file.lstrip('/')}")
+
+
+def cloud_storage(path: epath.PathLike) -> tuple[Any, str]:
+    """The file system of a cloud path, by fsspec, and the path's name there."""
+    from fsspec.core import url_to_fs  # only here: commands on local files do not wait for it
+
+    return url_to_fs(os.fspath(path))
 
 
 # JSON files are configurations, indices and tokenizers: the largest vocabularies take 40 MB.

@@ -24,6 +24,7 @@ MAX_BATCH = 2**20  # examples or pictures; the paper trains on 2048
 MAX_PROCESSES = 100_000  # of a job
 MAX_DEVICES = 16_384  # of a job; the largest TPU slice published has 8960 chips
 MAX_THREADS = 1024  # and batches made ahead
+MAX_NAME = 100  # characters of what files and folders are called by: a stage, a data set, a split
 MAX_GUIDANCE = 1000.0  # either sign; contrast is lost from 30 on
 MAX_LOG_SNR = 200.0  # nats, either sign: α or σ is e^-100, the smallest number that float32 has
 

@@ -10,6 +10,7 @@ from etils import epath
 from imagen_jax.data import shapes
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
+from imagen_jax.files import make_folder
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.cascade import Imagen, Picture
 from imagen_jax.sampling.pictures import grid, save_png
@@ -80,6 +81,7 @@ def quickstart(out: epath.PathLike, *, scale: str = "full") -> dict[str, Any]:
         raise UserError(f"--scale must be one of {', '.join(SCALES)}; got {scale!r}")
     sizes, out, started = SCALES[scale], epath.Path(out), time.monotonic()
     encoder, records, model_folder = out / "text_encoder", out / "records", out / "model"
+    make_folder(out)
     _announce(1, "a small frozen text encoder")
     if not (encoder / "config.json").exists():
         make_small_encoder(encoder, vocabulary_texts=shapes.all_captions())

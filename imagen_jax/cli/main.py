@@ -49,6 +49,14 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
 def _check_text(argv: Sequence[str]) -> None:
     """Refuses arguments that are no text: they would go into records and names that nobody could read."""
     for argument in argv:
+        flag, separator, value = argument.partition("=")
+        is_flag = flag.startswith("--") and separator and not flag.startswith("--config.")
+        if is_flag and value == "--":  # which argparse takes for an empty list
+            raise UserError(f"{flag}: '--' is no value")
+        if (
+            is_flag and not value.strip() and flag != "--negative_prompt"
+        ):  # a shell's variable that is not set
+            raise UserError(f"{flag} is empty: give it a value, or leave it out")
         try:
             argument.encode("utf-8")
         except UnicodeEncodeError:

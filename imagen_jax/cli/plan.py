@@ -55,9 +55,15 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
         raise UserError(f"--batch_size={args.batch_size}: must be at least 1")
     if args.batch_size is not None and args.batch_size > MAX_BATCH:
         raise UserError(f"--batch_size={shown(args.batch_size)}: must be at most {MAX_BATCH}")
-    find_compiler()
     from etils import epath
 
+    if args.json is not None and (
+        epath.Path(args.json).is_dir() or not epath.Path(args.json).parent.is_dir()
+    ):
+        # Before minutes of compiling.
+        raise UserError(f"--json {args.json}: no file can be written there")
+    find_compiler()
+    from imagen_jax.files import write_text
     from imagen_jax.plan.compile import Program
     from imagen_jax.plan.report import make_plan, to_json, to_text
     from imagen_jax.training.config import load_config
@@ -69,5 +75,5 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
     plan = make_plan(config, topology, Program(args.program), rows=args.rows, progress=True)
     print(to_text(plan))
     if args.json is not None:
-        epath.Path(args.json).write_text(json.dumps(to_json(plan), indent=2) + "\n")
+        write_text(args.json, json.dumps(to_json(plan), indent=2) + "\n")
     return 0

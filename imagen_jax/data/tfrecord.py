@@ -12,11 +12,10 @@ from types import TracebackType
 import google_crc32c
 import numpy as np
 from etils import epath
-from fsspec.core import url_to_fs
 from jaxtyping import Int64
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, check_regular, is_cloud
+from imagen_jax.files import AtomicFile, check_regular, cloud_storage, is_cloud
 
 _HEADER = struct.Struct("<QI")  # length, its CRC
 _FOOTER = struct.Struct("<I")  # CRC of the data
@@ -65,7 +64,7 @@ def _read_at(path: epath.Path, offset: int, length: int) -> bytes:
     """Reads up to `length` bytes at `offset`; safe from any thread."""
     if is_cloud(path):
         # The bytes alone: a file that is kept open reads megabytes ahead, at each of many random places.
-        storage, name = url_to_fs(os.fspath(path))
+        storage, name = cloud_storage(path)
         return storage.cat_file(name, start=offset, end=offset + length)
     # Opened for each read: thousands of shards kept open would pass the limit of open files.
     descriptor = os.open(path, os.O_RDONLY)

@@ -6,6 +6,7 @@ takes longer to import than a small stage's program to load.
 
 import dataclasses
 import enum
+import re
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -24,6 +25,7 @@ from imagen_jax.limits import (
     MAX_GUIDANCE,
     MAX_IMAGE_CHANNELS,
     MAX_LEVELS,
+    MAX_NAME,
     MAX_SIDE,
     MAX_TEXT_LENGTH,
     check_numbers,
@@ -279,8 +281,10 @@ class StageConfig:
     sampling: SamplingConfig = SamplingConfig()
 
     def __post_init__(self) -> None:
-        if not self.name or "/" in self.name:
-            raise ValueError(f"a stage's name must be a folder name, got {self.name!r}")
+        if self.name in ("", ".", "..") or re.search(r"[/\\\x00]", self.name) or len(self.name) > MAX_NAME:
+            raise ValueError(
+                f"a stage's name must be a folder name of at most {MAX_NAME} characters, got {self.name[:80]!r}"
+            )
         for field, side in (("resolution", self.resolution), ("crop", self.crop)):
             if side is not None and (side < 1 or side % self.network.side_multiple):
                 raise ValueError(

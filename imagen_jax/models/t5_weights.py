@@ -17,7 +17,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import json_field, read_json
 from imagen_jax.limits import MAX_BLOCKS, MAX_CHANNELS, MAX_VOCABULARY, check_numbers
 from imagen_jax.models.weight_files import check_config_is_plain
-from imagen_jax.models.weights import SafetensorsReader, TensorSource, load_tensors
+from imagen_jax.models.weights import SafetensorsReader, TensorSource, check_tensors, load_tensors
 
 
 class Activation(enum.Enum):
@@ -197,16 +197,34 @@ def load_t5(
     config = T5Config.from_folder(folder)
     abstract = t5_shapes(config, dtype)
     with SafetensorsReader(folder, variant) as reader:
-        if config.num_layers > len(reader.names):
-            raise UserError(
-                f"{folder}: config.json has num_layers {config.num_layers}, but the weights are {len(reader.names)} "
-                "tensors"
-            )
+        sources = _checked_sources(config, reader)
         chosen = shardings(abstract) if callable(shardings) else shardings
-        sources = t5_sources(config, reader.names)
-        check_t5_tensors(reader)
-        _check_nothing_left(folder, reader, sources)
         return config, load_tensors(abstract, reader, sources, shardings=chosen)
+
+
+def check_t5(folder: epath.PathLike, *, variant: str | None = None) -> T5Config:
+    """Checks an encoder as `load_t5` does, without reading its tensors; raises as that does.
+
+    Returns:
+        Its shape.
+    """
+    config = T5Config.from_folder(folder)
+    with SafetensorsReader(folder, variant) as reader:
+        check_tensors(t5_shapes(config), reader, _checked_sources(config, reader))
+    return config
+
+
+def _checked_sources(config: T5Config, reader: SafetensorsReader) -> dict[str, TensorSource]:
+    """Where each parameter lies in a checkpoint whose tensors are those of an encoder of this shape."""
+    if config.num_layers > len(reader.names):
+        raise UserError(
+            f"{reader.location}: config.json has num_layers {config.num_layers}, but the weights are "
+            f"{len(reader.names)} tensors"
+        )
+    sources = t5_sources(config, reader.names)
+    check_t5_tensors(reader)
+    _check_nothing_left(reader.location, reader, sources)
+    return sources
 
 
 def check_t5_tensors(reader: SafetensorsReader) -> None:

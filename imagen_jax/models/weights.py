@@ -129,6 +129,28 @@ def load_tensors(
         UserError: a stored tensor is missing, quantised, or has another shape than the state's.
     """
     named, treedef = flatten_names(abstract_state)
+    check_tensors(named, reader, sources)
+    per_leaf = _shardings_of(shardings, list(named))
+    leaves = [
+        _load_one(leaf, reader, sources[name], sharding, dtype)
+        for (name, leaf), sharding in zip(named.items(), per_leaf, strict=True)
+    ]
+    return jax.tree_util.tree_unflatten(treedef, leaves)
+
+
+def check_tensors(
+    named: Mapping[str, Any], reader: SafetensorsReader, sources: Mapping[str, TensorSource]
+) -> None:
+    """What `load_tensors` checks before it reads anything.
+
+    Args:
+        named: leaves with `shape` and `dtype` under their dotted names.
+        reader: the open checkpoint.
+        sources: source of each leaf.
+
+    Raises:
+        UserError: a stored tensor is missing, quantised, or has another shape than the leaf.
+    """
     reader.check_plain()
     for name, leaf in named.items():
         if name not in sources:
@@ -146,12 +168,6 @@ def load_tensors(
                 raise UserError(
                     f"{reader.location}: tensor {other} has shape {reader.shape(other)}, unlike its equals"
                 )
-    per_leaf = _shardings_of(shardings, list(named))
-    leaves = [
-        _load_one(leaf, reader, sources[name], sharding, dtype)
-        for (name, leaf), sharding in zip(named.items(), per_leaf, strict=True)
-    ]
-    return jax.tree_util.tree_unflatten(treedef, leaves)
 
 
 def check_dtype(reader: SafetensorsReader, source: TensorSource, dtype: Any) -> None:

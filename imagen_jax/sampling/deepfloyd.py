@@ -30,7 +30,8 @@ from imagen_jax.models.weight_files import check_config_is_plain
 from imagen_jax.models.weights import SafetensorsReader, TensorSource, check_dtype, save_state
 from imagen_jax.sampling.identity import check_encoder, has_files_of, index_encoder
 from imagen_jax.sampling.model_folder import WEIGHTS, ModelFolder, ModelIndex, check_cascade, save_index
-from imagen_jax.text.encoder import TextEncoder, copy_encoder
+from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.encoder_folder import check_encoder_folder, copy_encoder, is_hub_id
 from imagen_jax.text.tokenizer import TOKENIZER_FILES
 
 TEXT_LENGTH = 77  # tokens to which every caption is padded
@@ -276,10 +277,15 @@ def import_deepfloyd(config: ImportConfig) -> tuple[StageConfig, ...]:
             raise UserError(f"{flag} {source}: {error}") from error
         weights.append(unet)
     check_cascade(stages)
-    for stage, folder in zip(stages, weights, strict=True):
-        write_stage(out, stage, folder, config.variant)
     assert encoder is not None
     reference, place = encoder, epath.Path(encoder)
+    # Before gigabytes are written for it.
+    if place.is_dir():
+        check_encoder_folder(place, variant=config.variant)
+    elif not is_hub_id(encoder):
+        raise UserError(f"--text_encoder {encoder}: no such folder, nor a hub id")
+    for stage, folder in zip(stages, weights, strict=True):
+        write_stage(out, stage, folder, config.variant)
     if config.copy_text_encoder and place.is_dir():
         reference, place = "text_encoder", out / "text_encoder"
         copy_encoder(encoder, place, variant=config.variant)
@@ -305,7 +311,7 @@ def fetch(source: str, flag: str, *, variant: str | None, text_encoder: bool) ->
     folder = epath.Path(source)
     if folder.is_dir():
         return folder
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if not is_hub_id(source):
         raise UserError(f"{flag} {source}: no such folder")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled

@@ -16,7 +16,7 @@ from etils import epath
 from imagen_jax.config import build, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
-from imagen_jax.files import check_regular, is_cloud, make_folder, read_json, write_text
+from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.weights import SafetensorsReader, load_state, save_state
 
@@ -77,8 +77,9 @@ class ModelFolder:
         Raises:
           UserError: if the folder is missing, is no model folder, or its stages do not fit each other.
         """
+        there = exists(folder)  # asked first: no path is made of an address of a kind that is not read
         self.path = epath.Path(folder)
-        if not self.path.is_dir():
+        if not there or not self.path.is_dir():
             raise UserError(f"--model {folder}: there is no such folder")
         if not (self.path / INDEX).exists():
             raise UserError(f"--model {folder} is not a model folder: it has no {INDEX}")

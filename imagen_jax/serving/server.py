@@ -29,6 +29,10 @@ def listen(host: str, port: int) -> socket.socket:
     """
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: must be 0 (any that is free) to 65535")
+    if not host.strip():  # which the system takes for every address of the machine
+        raise UserError(
+            "--host is empty: give a name or an address; 0.0.0.0 is every address of this machine"
+        )
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -39,6 +43,8 @@ def listen(host: str, port: int) -> socket.socket:
         if error.errno == errno.EACCES:
             raise UserError(f"--port {port}: not allowed for this user; give one above 1023") from error
         raise UserError(f"--host {host}: cannot listen there: {error.strerror or error}") from error
+    except ValueError as error:  # no name of a host at all
+        raise UserError(f"--host {host:.80}: no name of a machine: {error}") from error
 
 
 def address(listener: socket.socket) -> str:

@@ -18,14 +18,11 @@ from imagen_jax.data.embeddings import cut_embedding
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
-from imagen_jax.files import copy_file, make_folder
-from imagen_jax.models.t5_weights import T5Config, check_t5_tensors, load_t5
-from imagen_jax.models.weights import SafetensorsReader
+from imagen_jax.models.t5_weights import T5Config, load_t5
+from imagen_jax.text.encoder_folder import copy_encoder, download, parts
 from imagen_jax.text.identity import identify
 from imagen_jax.text.store import WHOLE_LENGTH, TokenCounts
-from imagen_jax.text.tokenizer import TOKENIZER_FILES, CaptionTokenizer
-
-_HUB_FILES = ("*.safetensors", "*.safetensors.index*.json", "config.json", *TOKENIZER_FILES)
+from imagen_jax.text.tokenizer import CaptionTokenizer
 
 # Padded lengths, close where captions are frequent. Beyond the last one, multiples of it.
 _BUCKETS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
@@ -105,8 +102,8 @@ class TextEncoder:
         name = folder.name
         if not folder.is_dir():
             name = os.fspath(folder_or_hub_id)
-            folder = _download(name)
-        model, tokenizer_folder = _parts(folder)
+            folder = download(name)
+        model, tokenizer_folder = parts(folder)
         config, params = load_t5(
             model,
             dtype=_check_dtype(dtype),
@@ -284,41 +281,6 @@ class TextEncoder:
         return jax.device_put((tokens, mask), jax.sharding.NamedSharding(self._mesh, spec))
 
 
-def copy_encoder(
-    source: epath.PathLike,
-    folder: epath.PathLike,
-    *,
-    tokenizer: epath.PathLike | None = None,
-    variant: str | None = None,
-) -> None:
-    """Copies an encoder's config.json, weights and tokenizer, file by file, so that `TextEncoder.load` opens it.
-
-    Args:
-        source: a local folder as `TextEncoder.load` takes it.
-        folder: where to.
-        tokenizer: where the tokenizer goes; None: into the same folder.
-        variant: of the weights, see `SafetensorsReader`; the copy has it in its files' names too.
-
-    Raises:
-        UserError: not a T5 encoder, or weights that are pickled or quantised.
-    """
-    model, words = _parts(epath.Path(source))
-    T5Config.from_folder(model)
-    with SafetensorsReader(model, variant) as reader:
-        check_t5_tensors(reader)
-        files = [model / "config.json", *reader.files]
-        if len(reader.files) > 1:
-            files += [
-                each for each in model.glob("*.safetensors.index*.json") if (variant or "") in each.name
-            ]
-    moves = [(file, epath.Path(folder)) for file in files]
-    target = epath.Path(folder if tokenizer is None else tokenizer)
-    moves += [(words / name, target) for name in TOKENIZER_FILES if (words / name).exists()]
-    for file, place in moves:
-        # Under another name first: an encoder that is in use has its file mapped.
-        copy_file(file, make_folder(place) / file.name)
-
-
 def _check_dtype(name: str) -> np.dtype:
     if name not in ("float32", "bfloat16"):
         raise UserError(f"text encoder dtype {name!r}: expected float32 or bfloat16")
@@ -406,32 +368,3 @@ def _spread(mesh: jax.sharding.Mesh, abstract: dict[str, jax.ShapeDtypeStruct]) 
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     return jax.tree.map(sharding, abstract)
-
-
-def _download(hub_id: str) -> epath.Path:
-    """The hub's copy of an encoder, weights in safetensors only, from the cache or the network."""
-    if hub_id.count("/") != 1 or hub_id.startswith((".", "/", "~")):
-        raise UserError(f"text encoder {hub_id}: no such folder")
-    # Only here: importing it takes longer than opening a small local encoder.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-
-    try:
-        return epath.Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
-    except HFValidationError as error:
-        raise UserError(f"text encoder {hub_id}: neither a folder nor a hub id") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
-        raise UserError(
-            f"text encoder {hub_id}: no such folder, and not to be had from the hub "
-            f"({type(error).__name__}); check the name and the network, or give a local folder"
-        ) from error
-
-
-def _parts(folder: epath.Path) -> tuple[epath.Path, epath.Path]:
-    """The folders of the model and of the tokenizer, which pipeline folders keep side by side."""
-    model = folder / "text_encoder" if (folder / "text_encoder").is_dir() else folder
-    for candidate in (model, model.parent / "tokenizer"):
-        if any((candidate / name).exists() for name in TOKENIZER_FILES):
-            return model, candidate
-    # ByT5 needs no vocabulary: config.json names its class.
-    return model, model

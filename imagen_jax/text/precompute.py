@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from etils import epath
 from tqdm import tqdm
 
 from imagen_jax.data import records
@@ -25,7 +26,7 @@ from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UnknownTokensWarning, UserError
 from imagen_jax.files import make_folder
-from imagen_jax.limits import MAX_COUNT, MAX_PROCESSES, MAX_TEXT_LENGTH, shown
+from imagen_jax.limits import MAX_COUNT, MAX_NAME, MAX_PROCESSES, MAX_SIDE, MAX_TEXT_LENGTH, shown
 from imagen_jax.lock import FolderLock
 from imagen_jax.text import job_folder, shards
 from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
@@ -71,14 +72,16 @@ class PrecomputeConfig:
             raise UserError(f"--min_side: must be at least 1, got {self.min_side}")
         if self.min_side is not None and self.embeddings_only:
             raise UserError("--min_side: pictures are not looked at with --embeddings_only")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
-            raise UserError(f"--name: wants lower-case letters, digits and _, got {self.name!r}")
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.split):
-            raise UserError(f"--split: wants lower-case letters, digits and _, got {self.split!r}")
+        for flag, text in (("name", self.name), ("split", self.split)):
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", text) or len(text) > MAX_NAME:  # parts of files' names
+                raise UserError(
+                    f"--{flag}: wants lower-case letters, digits and _, at most {MAX_NAME}, got {shown(text)}"
+                )
         for flag, most in (
             ("max_length", MAX_TEXT_LENGTH),
             ("num_processes", MAX_PROCESSES),
             ("limit", MAX_COUNT),
+            ("min_side", MAX_SIDE),
         ):
             if (value := getattr(self, flag)) is not None and value > most:
                 raise UserError(f"--{flag}: must be at most {most}, got {shown(value)}")
@@ -181,7 +184,7 @@ class _Job:
         self._given = encoder
         self.source = source
         self.units = source.units(config.num_shards)
-        self.out = make_folder(config.out)
+        self.out = epath.Path(config.out).expanduser()
         self.description = _job_description(config, source, len(self.units))
         count = len(self.units)
         self.shards = [records.shard_name(config.name, config.split, i, count) for i in range(count)]
@@ -208,6 +211,15 @@ class _Job:
                 self.description = renamed
         job_folder.claim_folder(self.out, self.config.split, self.description)
         make_folder(self.out / "job")
+
+    def open_encoder(self) -> None:
+        """Opens the text encoder of a job that has not begun: a wrong name leaves no folder behind.
+
+        Raises:
+          UserError: there is no such encoder.
+        """
+        if not (self.out / "job.json").exists():
+            self.encoder  # noqa: B018
 
     def _check_encoder(self, done: Sequence[ShardReport]) -> None:
         """Refuses to add another encoder's embeddings to those of complete shards, of other splits too."""
@@ -403,6 +415,8 @@ def precompute(config: PrecomputeConfig, *, encoder: Encoder | None = None) -> S
     """
     source = open_source(config.source, split=config.split, limit=config.limit)
     job = _Job(config, source, encoder)
+    job.open_encoder()
+    make_folder(job.out)
     job.claim()
     reports = [job.report(number) for number in range(len(job.units))]
     start = time.monotonic()

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import enum
 import importlib.util
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,13 @@ def parse_override(argument: str) -> tuple[list[str], Any]:
         raise UserError(f"unexpected argument {argument!r}; overrides are --config.some.field=value")
     try:
         value = ast.literal_eval({"true": "True", "false": "False", "null": "None"}.get(text, text))
-    except (ValueError, SyntaxError):
+    except (
+        ValueError,
+        TypeError,
+        SyntaxError,
+        MemoryError,
+        RecursionError,
+    ):  # all that Python says of such texts
         value = text
     return flag.removeprefix("--config.").split("."), value
 
@@ -297,18 +304,31 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> TrainConfig:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
+        if not callable(getattr(module, "get_config", None)):
+            raise UserError(f"--config: {file} has no function get_config(variant)")
+        values = module.get_config(variant)
+        if isinstance(values, ml_collections.ConfigDict):
+            values = values.to_dict()
+        if not isinstance(values, Mapping):
+            raise UserError(f"--config {spec}: get_config must return a dictionary, got {values!r:.80}")
+        plain = _plain(values)
+    except UserError:
+        raise
     except SyntaxError as error:
         raise UserError(f"--config: {file}, line {error.lineno}: {error.msg}") from error
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {file} has no function get_config(variant)")
-    try:
-        values = module.get_config(variant)
     except ValueError as error:
         raise UserError(f"--config {spec}: {error}") from error
-    if isinstance(values, ml_collections.ConfigDict):
-        values = values.to_dict()
-    return build(TrainConfig, apply_overrides(_plain(values), overrides), "config")
+    except (Exception, SystemExit) as error:  # whatever its code may raise
+        lines = [
+            frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(file)
+        ]
+        line = f", line {lines[-1]}" if lines else ""
+        raise UserError(f"--config: {file}{line}: {type(error).__name__}: {error}") from error
+    return build(TrainConfig, apply_overrides(plain, overrides), "config")
 
 
-def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _plain(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """Nested dictionaries of any class as plain ones with texts as keys."""
+    return {
+        str(name): _plain(value) if isinstance(value, Mapping) else value for name, value in values.items()
+    }

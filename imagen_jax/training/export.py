@@ -17,6 +17,7 @@ from imagen_jax.sampling.deepfloyd import export_diffusers, export_pipeline
 from imagen_jax.sampling.identity import encoder_files
 from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.encoder_folder import is_hub_id
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import LoopConfig, TrainConfig
 from imagen_jax.training.config_file import read_config
@@ -122,6 +123,10 @@ def _check_encoder(text_encoder: str, identity: EncoderIdentity | None) -> TextE
       UserError: it does not open, or is not the one of this identity.
     """
     if not epath.Path(text_encoder).is_dir():
+        if not is_hub_id(text_encoder):
+            raise UserError(
+                f"text encoder {text_encoder}: no such folder; name one, or a hub id, with --text_encoder"
+            )
         return None
     encoder = TextEncoder.load(text_encoder)
     if identity is not None:

@@ -1,6 +1,7 @@
 """Starting a run from weights that another run, or a model folder, holds."""
 
 import json
+import math
 
 import jax
 from etils import epath
@@ -72,18 +73,50 @@ def _from_workdir(source: epath.Path, ours: StageConfig, mesh: Mesh, decay: floa
     return params, config.stage, encoder, f"step {step}, average {average}"
 
 
-def _from_model(source: epath.Path, ours: StageConfig, mesh: Mesh) -> _Found:
-    model = ModelFolder(source)
+def _model_stage(model: ModelFolder, ours: StageConfig) -> StageConfig:
+    """The stage of a model folder whose weights a run can start from."""
     found = [stage for stage in model.stages if stage.resolution == ours.resolution]
     if not found:
         sizes = ", ".join(f"{stage.name} ({stage.resolution})" for stage in model.stages)
-        raise UserError(f"--init_from {source}: no stage makes {ours.resolution} pixels, only {sizes}")
-    check_stage(str(source), found[0], ours)
-    network = StageNetwork(found[0])
-    params = model.params(
-        network.config.name, network.abstract_params, state_shardings(network.abstract_params, mesh)
-    )
-    return params, found[0], model.index.encoder, f"stage {found[0].name}"
+        raise UserError(f"--init_from {model.path}: no stage makes {ours.resolution} pixels, only {sizes}")
+    check_stage(str(model.path), found[0], ours)
+    return found[0]
+
+
+def _from_model(source: epath.Path, ours: StageConfig, mesh: Mesh) -> _Found:
+    model = ModelFolder(source)
+    stage = _model_stage(model, ours)
+    network = StageNetwork(stage)
+    params = model.params(stage.name, network.abstract_params, state_shardings(network.abstract_params, mesh))
+    return params, stage, model.index.encoder, f"stage {stage.name}"
+
+
+def _place(spec: str) -> tuple[str, float | None]:
+    """Folder and decay of "DIR" or "DIR@DECAY"."""
+    place, _, text = spec.partition("@")
+    try:
+        decay = float(text) if text else None
+    except ValueError:
+        decay = math.nan
+    if decay is not None and not 0.0 <= decay < 1.0:
+        raise UserError(f"--init_from {spec}: {text!r} is no decay; give DIR or DIR@DECAY")
+    return place, decay
+
+
+def check_source(spec: str, config: TrainConfig) -> None:
+    """Looks at what a run is to start from, before a folder is made for the run; arguments as of `initial_params`.
+
+    Raises:
+      UserError: it is no work directory or model folder, or its stage does not fit.
+    """
+    source = epath.Path(_place(spec)[0])
+    if (source / INDEX).exists():
+        model = ModelFolder(source)
+        model.check_weights()
+        _model_stage(model, config.stage)
+    else:
+        theirs = build(TrainConfig, read_config(source), f"{source}/config.json")
+        check_stage(str(source), theirs.stage, config.stage)
 
 
 def initial_params(
@@ -102,11 +135,7 @@ def initial_params(
       UserError: there are no such weights, or they are of another network, prediction or text encoder.
     """
     mesh = mesh or make_mesh(config.mesh)
-    place, _, decay_text = spec.partition("@")
-    try:
-        decay = float(decay_text) if decay_text else None
-    except ValueError:
-        raise UserError(f"--init_from {spec}: {decay_text!r} is no decay; give DIR or DIR@DECAY") from None
+    place, decay = _place(spec)
     source = epath.Path(place)
     if (source / INDEX).exists():
         params, theirs, their_encoder, which = _from_model(source, config.stage, mesh)

@@ -21,6 +21,7 @@ from imagen_jax.data.pipeline import (
     open_batches,
     record_count,
 )
+from imagen_jax.data.records import KeyIndex
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
@@ -31,7 +32,13 @@ from imagen_jax.training.clock import Profiler, ProfileSteps
 from imagen_jax.training.config import Scorer, TrainConfig
 from imagen_jax.training.health import Health
 from imagen_jax.training.held_out import HeldOutLoss, SampleGrid, check_scorer
-from imagen_jax.training.init_from import check_record, initial_params, recorded_source, write_record
+from imagen_jax.training.init_from import (
+    check_record,
+    check_source,
+    initial_params,
+    recorded_source,
+    write_record,
+)
 from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.run_encoder import data_encoder, resumed_encoder, write_encoder
@@ -92,6 +99,8 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
             f"config.data.batch_size={data.batch_size}, but split {data.split!r} of {data.path} "
             f"holds only {count} records"
         )
+    if data.embeddings is not None:
+        KeyIndex(data.embeddings, data.split)
     if config.train.eval_every:
         record_count(data.path, config.train.eval_split)
     if config.train.sample_every and config.train.sample_score is not Scorer.NONE:
@@ -252,6 +261,8 @@ def train(
     online = _online_text(config, mesh)
     check_data(config, online)
     encoder = data_encoder(config.data, online)
+    if init_from is not None and not (workdir / "config.json").exists():
+        check_source(init_from, config)
     first, loop = jax.process_index() == 0, config.train
     network = StageNetwork(config.stage)
     optimizer = make_optimizer(config.optimizer, loop.steps)

@@ -15,7 +15,8 @@ from imagen_jax.data.webdataset import expand_pattern
 from imagen_jax.files import AtomicFile, copy_file, is_cloud, make_folder, move_folder, write_text
 from imagen_jax.models.weights import SafetensorsReader, save_state
 from imagen_jax.sampling.pictures import read_metadata, save_png
-from imagen_jax.text.encoder import TextEncoder, copy_encoder
+from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.encoder_folder import copy_encoder
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.metrics import MetricsWriter
@@ -114,5 +115,6 @@ def test_folders_and_patterns_are_listed(store):
     for name in ("deep/er/x.png", "deep/er/x.txt"):
         write_text(FOLDER / name, "a caption")
     source = open_source("folder:gs://bucket/folder", split="train", limit=None)
-    [example] = [each for unit in source.units() for each in source.read(unit)]
+    lone, example = [sample for unit in source.units() for sample in source.read(unit)]
+    assert (lone.key, lone.reason) == ("a/x.txt", "no picture")
     assert (example.key, example.captions) == ("deep/er/x", ("a caption",))

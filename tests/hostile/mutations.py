@@ -125,4 +125,4 @@ FILE_KINDS: dict[str, Callable[[Path], None]] = {
 # Texts for flags by what the flag takes, as `argparse` knows it.
 BAD_WHOLE = ("x", "", "1.5", "nan", "1e400", "-7", str(HUGE), "9" * 30)
 BAD_REAL = ("x", "", "nan", "inf", "1e400", "-7", "1e300")
-BAD_TEXT = ("", "\0", "a\0b", "\udcff", "x" * 5000, "\n")
+BAD_TEXT = ("", " ", "\udcff", "x" * 5000, "\n", "--")

@@ -22,6 +22,7 @@ FILES = {
     "model/text_encoder/tokenizer_config.json": (SAMPLE, ("text_encoder",), ()),
     "records/dataset_info.json": (TRAIN, (), ()),
     "records/metadata.json": (TRAIN, (), ()),
+    "embeddings/keys-train.npy": ((*TRAIN, "--config.data.embeddings=embeddings"), (), ()),
     "config.py": (TRAIN, (), ()),
     "run/config.json": (EXPORT, ("--from run", "run is not a work directory"), ()),
     "run/init_from.json": (RESUME, (), ("missing",)),
@@ -58,6 +59,23 @@ FILES = {
     "encoder/tokenizer.json": (("precompute", "--source=folder:pictures", *ENCODER), ("encoder",), ()),
     "encoder/model.safetensors": (("precompute", "--source=folder:pictures", *ENCODER), ("encoder",), ()),
 }
+
+
+def test_a_damaged_checkpoint(place, run):
+    """Of each of its files."""
+    folder, faults = place / "run" / "checkpoints" / "2", []
+    names = sorted(str(path.relative_to(place.root)) for path in folder.rglob("*") if path.is_file())
+    kinds = ("missing", "truncated", "not UTF-8", "a list", "a pipe")
+    for number, name in enumerate(names):
+        # One kind a file, in turn: restoring takes a second.
+        kind = kinds[number % len(kinds)]
+        FILE_KINDS[kind](place / name)
+        outcome = run(*EXPORT)
+        place.restore(name)
+        # Some say only when the checkpoint was made.
+        if not outcome.reached and (fault := outcome.fault("run")):
+            faults.append(f"{name} {kind}: {fault}")
+    assert names and not faults, "\n".join([f"{len(faults)} of {len(names)}", *faults])
 
 
 @pytest.mark.parametrize("name", FILES)

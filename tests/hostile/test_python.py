@@ -40,11 +40,13 @@ def message(error):
         ({"until": 7}, "until"),
         ({"until": -8}, "until"),
         ({"until": 10**30}, "until"),
-        ({"sampling": {"nothing": None}}, "nothing"),
+        ({"sampling": "those of a stage that there is not"}, "nothing"),
         ({"negative_prompt": HALF}, ""),
     ],
 )
 def test_generate(options, part, imagen, monkeypatch):
+    if options.get("sampling"):
+        options = {"sampling": {"nothing": imagen.stages[0].sampling}}
     monkeypatch.setattr(type(imagen), "_draw", lambda *rest: iter(()))
     with pytest.raises(ValueError) as caught:
         imagen.generate(**{"prompts": ["x"], **options})
@@ -57,7 +59,7 @@ def test_generate(options, part, imagen, monkeypatch):
         ("guidance_weight", NAN),
         ("guidance_weight", INF),
         ("guidance_weight", 1e300),
-        ("guidance_weight", -1.0),
+        ("guidance_weight", -1e300),
         ("aug_level", NAN),
         ("aug_level", -0.1),
         ("aug_level", 1.1),

@@ -23,13 +23,13 @@ NUMBERS = (
 )
 # Parameter → values that it cannot have.
 QUERIES = {
-    "prompt": ("", " ", "\t\n", "x" * 4001, HALF, "a\0b"),
-    "negative_prompt": ("x" * 4001, HALF, "a\0b"),
+    "prompt": ("", " ", "\t\n", "x" * 4001, HALF),
+    "negative_prompt": ("x" * 4001, HALF),
     "seed": (*NUMBERS, str(2**32)),
     "num_images": (*NUMBERS, "0", "65", str(HUGE)),
     "steps": (*NUMBERS, "0", str(HUGE), "1,2,3", ",,"),
     "guidance": ("x", "nan", "inf", "-inf", "1e400", "1e300", "1,2,3", "nan,nan"),
-    "sampler": ("x", "DDIM", HALF, "ddim,ddim,ddim", "ddim;ddim"),
+    "sampler": ("x", "DDIM", "d\0dim", "ddim,ddim,ddim", "ddim;ddim"),
     "step": ("3",),
     "": ("3",),
     "__class__": ("x",),

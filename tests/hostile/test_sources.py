@@ -54,8 +54,8 @@ SPECS = (
     *(
         "http://localhost:1/x.tar",
         "webdataset:http://localhost:1/x.tar",
-        "folder:gopher://x",
-        "parquet:gopher://x",
+        "folder:gopher://",
+        "parquet:gopher://",
     ),
 )
 
@@ -65,7 +65,9 @@ def test_a_source_that_is_none(spec, place, run):
     os.mkfifo(place / "pipe")
     (place / "loop").symlink_to("loop")
     outcome = run("precompute", f"--source={spec}", "--text_encoder=encoder", "--out=out")
-    fault = outcome.fault("x=1" if spec == "tfds:records,data_dir=/dev/zero,x=1" else "--source")
+    if spec == "webdataset:like.png" and outcome.reached:  # a damaged tar is a counted skip
+        return
+    fault = outcome.fault("--source", spec.partition(":")[2] or spec)
     assert not fault, f"{spec[:60]!r}: {fault}"
 
 

@@ -14,6 +14,7 @@ from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling import tracing
 from imagen_jax.sampling.cascade import MAX_SEED, Imagen
 from imagen_jax.sampling.inputs import to_pixels
+from imagen_jax.sampling.prompts import check_prompt
 
 PROMPTS = ("a red circle", "a blue square", "一个红色的圆形", "two green triangles")
 
@@ -161,9 +162,14 @@ def test_prompts_are_encoded_once_and_alone(imagen):
 
 
 @pytest.mark.parametrize("prompt", ["half \ud83c", b"bytes", None, 3])
-def test_a_prompt_that_is_no_text_is_refused(imagen, prompt):
+def test_a_prompt_that_is_no_text_is_refused(prompt):
     with pytest.raises(UserError, match=r"the prompt (holds half a character|must be a text)"):
-        imagen.draw([("good", 0), (prompt, 1)])
+        check_prompt(prompt)
+
+
+def test_half_a_character_is_not_drawn(imagen):
+    with pytest.raises(UserError, match="the prompt holds half a character"):
+        imagen.draw([("good", 0), ("half \ud83c", 1)])
     with pytest.raises(UserError, match="the negative prompt holds half a character"):
         imagen.draw([("good", 0)], negative_prompt="\udce9")
 
@@ -210,8 +216,8 @@ def test_a_fault_in_what_is_opened_ahead_is_one_line(model_folder, tmp_path, mon
     folder = shutil.copytree(model_folder, tmp_path / "model")
     cache = str(tmp_path / "cache")
     Imagen.load(folder, cache=cache).pictures(PROMPTS[:1], batch_size=1)
-    (folder / "sr16" / "model.safetensors").unlink()
     imagen, coming = Imagen.load(folder, cache=cache, free_stages=False), []
+    (folder / "sr16" / "model.safetensors").unlink()
     ahead = imagen._opened.ahead
     monkeypatch.setattr(
         imagen._opened, "ahead", lambda spec: (ahead(spec), coming.extend(imagen._opened._coming_params))

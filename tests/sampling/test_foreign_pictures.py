@@ -111,8 +111,8 @@ def test_what_is_no_file_at_all_stays(tmp_path):
     for path, said in (
         (tmp_path / NAME, "Is a directory"),
         (tmp_path / NAME.replace("3.png", "3-2.png"), "a pipe or a device"),
-        ("http://host/a.png", "only local paths and those of"),
-        ("foo://host/a.png", "only local paths and those of"),
+        ("http://host/a.png", "http://: only local paths and those of gs:// and s3:// are known"),
+        ("foo://host/a.png", "foo://: only local paths and those of gs:// and s3:// are known"),
     ):
         with pytest.raises(UserError, match=said) as raised:
             read_record(path)

@@ -17,8 +17,8 @@ def blank_pictures(monkeypatch):
     """Pictures are not drawn."""
 
     def draw(self, wanted, **_):
-        for prompt, seed in wanted:
-            yield Picture(prompt=prompt, seed=seed, pixels=np.zeros((16, 16, 3), np.uint8))
+        for index, (prompt, seed) in enumerate(wanted):
+            yield Picture(index=index, prompt=prompt, seed=seed, pixels=np.zeros((16, 16, 3), np.uint8))
 
     monkeypatch.setattr(Imagen, "draw", draw)
 

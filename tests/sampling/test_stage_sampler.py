@@ -68,7 +68,9 @@ class Recorded(StageNetwork):
         super().__init__(config)
         self.sizes = []
 
-    def apply_with_variance(self, params, x_t, log_snr, text, mask, *, low_res=None, aug_log_snr=None):
+    def apply_with_variance(
+        self, params, x_t, log_snr, text, mask, *, low_res=None, aug_log_snr=None, mesh=None
+    ):
         jax.debug.callback(lambda size: self.sizes.append(int(size)), jnp.sum(jnp.ones(len(x_t))))
         ramp = jnp.arange(x_t[0].size, dtype=jnp.float32).reshape(x_t.shape[1:])
         return text[:, :1, :1, None] * ramp, None

@@ -14,6 +14,7 @@ from PIL import Image
 
 from imagen_jax.cli import precompute as cli
 from imagen_jax.data import records
+from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.text import precompute as job
@@ -33,6 +34,7 @@ class FakeEncoder:
 
     name = "fake"
     width = WIDTH
+    identity = EncoderIdentity(width=WIDTH, tokenizer="words", sketches=())
 
     def encode(self, captions, *, max_length):
         return [np.full((2, WIDTH), zlib.crc32(text.encode()) % 97, np.float32) for text in captions]
