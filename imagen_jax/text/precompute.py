@@ -190,6 +190,11 @@ class _Job:
         self.shards = [records.shard_name(config.name, config.split, i, count) for i in range(count)]
         self._warned = False
 
+    @property
+    def _numbers(self) -> range:
+        """The shards of this process."""
+        return range(self.config.process_index, len(self.units), self.config.num_processes)
+
     @functools.cached_property
     def encoder(self) -> Encoder:
         """The text encoder, loaded when it is first asked for."""
@@ -215,10 +220,12 @@ class _Job:
     def open_encoder(self) -> None:
         """Opens the text encoder of a job that has not begun: a wrong name leaves no folder behind.
 
+        A process without shards needs none.
+
         Raises:
           UserError: there is no such encoder.
         """
-        if not (self.out / "job.json").exists():
+        if self._numbers and not (self.out / "job.json").exists():
             self.encoder  # noqa: B018
 
     def _check_encoder(self, done: Sequence[ShardReport]) -> None:
@@ -265,7 +272,7 @@ class _Job:
     def write_missing(self, reports: list[ShardReport | None]) -> int:
         """Writes this process's shards that have no report yet, adds theirs; returns their captions."""
         config = self.config
-        mine = range(config.process_index, len(self.units), config.num_processes)
+        mine = self._numbers
         self.warn_of_unknown([report for report in reports if report is not None])
         if all(reports[number] is not None for number in mine):
             return 0

@@ -6,10 +6,13 @@ import json
 import shutil
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
 
 from imagen_jax.config import to_dict
+from imagen_jax.data.pipeline import record_count
+from imagen_jax.data.records import write_key_index
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.sampling import identity as sampling_identity
@@ -106,6 +109,7 @@ def test_a_run_does_not_go_on_with_another_encoder(
     for override in (f"data.path={records}", f"data.embeddings={records}"):
         config = make_config("base", override)
         if override.startswith("data.embeddings"):
+            write_key_index(records, config.data.split, np.zeros(record_count(records, config.data.split), np.uint64))
             write_config(epath.Path(workdir), config)
         with pytest.raises(UserError) as caught:
             train(config, workdir)
