@@ -109,7 +109,9 @@ def test_a_run_does_not_go_on_with_another_encoder(
     for override in (f"data.path={records}", f"data.embeddings={records}"):
         config = make_config("base", override)
         if override.startswith("data.embeddings"):
-            write_key_index(records, config.data.split, np.zeros(record_count(records, config.data.split), np.uint64))
+            write_key_index(
+                records, config.data.split, np.zeros(record_count(records, config.data.split), np.uint64)
+            )
             write_config(epath.Path(workdir), config)
         with pytest.raises(UserError) as caught:
             train(config, workdir)
