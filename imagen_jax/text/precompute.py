@@ -272,9 +272,8 @@ class _Job:
     def write_missing(self, reports: list[ShardReport | None]) -> int:
         """Writes this process's shards that have no report yet, adds theirs; returns their captions."""
         config = self.config
-        mine = self._numbers
         self.warn_of_unknown([report for report in reports if report is not None])
-        if all(reports[number] is not None for number in mine):
+        if all(reports[number] is not None for number in self._numbers):
             return 0
         process = f"{config.process_index}-of-{config.num_processes}"
         name = job_folder.lock_name(config.split, process)
@@ -282,18 +281,17 @@ class _Job:
         with FolderLock(self.out, flag="--out", name=name, what=what, remove=True):
             # Until it let go, another run may have written them.
             reports[:] = [self.report(number) for number in range(len(self.units))]
-            missing = [number for number in mine if reports[number] is None]
-            return self._write(missing, mine, reports, process) if missing else 0
+            missing = [number for number in self._numbers if reports[number] is None]
+            return self._write(missing, reports, process) if missing else 0
 
     def _write(
         self,
         missing: Sequence[int],
-        mine: Sequence[int],
         reports: list[ShardReport | None],
         process: str,
     ) -> int:
         """Writes the missing ones of this process's shards; the lock is held."""
-        config = self.config
+        config, mine = self.config, self._numbers
         done = [report for report in reports if report is not None]
         self._check_encoder(done)
         settings = shards.ShardSettings(
