@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-.PHONY: quickstart test test-parity test-browser test-cloud test-hostile test-kill test-launch lint clean
+.PHONY: quickstart test test-parity test-browser test-cloud test-kill test-launch lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -51,9 +51,6 @@ test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium, 
 
 test-cloud: $(VENV)/.installed-cloud  ## whole runs on emulated object stores, gs:// and s3://
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m cloud
-
-test-hostile: $(VENV)/.installed-test  ## bad input of every kind at every entry
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m hostile tests/hostile
 
 test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m kill

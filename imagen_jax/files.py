@@ -261,14 +261,18 @@ def exists(path: epath.PathLike) -> bool:
     """Whether there is such a file or folder.
 
     Raises:
-      UserError: its kind of address ("http://") is not read, or its storage does not answer; names it.
+      UserError: it is a link that leads nowhere, its kind of address ("http://") is not read, or its storage does
+        not answer; names it.
     """
     try:
-        return epath.Path(path).exists()
+        there = epath.Path(path).exists()
     except Exception as error:
         if (fault := cloud_fault(error)) is None:
             raise
         raise UserError(f"{path}: {fault}") from error
+    if not there and not is_cloud(path) and os.path.islink(path):
+        raise UserError(f"{path}: a link that leads nowhere")
+    return there
 
 
 def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:

@@ -340,6 +340,10 @@ def _encoder_info(metadata: Mapping[str, Any], where: str) -> EncoderInfo:
         images=json_field(metadata, "images", bool, where, default=True),
         identity=identity_from_json(metadata.get("identity"), f"{where}: identity"),
     )
+    if info.identity is not None and info.identity.width != info.width:
+        raise UserError(
+            f"{where}: 'identity' is of an encoder of width {info.identity.width}, 'width' is {info.width}"
+        )
     for name in ("width", "max_length", "block_size"):
         value = getattr(info, name)
         if value is not None and not 1 <= value <= _MAX_SIZE:

@@ -19,6 +19,7 @@ _MIDDLE = "UNetMidBlock2DSimpleCrossAttn"
 # Flags with only one supported value, which is what every published network has. A file may leave them out:
 # then they have the second value, diffusers' default.
 _FIXED: dict[str, tuple[Any, Any]] = {
+    "_class_name": ("UNet2DConditionModel", "UNet2DConditionModel"),
     "mid_block_type": (_MIDDLE, "UNetMidBlock2DCrossAttn"),
     "center_input_sample": (False, False),
     "flip_sin_to_cos": (True, True),
@@ -105,25 +106,20 @@ def _attention_levels(config: Mapping[str, Any], levels: int) -> tuple[bool, ...
 
 def _options(config: Mapping[str, Any], *, mid_self_attention: bool) -> DeepFloydOptions:
     embedding_act = config.get("time_embedding_act_fn")
-    try:
-        return DeepFloydOptions(
-            text_channels=_whole(config, "cross_attention_dim"),
-            pool_heads=_whole(config, "addition_embed_type_num_heads", 64),
-            norm_groups=_whole(config, "norm_num_groups", 32),
-            text_norm_groups=_TEXT_NORM_GROUPS,
-            mid_self_attention=mid_self_attention,
-            activation=_activation("act_fn", config.get("act_fn", "silu")),
-            embedding_activation=None
-            if embedding_act is None
-            else _activation("time_embedding_act_fn", embedding_act),
-            skip_time_act=json_field(config, "resnet_skip_time_act", bool, "config.json", default=False),
-            block_scale=_number(config, "resnet_out_scale_factor", 1.0),
-            mid_scale=_number(config, "mid_block_scale_factor", 1.0),
-        )
-    except UserError:
-        raise
-    except ValueError as error:
-        raise UserError(f"config.json: {error}") from error
+    return DeepFloydOptions(
+        text_channels=_whole(config, "cross_attention_dim"),
+        pool_heads=_whole(config, "addition_embed_type_num_heads", 64),
+        norm_groups=_whole(config, "norm_num_groups", 32),
+        text_norm_groups=_TEXT_NORM_GROUPS,
+        mid_self_attention=mid_self_attention,
+        activation=_activation("act_fn", config.get("act_fn", "silu")),
+        embedding_activation=None
+        if embedding_act is None
+        else _activation("time_embedding_act_fn", embedding_act),
+        skip_time_act=json_field(config, "resnet_skip_time_act", bool, "config.json", default=False),
+        block_scale=_number(config, "resnet_out_scale_factor", 1.0),
+        mid_scale=_number(config, "mid_block_scale_factor", 1.0),
+    )
 
 
 def unet_config(config: Mapping[str, Any]) -> UNetConfig:
@@ -133,8 +129,17 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
       config: contents of the file.
 
     Raises:
-      UserError: a flag is missing or not supported, naming it.
+      UserError: a flag is missing or not supported, naming it, or no network can be built of these numbers.
     """
+    try:
+        return _unet_config(config)
+    except UserError:
+        raise
+    except ValueError as error:  # what the network's configuration refuses
+        raise UserError(f"config.json: {error}") from error
+
+
+def _unet_config(config: Mapping[str, Any]) -> UNetConfig:
     _check_fixed(config)
     channels = config.get("block_out_channels")
     if not isinstance(channels, (list, tuple)) or not channels:
@@ -148,10 +153,12 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
     if len(set(heads)) > 1:
         raise UserError(f"attention_head_dim is {heads!r}; one value for all levels is supported")
     only_cross = _per_level(config, "only_cross_attention", levels, False)
-    mid_only = config.get("mid_block_only_cross_attention")
-    if mid_only is None:
-        given = config.get("only_cross_attention", False)
-        mid_only = given if isinstance(given, bool) else False
+    if (
+        config.get("mid_block_only_cross_attention") is None
+    ):  # then it is as the levels are, where these agree
+        mid_only = config.get("only_cross_attention") is True
+    else:
+        mid_only = json_field(config, "mid_block_only_cross_attention", bool, "config.json")
     inputs, outputs = _whole(config, "in_channels"), _whole(config, "out_channels")
     if inputs not in (_PICTURE_CHANNELS, 2 * _PICTURE_CHANNELS):
         raise UserError(f"in_channels is {inputs}; expected 3 (a base) or 6 (super-resolution)")

@@ -22,7 +22,7 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import DiscreteCosineSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
-from imagen_jax.files import json_field, read_json
+from imagen_jax.files import exists, json_field, read_json
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config, unet_sources
 from imagen_jax.models.stage import StageNetwork
@@ -46,6 +46,7 @@ _SCHEDULER_FIXED: dict[str, tuple[Any, Any]] = {
     "steps_offset": (0, 0),
     "trained_betas": (None, None),
     "rescale_betas_zero_snr": (False, False),
+    "clip_sample_range": (1.0, 1.0),
 }
 
 
@@ -67,16 +68,20 @@ def _number(scheduler: Mapping[str, Any], name: str, default: float) -> float:
     return json_field(scheduler, name, float, _SCHEDULER, default=default)
 
 
+def _flag(scheduler: Mapping[str, Any], name: str, *, default: bool) -> bool:
+    return json_field(scheduler, name, bool, _SCHEDULER, default=default)
+
+
 def _threshold(scheduler: Mapping[str, Any]) -> ThresholdConfig:
-    if scheduler.get("thresholding", False):
+    dynamic = _flag(scheduler, "thresholding", default=False)
+    static = _flag(scheduler, "clip_sample", default=True)
+    if dynamic:
         return ThresholdConfig(
             kind=Threshold.DYNAMIC,
             percentile=100.0 * _number(scheduler, "dynamic_thresholding_ratio", 0.995),
             max_scale=_number(scheduler, "sample_max_value", 1.0),
         )
-    if scheduler.get("clip_sample", True):
-        if scheduler.get("clip_sample_range", 1.0) != 1.0:
-            raise UserError(f"clip_sample_range is {scheduler['clip_sample_range']!r}; only 1.0 is supported")
+    if static:
         return ThresholdConfig(kind=Threshold.STATIC)
     return ThresholdConfig(kind=Threshold.NONE)
 
@@ -268,7 +273,7 @@ def import_deepfloyd(config: ImportConfig) -> tuple[StageConfig, ...]:
             stages.append(
                 stage_config(
                     read_json(unet / "config.json"),
-                    read_json(scheduler) if scheduler.exists() else None,
+                    read_json(scheduler) if exists(scheduler) else None,
                     low_resolution=stages[-1].resolution if stages else None,
                     dtype=config.dtype,
                 )
@@ -360,7 +365,6 @@ def scheduler_config(stage: StageConfig) -> dict[str, Any]:
         "dynamic_thresholding_ratio": threshold.percentile / 100.0,
         "sample_max_value": threshold.max_scale or 1e9,
         "clip_sample": threshold.kind is Threshold.STATIC,
-        "clip_sample_range": 1.0,
     }
 
 
@@ -417,7 +421,7 @@ def _pipeline_index(stage: StageConfig) -> dict[str, Any]:
 def _tokenizer_class(folder: epath.Path) -> str:
     """The class that diffusers is to open a tokenizer with: it knows no AutoTokenizer."""
     path = folder / "tokenizer_config.json"
-    content = read_json(path) if path.exists() else {}
+    content = read_json(path) if exists(path) else {}
     name = json_field(content, "tokenizer_class", str, str(path), default="")
     # What transformers 5 calls it, and what diffusers knows it by.
     return "PreTrainedTokenizerFast" if name == "TokenizersBackend" else name or "T5Tokenizer"

@@ -5,6 +5,7 @@ and importing them takes longer than loading it.
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def stored_params(file: ProgramFile) -> Params:
     for name, value in json_object(file.note, where).items():
         try:
             shape, dtype = value
-            found[name] = jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+            found[name] = jax.ShapeDtypeStruct(tuple(map(operator.index, shape)), jnp.dtype(dtype))
         except (TypeError, ValueError):
             raise UserError(
                 f"{where} has {value!r} for {name}, no shape and dtype; delete the file"

@@ -14,7 +14,7 @@ from etils import epath
 from tokenizers import Tokenizer
 
 from imagen_jax.errors import UserError
-from imagen_jax.files import is_cloud, json_field, parse_json, read_bytes, read_json
+from imagen_jax.files import exists, is_cloud, json_field, parse_json, read_bytes, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -169,15 +169,17 @@ class PlainTokenizer:
             UserError: a file is not what its name says.
         """
         config_path, path = folder / "tokenizer_config.json", folder / "tokenizer.json"
-        if not config_path.exists() or not path.exists():
+        if not exists(config_path) or not exists(path):
             return None
         config = read_json(config_path)
-        if config.get("tokenizer_class") not in _PLAIN_CLASSES or not isinstance(
-            config.get("eos_token"), str
-        ):
+        end, unk = config.get("eos_token"), config.get("unk_token")
+        # A token is a text, or an object with flags, which transformers knows.
+        if not isinstance(end, str) or not isinstance(unk, str | None):
+            return None
+        if config.get("tokenizer_class") not in _PLAIN_CLASSES:
             return None
         # Tokens that only the other files know would be missing here.
-        if config.get("added_tokens_decoder") or (folder / "added_tokens.json").exists():
+        if config.get("added_tokens_decoder") or exists(folder / "added_tokens.json"):
             return None
         text = read_bytes(path, limit=_VOCABULARY_BYTES)
         parse_json(text, str(path))
@@ -187,9 +189,8 @@ class PlainTokenizer:
             tokenizer.no_truncation()
         except Exception as error:  # the library raises no other
             raise _does_not_open(path, error) from error
-        eos = tokenizer.token_to_id(config["eos_token"])
-        unk = config.get("unk_token")
-        unknown = tokenizer.token_to_id(unk) if isinstance(unk, str) else None
+        eos = tokenizer.token_to_id(end)
+        unknown = tokenizer.token_to_id(unk) if unk is not None else None
         return None if eos is None else cls(tokenizer, eos, unknown)
 
     def get_vocab(self) -> dict[str, int]:
@@ -222,7 +223,7 @@ def _known_class(folder: epath.Path, model: epath.Path) -> str:
     """
     name = None
     for path in (folder / "tokenizer_config.json", model / "config.json"):
-        content = read_json(path) if path.exists() else {}
+        content = read_json(path) if exists(path) else {}
         if content.get("auto_map") is not None:
             raise UserError(f"{path}: auto_map names code of the folder's own, which is never run")
         if content.get("tokenizer_class") is not None:
@@ -251,7 +252,7 @@ def _check_sentencepiece(path: epath.Path, model: bytes) -> None:
 
 def _open_known(folder: epath.Path, name: str) -> Any:
     """A tokenizer that needs a class of transformers, by the class's name."""
-    files = [file for file in TOKENIZER_FILES if (folder / file).exists()]
+    files = [file for file in TOKENIZER_FILES if exists(folder / file)]
     contents = {file: read_bytes(folder / file, limit=_VOCABULARY_BYTES) for file in files}
     for file, content in contents.items():
         if file.endswith(".json"):

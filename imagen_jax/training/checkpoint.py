@@ -24,7 +24,16 @@ from orbax.checkpoint import checkpoint_managers as policies
 from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json, identity_to_json
 from imagen_jax.errors import UserError
-from imagen_jax.files import cloud_fault, is_cloud, make_folder, move_folder
+from imagen_jax.files import (
+    check_regular,
+    cloud_fault,
+    files_below,
+    is_cloud,
+    json_field,
+    make_folder,
+    move_folder,
+    read_json,
+)
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.training.checksums import add_checksums, begin_checksums, json_checksum
 from imagen_jax.training.config import Best, TrainConfig
@@ -113,7 +122,10 @@ class _ChecksumHandler(ocp.AsyncCheckpointHandler):
         raise NotImplementedError
 
     def restore(self, directory: epath.Path, args: Any = None) -> dict[str, int]:
-        return add_checksums(json.loads(path.read_text()) for path in directory.glob("process_*.json"))
+        parts = [(path, read_json(path)) for path in directory.glob("process_*.json")]
+        return add_checksums(
+            {name: json_field(part, name, int, str(path)) for name in part} for path, part in parts
+        )
 
 
 @ocp.args.register_with_handler(_ChecksumHandler, for_save=True, for_restore=True)
@@ -289,6 +301,9 @@ class Checkpoints:
         """What is said of the run, and the arrays' checksums; ValueError: it is not as it was saved."""
         alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         folder, checksums = self.folder / str(step), None
+        if not is_cloud(folder):
+            for file in files_below(folder):
+                check_regular(file)  # orbax would wait for ever
         run = dict(ocp.JsonCheckpointHandler(multiprocessing_options=alone).restore(folder / "run"))
         if (folder / "checksums").exists() or "crc32c" in run:
             checksums = _ChecksumHandler().restore(folder / "checksums")

@@ -63,9 +63,13 @@ def export(
         text_encoder = data.text_encoder
         if text_encoder is None:
             text_encoder = read_folder_info(data.embeddings or data.path).encoder.text_encoder
-    identity = _stages_encoder(ordered)
+    out, identity = epath.Path(out), _stages_encoder(ordered)
     encoder = _check_encoder(text_encoder, identity)
-    out = make_folder(out)
+    for workdir in ordered:
+        params = _averaged(workdir, configs[workdir], ema_decay)
+        out = make_folder(out)  # not before: the checkpoint may be damaged
+        save_stage(out, configs[workdir].stage, params)
+        del params  # the next stage's need the memory
     reference, files = text_encoder, None
     if encoder is not None:
         if copy_text_encoder:
@@ -73,8 +77,6 @@ def export(
             encoder.save_copy(out / reference)
         identity = identity or encoder.identity
         files = encoder_files(out / reference if copy_text_encoder else encoder.folder)
-    for workdir in ordered:
-        save_stage(out, configs[workdir].stage, _averaged(workdir, configs[workdir], ema_decay))
     names = tuple(stage.name for stage in stages)
     index = ModelIndex(stages=names, text_encoder=reference, encoder=identity, encoder_files=files)
     save_index(out, index)

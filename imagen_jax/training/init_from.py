@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.errors import UserError
-from imagen_jax.files import json_field, read_json, write_text
+from imagen_jax.files import exists, json_field, read_json, write_text
 from imagen_jax.models.configs import Params, StageConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import make_mesh, state_shardings
@@ -155,7 +155,7 @@ def initial_params(
 def recorded_source(workdir: epath.Path) -> str | None:
     """What the run of a work directory was told to start from, if it was."""
     path = workdir / RECORD
-    return json_field(read_json(path), "init_from", str, str(path)) if path.exists() else None
+    return json_field(read_json(path), "init_from", str, str(path)) if exists(path) else None
 
 
 def check_record(workdir: epath.Path, spec: str | None) -> None:

@@ -17,7 +17,7 @@ from imagen_jax.data.encoder_identity import (
     warn_unknown_encoder,
 )
 from imagen_jax.data.records import read_folder_info
-from imagen_jax.files import read_json, write_text
+from imagen_jax.files import exists, read_json, write_text
 from imagen_jax.training.config import DataConfig
 from imagen_jax.training.online import OnlineText
 
@@ -45,12 +45,12 @@ def recorded_encoder(workdir: epath.Path) -> EncoderIdentity | None:
       UserError: WORKDIR/text_encoder.json is something else.
     """
     path = workdir / FILE
-    return identity_from_json(read_json(path), str(path)) if path.exists() else None
+    return identity_from_json(read_json(path), str(path)) if exists(path) else None
 
 
 def write_encoder(workdir: epath.Path, encoder: EncoderIdentity | None) -> None:
     """Writes WORKDIR/text_encoder.json unless it is there or nothing is known."""
-    if encoder is not None and not (workdir / FILE).exists():
+    if encoder is not None and not exists(workdir / FILE):
         write_text(workdir / FILE, json.dumps(identity_to_json(encoder), indent=2) + "\n")
 
 

@@ -72,14 +72,6 @@ def limited_memory():
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """The tests of this folder are a target of their own."""
-    for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker("hostile")
-
-
 @pytest.fixture(autouse=True)
 def limits(good):
     """A case that waits for ever, or asks for memory without end, fails."""
@@ -366,7 +358,7 @@ def _time_limit(state, root):
             helper.wait()
 
 
-def _stop(*arguments, **options):
+def stop(*arguments, **options):
     raise ReachedError
 
 
@@ -392,7 +384,7 @@ def run(place, capsys, monkeypatch):
     from imagen_jax.cli.main import main
 
     for name in _WORK:
-        monkeypatch.setattr(name, _stop)
+        monkeypatch.setattr(name, stop)
 
     def run_one(*arguments):
         before = place.state()

@@ -1,11 +1,14 @@
 """Every file that is read, damaged by kind: one line that names it, and nothing is written."""
 
+from pathlib import Path
+
 import pytest
 
 from tests.hostile.mutations import FILE_KINDS
 
 SAMPLE = ("sample", "a red circle", "--model=model", "--out=out")
 TRAIN = ("train", "--config=config.py", "--config.data.path=records", "--workdir=out")
+TAR_KINDS = {"missing", "a pipe", "a device"}
 RESUME = ("train", "--config=config.py", "--workdir=run")
 EXPORT = ("export", "--from=run", "--out=out")
 IMPORT = ("import", "deepfloyd", "--stage1=pipeline", "--out=out")
@@ -48,7 +51,7 @@ FILES = {
     "tars/0.tar": (
         ("precompute", "--source=webdataset:tars/*.tar", *ENCODER),
         ("--source",),
-        tuple(set(FILE_KINDS) - {"missing", "a pipe", "a device", "a link to itself"}),
+        tuple(set(FILE_KINDS) - TAR_KINDS),  # counted and listed as one that does not open
     ),
     "rows/0.parquet": (
         ("precompute", "--source=parquet:rows", *ENCODER),
@@ -62,9 +65,11 @@ FILES = {
 
 
 def test_a_damaged_checkpoint(place, run):
-    """Of each of its files."""
+    """Of two files of each of its folders."""
     folder, faults = place / "run" / "checkpoints" / "2", []
-    names = sorted(str(path.relative_to(place.root)) for path in folder.rglob("*") if path.is_file())
+    parts = sorted(path for path in folder.rglob("*") if path.is_dir())
+    paths = [path for part in (folder, *parts) for path in sorted(filter(Path.is_file, part.iterdir()))[:2]]
+    names = [str(path.relative_to(place.root)) for path in paths]
     kinds = ("missing", "truncated", "not UTF-8", "a list", "a pipe")
     for number, name in enumerate(names):
         # One kind a file, in turn: restoring takes a second.
@@ -88,6 +93,6 @@ def test_a_damaged_file(name, place, run):
         outcome = run(*command)
         if outcome.reached and kind in harmless:
             continue
-        if fault := outcome.fault(name, *also):
+        if fault := outcome.fault(name, *also, may_change=("run/lock",)):
             faults.append(f"{kind}: {fault}")
     assert not faults, "\n".join([f"{len(faults)} of {name}", *faults])
