@@ -106,9 +106,8 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def start_job(tmp_path_factory, subprocess_env, config_file):
+def start_job(subprocess_env, config_file):
     """start_job(workdir, "field=value", …, processes=N, devices=N, hook=CODE) → Job."""
-    cache = tmp_path_factory.mktemp("compiled")
     running = []
 
     def start(workdir, *overrides, processes=2, devices=4, hook="", restarts=0, flags=()):
@@ -119,10 +118,6 @@ def start_job(tmp_path_factory, subprocess_env, config_file):
         (patch / "sitecustomize.py").write_text(PATCH + hook)
         env = subprocess_env(devices) | {
             "NOTES": str(notes),
-            # Restarts find their program compiled.
-            "JAX_COMPILATION_CACHE_DIR": str(cache),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
             # Bars would be most of what is printed.
             "TQDM_MININTERVAL": "5",
         }
