@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from imagen_jax.errors import UserError
+from imagen_jax.limits import shown
 
 # What the system answers when there is no room: the disk, the user's quota, the process's limit.
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -346,7 +347,7 @@ def json_object(value: Any, where: str) -> dict[str, Any]:
       UserError: it is something else; names `where`.
     """
     if not isinstance(value, dict):
-        raise UserError(f"{where} must be a JSON object, got {_shown(value)}")
+        raise UserError(f"{where} must be a JSON object, got {shown(value)}")
     return value
 
 
@@ -373,11 +374,5 @@ def json_field(
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value) if abs(value) < 2**1000 else value
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise UserError(f"{where}: {name!r} must be {_KINDS[kind]}, got {_shown(value)}")
+        raise UserError(f"{where}: {name!r} must be {_KINDS[kind]}, got {shown(value)}")
     return value
-
-
-def _shown(value: Any) -> str:
-    """A value as far as a line has room for it."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}…"

@@ -97,11 +97,13 @@ def _intact_metrics(path: epath.Path) -> bool:
 
 
 class _NoEchoes(logging.Filter):
-    """Drops what orbax's threads and asyncio print of a save or restore that has failed: it is raised as well."""
+    """Drops what is of no use to users: that a folder is only read, and failures, which are raised as well."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        from_orbax = record.exc_info is not None and "orbax" in record.pathname
-        return not from_orbax and "exception was never retrieved" not in record.getMessage()
+        from_orbax, said = "orbax" in record.pathname, record.getMessage()
+        if from_orbax and (record.exc_info is not None or "read only" in said or "read_only" in said):
+            return False
+        return "exception was never retrieved" not in said
 
 
 for _name in ("absl", "asyncio"):

@@ -12,6 +12,8 @@ import dataclasses
 import io
 import json
 import math
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +25,7 @@ from etils import epath
 from imagen_jax.config import build
 from imagen_jax.data.pipeline import Batch
 from imagen_jax.errors import UserError
-from imagen_jax.files import AtomicFile, make_folder, write_text
+from imagen_jax.files import AtomicFile, exists, make_folder, read_bytes, write_text
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.parallel.processes import on_first
@@ -139,13 +141,21 @@ def load_batch(folder: epath.Path) -> dict[str, Any]:
     """Reads what `save_batch` wrote.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or it is damaged.
     """
     path = folder / "batch.npz"
-    if not path.exists():
+    if not exists(path):
         raise UserError(f"--reproduce {folder}: it has no batch.npz; name a folder WORKDIR/nonfinite/STEP")
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+    try:
+        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
+            batch = {name: arrays[name] for name in arrays.files}
+    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is damaged ({error or type(error).__name__})") from error
+    if missing := {"index", "key"} - batch.keys():
+        raise UserError(f"{path}: the array {min(missing)!r} is missing")
+    return batch
 
 
 class Health:

@@ -20,6 +20,7 @@ from imagen_jax.training.online import OnlineText
 from imagen_jax.training.state import abstract_state, init_state, make_optimizer
 from imagen_jax.training.train_step import example_losses, step_arrays
 from imagen_jax.training.trainer import train, whole_batch
+from tests.hostile.mutations import FILE_KINDS
 
 BAD = 4  # step whose batch holds the bad record
 
@@ -131,3 +132,22 @@ def test_a_step_with_padded_text_is_reproduced(make_config, text_encoder, tmp_pa
 
 def test_names_of_bins():
     assert [bin_name(i) for i in (0, 3, 7)] == ["loss_log_snr/..-9", "loss_log_snr/-3..0", "loss_log_snr/9.."]
+
+
+@pytest.mark.parametrize("kind", FILE_KINDS)
+def test_a_damaged_batch_is_named(kind, tmp_path):
+    folder = epath.Path(tmp_path)
+    batch = {"image": np.zeros((2, 8, 8, 3), np.float32), "index": np.arange(2), "key": ["a", "b"]}
+    save_batch(folder, batch)
+    FILE_KINDS[kind](tmp_path / "batch.npz")
+    with pytest.raises(UserError, match=r"batch\.npz"):
+        load_batch(folder)
+
+
+@pytest.mark.parametrize("name", ["index", "key"])
+def test_a_batch_that_lacks_an_array_is_named(name, tmp_path):
+    arrays = {"index": np.arange(2), "key": np.array(["a", "b"])}
+    del arrays[name]
+    np.savez(tmp_path / "batch.npz", **arrays)
+    with pytest.raises(UserError, match=f"batch.npz: the array '{name}' is missing"):
+        load_batch(epath.Path(tmp_path))
