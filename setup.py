@@ -83,5 +83,5 @@ setup(
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },
-    entry_points={"console_scripts": ["imagen-jax=imagen_jax.cli.main:main"]},
+    entry_points={"console_scripts": ["imagen-jax=imagen_jax.cli.main:command"]},
 )

@@ -1,13 +1,17 @@
 """The `imagen-jax` command: finds the verb and turns user errors into one line."""
 
 import argparse
+import contextlib
 import importlib
 import keyword
 import os
 import re
+import signal
 import sys
-from collections.abc import Sequence
-from types import ModuleType
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from types import FrameType, ModuleType
 from typing import Any
 
 from imagen_jax.errors import UserError
@@ -80,6 +84,8 @@ def _said_of(error: Exception) -> str | None:
         return fault
     if isinstance(error, (UserError, OSError)):
         return _line(error)
+    if (said := _said_by_jax_of_settings(error)) is not None:
+        return said
     # JAX says of a device in a RuntimeError that it is full.
     full = isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
     if full or isinstance(error, MemoryError):
@@ -90,9 +96,104 @@ def _said_of(error: Exception) -> str | None:
     return None
 
 
+def _said_by_jax_of_settings(error: Exception) -> str | None:
+    """What is wrong with the environment variables by which JAX chooses devices and options; None: it is not that."""
+    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
+    if "jax._src.xla_bridge" in modules and (platforms := os.environ.get("JAX_PLATFORMS")):
+        said = _line(error) or "it is not installed"
+        return f"JAX_PLATFORMS={platforms}: JAX does not find such devices here ({said})"
+    if "jax._src.config" in modules and isinstance(error, ValueError):
+        return f"JAX refuses an environment variable: {_line(error)}"
+    return None
+
+
+def _open_standard_streams() -> None:
+    """Gives a command that was started without stdin, stdout or stderr ones that are empty."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - for as long as the process
+
+
+def _interrupted() -> int:
+    print("\nimagen-jax: interrupted; the same command goes on where it can", file=sys.stderr)
+    return 130
+
+
+class _Interrupts:
+    """Whether Ctrl-C was pressed, also where Python or a library loses the exception that it raises.
+
+    Attributes:
+      pressed: it was.
+      deferred: it raises nothing now; whoever sets this looks at `pressed` afterwards.
+    """
+
+    pressed = deferred = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.pressed = True
+        if not self.deferred:
+            raise KeyboardInterrupt
+
+    def lost(self, unraisable: Any) -> None:
+        """Raises again what was raised in a callback that can raise nothing (the collector's, of JAX)."""
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            main = threading.main_thread().ident
+            threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            sys.__unraisablehook__(unraisable)
+
+    @contextlib.contextmanager
+    def heeded(self) -> Iterator[None]:
+        """In this block Ctrl-C ends the command, whatever it is at. Nothing changes outside the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before, hook = signal.getsignal(signal.SIGINT), sys.unraisablehook
+        if (
+            before is not signal.default_int_handler
+        ):  # ignored, as in a job in the background, or somebody else's
+            yield
+            return
+        signal.signal(signal.SIGINT, self)
+        sys.unraisablehook = self.lost
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            sys.unraisablehook = hook
+
+    @contextlib.contextmanager
+    def later(self) -> Iterator[None]:
+        """Keeps Ctrl-C for the end of the block: libraries of other languages die of it while they are loaded."""
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
+        if self.pressed:
+            raise KeyboardInterrupt
+
+
+def command() -> None:
+    """The command as the shell starts it."""
+    code = main()
+    if code == 130:
+        # Programs may still be running in threads that nothing ends: Python's own end would pull them to pieces.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; the exit code is 0 only on success."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    _open_standard_streams()
+    interrupts = _Interrupts()
+    with interrupts.heeded():
+        return _run(list(sys.argv[1:] if argv is None else argv), interrupts)
+
+
+def _run(argv: list[str], interrupts: _Interrupts) -> int:
     verb = next((argument for argument in argv if argument in VERBS), None)
     try:
         _check_text(argv)
@@ -105,19 +206,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args: Any = argparse.Namespace(verb=verb, debug="--debug" in argv)
     try:
         args, rest = make_parser(verb).parse_known_args(argv)
-        module: Any = _module(args.verb)
+        with interrupts.later():
+            if args.verb != "plan":  # which chooses JAX's devices itself
+                importlib.import_module("jax")
+            module: Any = _module(args.verb)
         if hasattr(module, "run_with_overrides"):
             return module.run_with_overrides(args, rest)
         if rest:
             raise UserError(f"unknown argument {rest[0]!r}; see imagen-jax {args.verb} --help")
         return module.run(args)
     except KeyboardInterrupt:
-        print("\nimagen-jax: interrupted; the same command goes on where it can", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:
+        if interrupts.pressed:  # what a library made of it
+            return _interrupted()
         said = _said_of(error)
         if args.debug or said is None:
             raise
@@ -126,4 +231,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

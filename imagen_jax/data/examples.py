@@ -9,6 +9,7 @@ import os
 import re
 import struct
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -215,13 +216,18 @@ def caption_lines(data: bytes) -> list[str]:
     return decode_caption(data).split("\n")
 
 
+def _shows(text: str) -> bool:
+    """Whether there is anything to see of a text: more than white space and signs of no width."""
+    return any(not sign.isspace() and unicodedata.category(sign) not in ("Cc", "Cf") for sign in text)
+
+
 def clean_captions(captions: Sequence[Any]) -> tuple[str, ...]:
-    """The captions that are text and not empty, without white space around them.
+    """The captions that are text and show something, without white space around them.
 
     Raises:
       UnusableError: one has half a character (a lone surrogate), which no file can hold.
     """
-    cleaned = tuple(caption.strip() for caption in captions if isinstance(caption, str) and caption.strip())
+    cleaned = tuple(caption.strip() for caption in captions if isinstance(caption, str) and _shows(caption))
     for caption in cleaned:
         try:
             caption.encode("utf-8")

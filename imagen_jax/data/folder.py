@@ -121,11 +121,12 @@ def _parse_line(number: int, line: bytes, listing: str, field: str | None) -> _E
         return _Entry(where, None, f"{kind} line is not JSON", str(error))
     if not isinstance(content, dict) or not isinstance(content.get("file_name"), str):
         return _Entry(where, None, f"{kind} line without file_name")
-    name = posixpath.normpath(content["file_name"]) if content["file_name"] else ""
+    name = posixpath.join(folder, content["file_name"])
+    name = posixpath.normpath(name) if content["file_name"] else name
     fields = (field,) if field else ("caption", "text")
     captions = next((content[wanted] for wanted in fields if content.get(wanted)), None)
     captions = clean_captions(captions if isinstance(captions, list) else [captions])
-    return _Entry(posixpath.join(folder, name), captions, "" if captions else "no caption")
+    return _Entry(name, captions, "" if captions else "no caption")
 
 
 def _listings(names: Sequence[str]) -> dict[str, str]:
@@ -149,11 +150,14 @@ def _is_below(name: str, folder: str) -> bool:
 def _read_listing(data: bytes, listing: str, options: FolderOptions) -> list[_Entry]:
     """The pictures of a listing in the order of its lines; the lines of one picture together give its captions."""
     lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    entries: dict[str, _Entry] = {}
+    entries: dict[str | int, _Entry] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         entry = _parse_line(number, line, listing, options.text)
+        if entry.captions is None:  # the line names no picture; some picture may have its label for a name
+            entries[number] = entry
+            continue
         before = entries.get(entry.name)
         if before is not None and before.captions and entry.captions:
             entry = dataclasses.replace(before, captions=before.captions + entry.captions)
@@ -161,6 +165,19 @@ def _read_listing(data: bytes, listing: str, options: FolderOptions) -> list[_En
             entry = before
         entries[entry.name] = entry
     return list(entries.values())
+
+
+def _once(entries: Sequence[_Entry]) -> list[_Entry]:
+    """The entries with a fault in the place of those whose picture an earlier one has: several listings name it."""
+    seen: set[str] = set()
+    kept = []
+    for entry in entries:
+        if not entry.fault and entry.name in seen:
+            entry = _Entry(entry.name, None, "picture of two listings")
+        elif not entry.fault:
+            seen.add(entry.name)
+        kept.append(entry)
+    return kept
 
 
 def _beside(names: Sequence[str], image: str | None) -> list[_Entry]:
@@ -175,6 +192,7 @@ def _beside(names: Sequence[str], image: str | None) -> list[_Entry]:
         others = [name for name in files if name not in texts]
         pictures = [name for name in others if _is_wanted(name, image)]
         text = next((name for name in texts if name == f"{stem}.txt"), texts[0] if texts else "")
+        entries += [_Entry(name, None, "second caption file") for name in texts if name != text]
         if not texts:
             entries += [_Entry(name, None, "no caption") for name in pictures]
         elif len(pictures) == 1:
@@ -230,6 +248,7 @@ class FolderSource(Source):
         if not entries:
             kind = f".{options.image}" if options.image else ".png, .jpg, .webp, …"
             raise UserError(f"--source: no pictures ({kind}) in folder {options.path!r}")
+        entries = _once(entries)
         self._keys = _keys(entries)
         self._entries = entries[:limit]
 
@@ -290,7 +309,20 @@ class FolderSource(Source):
 
 
 def _keys(entries: Sequence[_Entry]) -> Mapping[str, str]:
-    """Keys of the pictures: the name without its extension; where several share that, the whole name."""
-    stems = {entry.name: os.path.splitext(entry.name)[0] for entry in entries if not entry.fault}
-    shared = Counter(stems.values())
-    return {name: stem if shared[stem] == 1 else name for name, stem in stems.items()}
+    """Keys of the pictures: the name without its extension; where others have that for theirs, the whole name.
+
+    A further caption of KEY has the key KEY#1, which no picture may have then.
+    """
+    keys = {entry.name: os.path.splitext(entry.name)[0] for entry in entries if not entry.fault}
+    shared = Counter(keys.values())
+    while True:
+        taken = [name for name, key in keys.items() if key != name and _is_taken(key, shared)]
+        if not taken:
+            return keys
+        keys |= {name: name for name in taken}
+        shared = Counter(keys.values())
+
+
+def _is_taken(key: str, shared: Counter[str]) -> bool:
+    first, sign, number = key.rpartition("#")
+    return shared[key] > 1 or (bool(sign) and number.isdigit() and first in shared)

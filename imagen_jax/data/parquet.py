@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -80,8 +81,11 @@ class ParquetSource(Source):
         root = os.path.commonpath([os.path.dirname(os.fspath(path)) for path in paths])
         self._files: list[_File] = []
         schemas: list[tuple[str, Any]] = []
-        for path in paths:
-            name = os.path.splitext(os.path.relpath(os.fspath(path), root or "."))[0]
+        names = [os.path.relpath(os.fspath(path), root or ".") for path in paths]
+        stems = Counter(os.path.splitext(name)[0] for name in names)
+        for path, name in zip(paths, names, strict=True):
+            if stems[os.path.splitext(name)[0]] == 1:  # else X.parquet and X.pq would have the same keys
+                name = os.path.splitext(name)[0]
             try:
                 groups, schema = _read_footer(path)
                 self._files.append(_File(path=path, name=name, groups=groups))

@@ -15,6 +15,9 @@ _SRGB = ImageCms.createProfile("sRGB")
 _PROFILES = 32  # transforms kept; a data set has few profiles, and the largest take some megabytes
 
 
+_OFTEN_ZERO = ("BMP", "DIB", "ICO", "TGA")  # formats whose fourth byte often means nothing
+
+
 def rgb_on_white(picture: Image.Image, data: bytes) -> Image.Image:
     """A picture in sRGB without transparency.
 
@@ -66,7 +69,9 @@ def _tiff_tag(picture: Image.Image, tag: int, default: tuple[int, ...]) -> tuple
 def _opacity(picture: Image.Image, data: bytes) -> Image.Image | None:
     """How much of each pixel is seen, mode L; None: all of all."""
     if picture.mode in ("RGBA", "LA", "PA"):
-        return picture.getchannel("A")
+        opacity = picture.getchannel("A")
+        # Programs that know no transparency leave zeros there, which viewers pass over.
+        return None if picture.format in _OFTEN_ZERO and opacity.getextrema() == (0, 0) else opacity
     if picture.mode in ("RGBa", "La"):
         return picture.getchannel("a")
     if not picture.has_transparency_data:

@@ -445,10 +445,15 @@ class _Run:
                 self._held_out = self._held_out or self._make_held_out()
                 seen = self._held_out({name: state.ema[name] for name in state.params})
             if draw:
-                self._grid = self._grid or SampleGrid(
-                    self.config, self.network, self.mesh, self.workdir, sample_batch(self.config), self.online
-                )
                 try:
+                    self._grid = self._grid or SampleGrid(
+                        self.config,
+                        self.network,
+                        self.mesh,
+                        self.workdir,
+                        sample_batch(self.config),
+                        self.online,
+                    )
                     pictures, scores = self._grid.draw(state)
                 except (
                     UserError

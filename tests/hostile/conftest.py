@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import faulthandler
+import importlib.util
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from PIL import Image
 TEXT_WIDTH = 16
 CAPTIONS = ("a red circle", "a blue square", "two green triangles", "a yellow star")
 SECONDS = 10  # beyond which a case hangs
+WITH_PAGE = importlib.util.find_spec("nicegui") is not None  # what `imagen_jax[serve]` brings
 MEMORY = 2 * 2**30  # bytes that a test may ask for
 
 CONFIG = """
@@ -374,7 +376,7 @@ _WORK = (
     "imagen_jax.plan.compile.lower",
     "imagen_jax.plan.compile.make_train_step",
     "imagen_jax.quickstart.make_small_encoder",
-    "imagen_jax.serving.server.serve",
+    *(("imagen_jax.serving.server.serve",) if WITH_PAGE else ()),
 )
 
 

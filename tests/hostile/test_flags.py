@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from tests.hostile.conftest import WITH_PAGE
 from tests.hostile.mutations import BAD_REAL, BAD_TEXT, BAD_WHOLE
 
 VERBS = {
@@ -53,7 +54,14 @@ def _flags(verb):
             yield flag, BAD_TEXT
 
 
-@pytest.mark.parametrize("verb", VERBS)
+NEEDS_PAGE = pytest.mark.skipif(not WITH_PAGE, reason="needs imagen_jax[serve]")
+
+
+def verbs(table):
+    return [pytest.param(verb, marks=NEEDS_PAGE) if verb == "serve" else verb for verb in table]
+
+
+@pytest.mark.parametrize("verb", verbs(VERBS))
 def test_a_flag_that_means_nothing(verb, run):
     faults = []
     for flag, values in _flags(verb):
@@ -80,7 +88,7 @@ PATHS = {
 }
 
 
-@pytest.mark.parametrize("verb", PATHS)
+@pytest.mark.parametrize("verb", verbs(PATHS))
 def test_a_path_that_is_of_another_kind(verb, place, run):
     (place / "file").write_text("x")
     os.mkfifo(place / "pipe")
