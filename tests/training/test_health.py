@@ -151,3 +151,11 @@ def test_a_batch_that_lacks_an_array_is_named(name, tmp_path):
     np.savez(tmp_path / "batch.npz", **arrays)
     with pytest.raises(UserError, match=f"batch.npz: the array '{name}' is missing"):
         load_batch(epath.Path(tmp_path))
+
+
+def test_records_without_the_split_of_the_sample_grid_are_trained_on(make_config, tmp_path, capsys):
+    config = make_config("base", "train.sample_every=2", "train.eval_split=absent", "train.steps=2")
+    train(config, tmp_path / "run")
+    assert "no sample grid: " in capsys.readouterr().out
+    with contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints:
+        assert checkpoints.latest_step() == 2
