@@ -154,7 +154,7 @@ def test_a_batch_that_lacks_an_array_is_named(name, tmp_path):
 
 
 def test_records_without_the_split_of_the_sample_grid_are_trained_on(make_config, tmp_path, capsys):
-    config = make_config("base", "train.sample_every=2", "train.eval_split=absent", "train.steps=2")
+    config = make_config("base", "train.sample_every=2", "train.sample_split=absent", "train.steps=2")
     train(config, tmp_path / "run")
     assert "no sample grid: " in capsys.readouterr().out
     with contextlib.closing(Checkpoints(tmp_path / "run")) as checkpoints:
