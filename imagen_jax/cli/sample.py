@@ -2,12 +2,9 @@
 
 import argparse
 import codecs
-import contextlib
-import gc
 import io
 import re
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from imagen_jax.errors import UserError
@@ -260,20 +257,6 @@ def _previewer(path: "epath.Path") -> "Any":
     return show
 
 
-@contextlib.contextmanager
-def _no_collecting() -> Iterator[None]:
-    """For JAX's import: it makes many objects and no garbage, and looking for it takes a tenth of the time."""
-    if "jax" in sys.modules or not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()  # nor is it looked for among them later
-        gc.enable()
-
-
 def run(args: argparse.Namespace) -> int:
     """Samples and writes the pictures."""
     from imagen_jax.sampling.record import read_record
@@ -292,9 +275,8 @@ def run(args: argparse.Namespace) -> int:
     if negative is None and like is not None:
         negative = like.negative_prompt
 
-    with _no_collecting():
-        from imagen_jax.sampling.cascade import Imagen, wanted_pictures
-        from imagen_jax.sampling.model_folder import ModelFolder
+    from imagen_jax.sampling.cascade import Imagen, wanted_pictures
+    from imagen_jax.sampling.model_folder import ModelFolder
 
     wanted = wanted_pictures(prompts, seed, args.num_images)
     if args.batch_size < 1:

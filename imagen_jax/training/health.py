@@ -146,12 +146,11 @@ def load_batch(folder: epath.Path) -> dict[str, Any]:
     path = folder / "batch.npz"
     if not exists(path):
         raise UserError(f"--reproduce {folder}: it has no batch.npz; name a folder WORKDIR/nonfinite/STEP")
+    content = io.BytesIO(read_bytes(path))
     try:
-        with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
+        with np.load(content, allow_pickle=False) as arrays:
             batch = {name: arrays[name] for name in arrays.files}
     except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{path} is damaged ({error or type(error).__name__})") from error
     if missing := {"index", "key"} - batch.keys():
         raise UserError(f"{path}: the array {min(missing)!r} is missing")

@@ -64,11 +64,14 @@ FILES = {
 }
 
 
-def test_a_damaged_checkpoint(place, run):
-    """Of two files of each of its folders."""
+@pytest.mark.parametrize("most", [2, pytest.param(None, marks=pytest.mark.kill)])
+def test_a_damaged_checkpoint(most, place, run):
+    """So many files of each of its folders, or all."""
     folder, faults = place / "run" / "checkpoints" / "2", []
     parts = sorted(path for path in folder.rglob("*") if path.is_dir())
-    paths = [path for part in (folder, *parts) for path in sorted(filter(Path.is_file, part.iterdir()))[:2]]
+    paths = [
+        path for part in (folder, *parts) for path in sorted(filter(Path.is_file, part.iterdir()))[:most]
+    ]
     names = [str(path.relative_to(place.root)) for path in paths]
     kinds = ("missing", "truncated", "not UTF-8", "a list", "a pipe")
     for number, name in enumerate(names):

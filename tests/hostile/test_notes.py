@@ -17,6 +17,7 @@ from imagen_jax.parallel.watchdog import Life, Phase, Verdict
 from imagen_jax.sampling.programs import stored_params
 from imagen_jax.text.shards import ShardReport
 from imagen_jax.training.metrics import trim_lines
+from tests.cli.verbs import FakeVerb
 from tests.hostile.mutations import DEEP, JSON_KINDS, mutated_json
 
 STRICT = ("wrong type", "a text for a number", "a number for a text", "null", "missing", "not finite")
@@ -102,15 +103,11 @@ def test_lines_of_metrics_that_are_none(tmp_path):
     assert path.read_bytes() == b"\n".join([*good, b""])
 
 
-class _Verb:
-    def __init__(self, error):
-        self.error = error
+def raising(error):
+    def work():
+        raise error
 
-    def add_arguments(self, parser):
-        pass
-
-    def run(self, args):
-        raise self.error
+    return FakeVerb(work)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +121,7 @@ class _Verb:
     ],
 )
 def test_errors_at_the_top_are_one_line(error, code, part, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "_module", lambda verb: _Verb(error))
+    monkeypatch.setattr(cli, "_module", lambda verb: raising(error))
     assert cli.main(["quickstart"]) == code
     said = capsys.readouterr().err.strip("\n")
     assert part in said and "\n" not in said
@@ -137,7 +134,7 @@ def test_errors_at_the_top_are_one_line(error, code, part, monkeypatch, capsys):
     "error", [KeyError("x"), ValueError("x"), TypeError("x"), RecursionError("x"), RuntimeError("x")]
 )
 def test_errors_of_the_program_show_where_they_are_from(error, monkeypatch):
-    monkeypatch.setattr(cli, "_module", lambda verb: _Verb(error))
+    monkeypatch.setattr(cli, "_module", lambda verb: raising(error))
     with pytest.raises(type(error)):
         cli.main(["quickstart"])
 
@@ -155,12 +152,11 @@ def test_a_name_that_the_terminal_cannot_show(monkeypatch, tmp_path):
     stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     monkeypatch.setattr(sys, "stdout", stream)
 
-    class Says(_Verb):
-        def run(self, args):
-            print("一 → \ud800")
-            return 0
+    def say():
+        print("一 → \ud800")
+        return 0
 
-    monkeypatch.setattr(cli, "_module", lambda verb: Says(None))
+    monkeypatch.setattr(cli, "_module", lambda verb: FakeVerb(say))
     assert cli.main(["quickstart"]) == 0
     stream.flush()
     assert stream.buffer.getvalue() == b"\\u4e00 \\u2192 \\ud800\n"
