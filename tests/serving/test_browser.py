@@ -120,7 +120,17 @@ def ask(page, prompt=PROMPT, **fields):
 
 def draw(page, prompt=PROMPT, **fields):
     """Fills in the form, clicks and waits for the end; the line below the button."""
+    # A page that has drawn before says so until the server has seen the click.
+    page.evaluate(
+        """() => {
+          window.heard = false
+          const observer = new MutationObserver(() => { window.heard = true })
+          for (const line of document.querySelectorAll("[role=status]"))
+            observer.observe(line, {subtree: true, childList: true, characterData: true})
+        }"""
+    )
     ask(page, prompt, **fields)
+    page.wait_for_function("window.heard")
     status = page.get_by_role("status").filter(has_text=re.compile(r"pictures? in |failed|stopped"))
     status.wait_for()
     return status.inner_text()
