@@ -16,10 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from imagen_jax.models.configs import DeepFloydOptions, UNetConfig
-from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config
+from imagen_jax.convert.deepfloyd.exporting import export_pipeline
+from imagen_jax.convert.deepfloyd.importing import write_stage
+from imagen_jax.convert.deepfloyd.network import diffusers_config, unet_config
+from imagen_jax.convert.deepfloyd.stage import stage_config
+from imagen_jax.convert.lazy import LazyTensor
+from imagen_jax.models.deepfloyd import DeepFloydUNetConfig
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.sampling.deepfloyd import LazyTensor, export_pipeline, stage_config, write_stage
 
 
 def anonymous() -> int:
@@ -48,18 +51,18 @@ class Peak:
         self._thread.join()
 
 
-def network(gigabytes: float) -> UNetConfig:
+def network(gigabytes: float) -> DeepFloydUNetConfig:
     """I-XL's shape at the width whose float32 weights have about this size."""
     first = max(64, round(704 * (gigabytes / 17.2) ** 0.5 / 64) * 64)
     attends = (False, True, True, True)
-    return UNetConfig(
+    return DeepFloydUNetConfig(
         channels=tuple(first * each for each in (1, 2, 3, 4)),
         num_res_blocks=(3, 3, 3, 3),
         self_attention=attends,
         text_attention=attends,
         text_width=4096,
         learned_variance=True,
-        deepfloyd=DeepFloydOptions(text_channels=4 * first),
+        text_channels=4 * first,
     )
 
 

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
-from imagen_jax.models.configs import SamplingConfig, StageConfig, UNetConfig
+from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.unet import UNetConfig
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, use_cpu_devices
 from imagen_jax.sampling.inputs import StageInputs
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare

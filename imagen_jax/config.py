@@ -2,7 +2,8 @@
 
 A dataclass that is one choice of several (a network, a schedule) has a class variable `KIND`; its dictionary
 carries that name under "kind". One that had more fields once lists them in a class variable `RETIRED`, with the value
-that means what is now always so: dictionaries that say this value still open.
+that means what is now always so: dictionaries that say this value still open. One whose dictionaries had another form
+once has a class method `from_former` which gives them in today's, and None for all others.
 """
 
 import dataclasses
@@ -110,6 +111,9 @@ def _union(options: tuple[Any, ...], value: Any, where: str) -> Any:
         return _value(options[0], value, where)
     if not isinstance(value, Mapping):
         raise UserError(f"{where} must be a group of fields, got {shown(value)}")
+    for option in options:
+        if hasattr(option, "from_former") and (translated := option.from_former(value)) is not None:
+            value = translated
     kind = value.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{where}.kind must be one of {', '.join(sorted(kinds))}; got {shown(kind)}")

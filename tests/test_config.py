@@ -16,16 +16,11 @@ from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.errors import UserError
-from imagen_jax.models.configs import (
-    Attention,
-    DeepFloydOptions,
-    EfficientUNetConfig,
-    Gather,
-    Remat,
-    SamplingConfig,
-    StageConfig,
-    UNetConfig,
-)
+from imagen_jax.models.configs import SamplingConfig, StageConfig
+from imagen_jax.models.deepfloyd import DeepFloydUNetConfig
+from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.network import Attention, Gather, Remat
+from imagen_jax.models.unet import UNetConfig
 
 SIZES = {
     "channels": (8, 16),
@@ -39,9 +34,7 @@ DEEPFLOYD = StageConfig(
     name="if64",
     resolution=64,
     padded_text=True,
-    network=UNetConfig(
-        **SIZES, head_channels=8, deepfloyd=DeepFloydOptions(text_channels=32, pool_heads=4, norm_groups=8)
-    ),
+    network=DeepFloydUNetConfig(**SIZES, head_channels=8, text_channels=32, pool_heads=4, norm_groups=8),
 )
 # No field that has a default keeps it.
 FULL = StageConfig(
@@ -131,8 +124,7 @@ def left_at_default(config):
 def test_full_has_no_default_left():
     parts = (FULL, FULL.network, FULL.schedule, FULL.augmentation, FULL.sampling)
     for part in (*parts, FULL.sampling.sampler, FULL.sampling.threshold):
-        # An option of the other kind of network, see DEEPFLOYD.
-        assert left_at_default(part) == (["deepfloyd"] if part is FULL.network else []), part
+        assert left_at_default(part) == [], part
 
 
 def test_a_retired_field_opens_with_the_value_that_is_now_always_so():
@@ -142,6 +134,33 @@ def test_a_retired_field_opens_with_the_value_that_is_now_always_so():
     values["network"]["scan"] = 2
     with pytest.raises(
         UserError, match=r"^stage\.network\.scan is no field any more and means 0 always, got 2$"
+    ):
+        build(StageConfig, values, "stage")
+
+
+def former(config):
+    """The dictionary of a stage from before networks were kinds: one network, and DeepFloyd's an option of it."""
+    values = to_dict(config)
+    network = values["network"] | {"kind": "unet", "scan": 0, "deepfloyd": None}
+    if isinstance(config.network, DeepFloydUNetConfig):
+        options = ("text_channels", "pool_heads", "norm_groups", "text_norm_groups", "mid_self_attention")
+        options += ("activation", "embedding_activation", "skip_time_act", "block_scale", "mid_scale")
+        network["deepfloyd"] = {name: network.pop(name) for name in options}
+    return values | {"network": network}
+
+
+@pytest.mark.parametrize("config", [PLAIN, DEEPFLOYD], ids=lambda config: config.name)
+def test_configs_from_before_networks_were_kinds_open(config):
+    assert build(StageConfig, json.loads(json.dumps(former(config))), "stage") == config
+    del (values := former(config))["network"]["deepfloyd"]
+    assert type(build(StageConfig, values, "stage").network) is UNetConfig
+
+
+def test_a_former_config_is_checked_as_today():
+    values = former(DEEPFLOYD)
+    values["network"]["deepfloyd"]["pool_headz"] = 4
+    with pytest.raises(
+        UserError, match=r"^stage\.network\.pool_headz is not a field \(did you mean 'pool_heads'\?\)$"
     ):
         build(StageConfig, values, "stage")
 

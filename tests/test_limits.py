@@ -15,15 +15,13 @@ from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule
 from imagen_jax.errors import UserError
 from imagen_jax.limits import check_numbers
-from imagen_jax.models.configs import (
-    DeepFloydOptions,
-    EfficientUNetConfig,
-    SamplingConfig,
-    StageConfig,
-    UNetConfig,
-)
+from imagen_jax.models.configs import SamplingConfig, StageConfig
+from imagen_jax.models.deepfloyd import DeepFloydUNetConfig
+from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.levels import LevelsConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.t5_weights import T5Config
+from imagen_jax.models.unet import UNetConfig
 from imagen_jax.sampling.cascade import wanted_pictures
 from imagen_jax.sampling.overrides import override_all, parse_overrides
 from imagen_jax.sampling.record import PictureRecord, StageRecord
@@ -203,12 +201,12 @@ DEEPFLOYD = {"text_channels": 8, "pool_heads": 4, "norm_groups": 4, "text_norm_g
 )
 def test_a_config_refuses_what_the_network_refuses(monkeypatch, cls, sizes, options, message):
     def make():
-        deepfloyd = None if options is None else DeepFloydOptions(**DEEPFLOYD | options)
-        return cls(**{"channels": (8,), **SIZES, **sizes}, deepfloyd=deepfloyd)
+        fields = {"channels": (8,), **SIZES, **sizes}
+        return cls(**fields) if options is None else DeepFloydUNetConfig(**fields, **DEEPFLOYD | options)
 
     def build_network(network):
         low = 8 if network.low_res_channels else None
-        padded = network.deepfloyd is not None
+        padded = not network.SEES_MASK
         stage = StageConfig(name="x", resolution=16, low_resolution=low, network=network, padded_text=padded)
         return StageNetwork(stage).abstract_params
 
@@ -217,7 +215,8 @@ def test_a_config_refuses_what_the_network_refuses(monkeypatch, cls, sizes, opti
         return
     with pytest.raises(ValueError, match=message):
         make()
-    monkeypatch.setattr(UNetConfig, "_check_buildable", lambda self: None)
+    for kind in (LevelsConfig, DeepFloydUNetConfig):
+        monkeypatch.setattr(kind, "_check_buildable", lambda self: None)
     with pytest.raises(ValueError, match="divide"):
         build_network(make())
 

@@ -10,12 +10,12 @@ import pytest
 from etils import epath
 from PIL import Image, PngImagePlugin
 
+from imagen_jax.convert.deepfloyd.importing import ImportConfig, import_deepfloyd
 from imagen_jax.data import records
 from imagen_jax.data.pipeline import RecordSource
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
 from imagen_jax.models.weights import SafetensorsReader
-from imagen_jax.sampling.deepfloyd import ImportConfig, import_deepfloyd
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.record import read_record
 from imagen_jax.text.encoder import TextEncoder

@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "max_text_length": 77,
                 "padded_text": True,
                 "network": {
-                    "kind": "unet",
+                    "kind": "deepfloyd_unet",
                     "channels": [32, 64] if tiny else [first, 2 * first, 3 * first, 4 * first],
                     "num_res_blocks": [1, 1] if tiny else [3, 3, 3, 3],
                     "self_attention": [False, True] if tiny else [False, True, True, True],
@@ -41,10 +41,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "head_channels": 32 if tiny else 64,
                     "text_width": 96 if tiny else 4096,
                     "learned_variance": True,
-                    "deepfloyd": {
-                        "text_channels": 64 if tiny else 4 * first,
-                        "pool_heads": 4 if tiny else 64,
-                    },
+                    "text_channels": 64 if tiny else 4 * first,
+                    "pool_heads": 4 if tiny else 64,
                     "dtype": "float32" if tiny else "bfloat16",
                     "remat": "none" if tiny else "block",
                 },

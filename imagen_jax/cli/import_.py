@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Imports."""
+    from imagen_jax.convert.deepfloyd.importing import ImportConfig, import_deepfloyd
     from imagen_jax.errors import UserError
-    from imagen_jax.sampling.deepfloyd import ImportConfig, import_deepfloyd
 
     try:
         config = ImportConfig(

@@ -4,12 +4,12 @@ import functools
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.configs import Attention
+from imagen_jax.models.execution import Execution
 from imagen_jax.models.flash_attention import LANES, flash_attention, supports
+from imagen_jax.models.network import Attention
 from imagen_jax.parallel.mesh import works_locally
 from imagen_jax.parallel.spatial import ROWS
 
@@ -29,7 +29,6 @@ def attend(
     *,
     heads: int,
     kind: Attention = Attention.XLA,
-    mesh: Mesh | None = None,
 ) -> Float[Array, "batch queries channels"]:
     """Attention of heads that lie side by side in the channels, scaled by the root of a head's.
 
@@ -39,13 +38,14 @@ def attend(
       value: likewise.
       mask: True for keys that are attended to.
       heads: that share the channels.
-      kind: which implementation. AUTO looks at the mesh's devices: a program may be compiled for devices that
-        are not here.
-      mesh: over which examples, and with tensor parallelism heads, are split; None: not known, so that AUTO is XLA.
+      kind: which implementation. AUTO looks at the devices of the current `Execution`'s mesh, over which examples,
+        and with tensor parallelism heads, are split: a program may be compiled for devices that are not here.
+        Without a mesh it is XLA.
 
     Raises:
       ValueError: for FLASH, where the kernels do not take the shapes.
     """
+    mesh = Execution.current().mesh
     length, channels = query.shape[1:]
     platform = None if mesh is None else mesh.devices.flat[0].platform
     parts = 1 if mesh is None else mesh.shape["tensor"]

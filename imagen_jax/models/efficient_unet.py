@@ -2,25 +2,50 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.configs import EfficientUNetConfig
 from imagen_jax.models.execution import Execution
-from imagen_jax.models.layers import (
-    Conditioning,
-    Linear,
-    ResNetBlock,
-    conv3x3,
-    from_patches,
-    to_patches,
-    with_low_res,
-)
+from imagen_jax.models.layers import Linear, ResNetBlock, conv3x3, from_patches, to_patches, with_low_res
+from imagen_jax.models.levels import LevelsConfig
 from imagen_jax.models.normalisation import add_everywhere
-from imagen_jax.models.unet import level_attention
+from imagen_jax.models.unet import make_attention, make_conditioning
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EfficientUNetConfig(LevelsConfig):
+    """Shape of an Efficient U-Net. Every block has stride 2: level i works at 1 / 2^(i+1) of the side."""
+
+    KIND: ClassVar[str] = "efficient_unet"
+    low_res_channels: int = 3  # the network is made for super-resolution; 0 makes a base network of it
+    # Levels at which every residual block of the UBlock sees, by concatenation, what its twin in the DBlock
+    # put out. At the others the DBlock's output is added once, on entry. () is none.
+    concat_skips: tuple[bool, ...] = ()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "concat_skips", tuple(self.concat_skips))
+        if self.concat_skips and len(self.concat_skips) != len(self.channels):
+            raise ValueError(
+                f"concat_skips needs one entry for each of {len(self.channels)} levels or none, "
+                f"got {self.concat_skips}"
+            )
+
+    def concatenates(self, level: int) -> bool:
+        """Whether the level's UBlock concatenates its skips."""
+        return bool(self.concat_skips) and self.concat_skips[level]
+
+    @property
+    def side_multiple(self) -> int:
+        """Pixels; both sides of a picture are multiples of it."""
+        return self.patch_size * 2 ** len(self.channels)
+
+    def make(self, rngs: nnx.Rngs) -> "EfficientUNet":
+        """The network."""
+        return EfficientUNet(self, rngs=rngs)
 
 
 class CombineEmbeddings(nnx.Module):
@@ -60,7 +85,7 @@ class Stack(nnx.Module):
             return ResNetBlock(channels, channels, embedding_width=config.width, dtype=dtype, rngs=rngs)
 
         self.blocks = nnx.List([block() for _ in range(config.num_res_blocks[level])])
-        self.attention = level_attention(config, level, rngs=rngs)
+        self.attention = make_attention(config, level, rngs=rngs)
 
     def __call__(
         self,
@@ -69,20 +94,20 @@ class Stack(nnx.Module):
         text: Array,
         mask: Array,
         *,
-        execution: Execution,
         skips: Sequence[Array] | None = None,
     ) -> tuple[Array, list[Array]]:
         """The stack's output and its residual blocks', (N, H, W, channels).
 
         `skips`: what concatenating blocks see beside x, the last one's first.
         """
+        execution = Execution.current()
         x = execution.run(self.combine, x, embedding)
         outputs = []
         for number, block in enumerate(self.blocks):
             x = execution.run(block, x, embedding, *(() if skips is None else (skips[-1 - number],)))
             outputs.append(x)
         if self.attention is not None:
-            x = execution.run(self.attention, x, text, mask, mesh=execution.mesh)
+            x = execution.run(self.attention, x, text, mask)
         return x, outputs
 
 
@@ -95,12 +120,9 @@ class DBlock(nnx.Module):
         )
         self.stack = Stack(config, level, rngs=rngs)
 
-    def __call__(
-        self, x: Array, embedding: Array, text: Array, mask: Array, *, execution: Execution
-    ) -> tuple[Array, list[Array]]:
+    def __call__(self, x: Array, embedding: Array, text: Array, mask: Array) -> tuple[Array, list[Array]]:
         """Maps x (N, H, W, inputs) → the output and the residual blocks', (N, H/2, W/2, channels)."""
-        x = execution.run(self.conv, x)
-        return self.stack(x, embedding, text, mask, execution=execution)
+        return self.stack(Execution.current().run(self.conv, x), embedding, text, mask)
 
 
 class UBlock(nnx.Module):
@@ -123,15 +145,13 @@ class UBlock(nnx.Module):
         embedding: Array,
         text: Array,
         mask: Array,
-        *,
-        execution: Execution,
     ) -> Array:
-        """Maps x and what its DBlock made, (N, H, W, channels of the level), → (N, 2H, 2W, outputs)."""
+        """Maps x and what its DBlock put out, (N, H, W, channels of the level), → (N, 2H, 2W, outputs)."""
         if self.concatenate:
-            h, _ = self.stack(x, embedding, text, mask, execution=execution, skips=skips)
+            h, _ = self.stack(x, embedding, text, mask, skips=skips)
         else:
-            h, _ = self.stack((x + skip) * 2**-0.5, embedding, text, mask, execution=execution)
-        return execution.run(self.conv, h)
+            h, _ = self.stack((x + skip) * 2**-0.5, embedding, text, mask)
+        return Execution.current().run(self.conv, h)  # both sides doubled
 
 
 class EfficientUNet(nnx.Module):
@@ -141,15 +161,7 @@ class EfficientUNet(nnx.Module):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         first = config.channels[0]
-        self.conditioning = Conditioning(
-            channels=first,
-            width=config.width,
-            text_width=config.text_width,
-            pool_heads=max(1, config.width // config.head_channels),
-            aug_level=config.low_res_channels > 0,
-            dtype=dtype,
-            rngs=rngs,
-        )
+        self.conditioning = make_conditioning(config, rngs=rngs)
         self.conv_in = conv3x3(config.channels_in, first, dtype=dtype, rngs=rngs)
         inputs = (first, *config.channels[:-1])
         levels = range(len(config.channels))
@@ -166,22 +178,19 @@ class EfficientUNet(nnx.Module):
         *,
         low_res: Float[Array, "batch low_height low_width low_channels"] | None = None,
         aug_time: Float[Array, " batch"] | None = None,
-        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width outputs"]:
-        """The network's output, float32; arguments as in `UNet`.
-
-        Both sides are divisible by patch_size × 2 to the number of levels.
-        """
-        execution = Execution.of(self.config, mesh)
+        """See `models.network.Network`."""
+        execution = Execution.current()
         embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
         rest = (embedding, tokens, mask)
-        h = execution.run_first(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
+        patches = to_patches(with_low_res(x_t, low_res), self.config.patch_size)  # (N, H, W, channels_in)
+        h = execution.run_first(self.conv_in, patches)  # (N, H, W, channels[0])
         first, skips = h, []
         for block in self.down:
-            h, outputs = block(h, *rest, execution=execution)
+            h, outputs = block(h, *rest)  # both sides halved
             skips.append((h, outputs))
         for up_block in self.up:
-            h = up_block(h, *skips.pop(), *rest, execution=execution)
+            h = up_block(h, *skips.pop(), *rest)  # both sides doubled
         h = (h + first) * 2**-0.5
-        output = dataclasses.replace(execution, dtype=jnp.dtype("float32")).run(self.conv_out, h)
+        output = execution.in_float32().run(self.conv_out, h)  # (N, H, W, channels_out)
         return from_patches(output.astype(jnp.float32), self.config.patch_size)

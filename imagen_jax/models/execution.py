@@ -1,9 +1,13 @@
-"""How a network's blocks are executed: rematerialised, and their weights gathered one block at a time.
+"""How a network's modules are executed: rematerialised, and their weights gathered one block at a time.
 
-None of it changes what is computed, beyond rounding, nor the names and shapes of parameters.
+None of it changes what is computed, beyond rounding, nor the names and shapes of parameters. It is said once, around
+the network's call, and asked for where modules run: `Execution.current()`.
 """
 
+import contextlib
+import contextvars
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -11,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from imagen_jax.models.configs import Gather, Remat, UNetConfig
+from imagen_jax.models.network import Gather, NetworkConfig, Remat
 from imagen_jax.parallel.mesh import gather_weights
 
 # Their results are dear to compute or small to keep ("name": what attention gives, and statistics); all else is
@@ -36,18 +40,36 @@ class Execution:
     dtype: jnp.dtype = jnp.dtype("float32")  # of the computation: matrices are gathered in it
 
     @classmethod
-    def of(cls, config: UNetConfig, mesh: Mesh | None) -> "Execution":
-        """How a network's blocks are run, on parameters that lie on `mesh`."""
+    def of(cls, config: NetworkConfig, mesh: Mesh | None) -> "Execution":
+        """How a network's modules are run, on parameters that lie on `mesh`."""
         return cls(mesh=mesh, gather=config.gather, remat=config.remat, dtype=jnp.dtype(config.dtype))
 
-    def run(self, module: nnx.Module, *args: Any, **fixed: Any) -> Any:
-        """`module(*args, **fixed)`; what is fixed is no array."""
+    @classmethod
+    def current(cls) -> "Execution":
+        """The one that is active; outside of any, modules run as they are."""
+        return _current.get()
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Within the block, and on this thread, `current` is this one."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def in_float32(self) -> "Execution":
+        """The same, for modules that compute in float32 whatever the network's dtype."""
+        return dataclasses.replace(self, dtype=jnp.dtype("float32"))
+
+    def run(self, module: nnx.Module, *args: Any) -> Any:
+        """`module(*args)`."""
         graph, state = nnx.split(module)
 
         def call(state: Any, *args: Any) -> Any:
             if self.mesh is not None and self.gather is Gather.BLOCK:
                 state = gather_weights(state, self.mesh, dtype=self.dtype)
-            return nnx.merge(graph, state)(*args, **fixed)
+            return nnx.merge(graph, state)(*args)
 
         if self.remat is not Remat.NONE:
             call = jax.checkpoint(call, policy=keep_products if self.remat is Remat.PRODUCTS else None)
@@ -56,3 +78,7 @@ class Execution:
     def run_first(self, module: nnx.Module, *args: Any) -> Any:
         """`run` of a module that reads what the network is given, of which nothing is worth computing again."""
         return dataclasses.replace(self, remat=Remat.NONE).run(module, *args)
+
+
+_PLAIN = Execution()
+_current: contextvars.ContextVar[Execution] = contextvars.ContextVar("execution", default=_PLAIN)

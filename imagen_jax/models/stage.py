@@ -8,9 +8,9 @@ from jaxtyping import Array, Bool, Float
 
 from imagen_jax.diffusion.process import time_condition
 from imagen_jax.diffusion.schedules import DiscreteCosineSchedule, Schedule
-from imagen_jax.models.configs import EfficientUNetConfig, Gather, Params, StageConfig
-from imagen_jax.models.efficient_unet import EfficientUNet
-from imagen_jax.models.unet import UNet
+from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.execution import Execution
+from imagen_jax.models.network import Gather, NetworkOutput, Params
 from imagen_jax.models.weights import flatten_names
 from imagen_jax.parallel.mesh import gather_shard, gather_weights, works_locally
 
@@ -30,12 +30,12 @@ class _Keys(nnx.Rngs):
 
     def __init__(self, key: Array):
         super().__init__()
-        self.key, self.made = key, 0
+        self.key, self.count = key, 0
 
     def params(self) -> Array:
         """The next key."""
-        self.made += 1
-        return jax.random.fold_in(self.key, self.made - 1)
+        self.count += 1
+        return jax.random.fold_in(self.key, self.count - 1)
 
 
 class StageNetwork:
@@ -49,10 +49,7 @@ class StageNetwork:
         self.abstract_params = {name: jax.ShapeDtypeStruct(leaf.shape, dtype) for name, leaf in named.items()}
 
     def _make(self, key: Array) -> nnx.Module:
-        network = self.config.network
-        if isinstance(network, EfficientUNetConfig):
-            return EfficientUNet(network, rngs=_Keys(key))
-        return UNet(network, rngs=_Keys(key))
+        return self.config.network.make(_Keys(key))
 
     def init(self, key: Array) -> Params:
         """Fresh parameters; to be called under `jax.jit` with output shardings."""
@@ -64,11 +61,11 @@ class StageNetwork:
         return sum(shape.size for shape in self.abstract_params.values())
 
     def _gather(self, params: Params, mesh: Mesh) -> Params:
-        """All parameters whole along "fsdp", in the dtype of the computation but for the output's."""
-        local = works_locally()
+        """All parameters whole along "fsdp", in the dtype of the computation."""
+        local, network = works_locally(), self.config.network
 
         def gather(name: str, value: Array) -> Array:
-            dtype = None if name.startswith("conv_out.") else jnp.dtype(self.config.network.dtype)
+            dtype = None if network.runs_in_float32(name) else jnp.dtype(network.dtype)
             if local:
                 return gather_shard(value, self.abstract_params[name].shape, mesh, dtype=dtype)
             return gather_weights(value, mesh, dtype=dtype)
@@ -86,8 +83,8 @@ class StageNetwork:
         low_res: Float[Array, "batch low_height low_width channels"] | None = None,
         aug_log_snr: Float[Array, " batch"] | None = None,
         mesh: Mesh | None = None,
-    ) -> Float[Array, "batch height width channels"]:
-        """The network's output, of the stage's prediction type.
+    ) -> NetworkOutput:
+        """What the network says, of the stage's prediction type.
 
         Args:
           params: as `init` gives them.
@@ -100,29 +97,6 @@ class StageNetwork:
           mesh: where `params` lie by the rules of `parallel.mesh`, to be gathered as `network.gather` says; None:
             they lie whole.
         """
-        output, _ = self.apply_with_variance(
-            params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr, mesh=mesh
-        )
-        return output
-
-    def apply_with_variance(
-        self,
-        params: Params,
-        x_t: Float[Array, "batch height width channels"],
-        log_snr: Float[Array, " batch"],
-        text: Float[Array, "batch length text_width"],
-        mask: Bool[Array, "batch length"],
-        *,
-        low_res: Float[Array, "batch low_height low_width channels"] | None = None,
-        aug_log_snr: Float[Array, " batch"] | None = None,
-        mesh: Mesh | None = None,
-    ) -> tuple[
-        Float[Array, "batch height width channels"], Float[Array, "batch height width channels"] | None
-    ]:
-        """As `apply`, and the learned variance's interpolation (0: the posterior's, 1: the forward step's).
-
-        None where the network learned no variance.
-        """
         if mesh is not None and self.config.network.gather is Gather.ONCE:
             params = self._gather(params, mesh)
         state = jax.tree.unflatten(self._tree, [jnp.asarray(params[name]) for name in self.abstract_params])
@@ -130,11 +104,12 @@ class StageNetwork:
         time, aug_time = level_condition(self.config.schedule, log_snr), None
         if aug_log_snr is not None:
             aug_time = level_condition(self.config.augmentation.schedule, aug_log_snr)
-        output = network(x_t, time, text, mask, low_res=low_res, aug_time=aug_time, mesh=mesh)
+        with Execution.of(self.config.network, mesh).active():
+            output = network(x_t, time, text, mask, low_res=low_res, aug_time=aug_time)
         if not self.config.network.learned_variance:
-            return output, None
-        output, variance = jnp.split(output, 2, axis=-1)
-        return output, 0.5 * (variance + 1.0)
+            return NetworkOutput(prediction=output)
+        prediction, variance = jnp.split(output, 2, axis=-1)
+        return NetworkOutput(prediction=prediction, variance=0.5 * (variance + 1.0))
 
 
 def drop_text(

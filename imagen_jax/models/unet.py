@@ -1,44 +1,46 @@
 """The text-conditional ADM-style U-Net: Imagen's base network (arXiv 2205.11487, appendix F.1)."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float
 
-from imagen_jax.models.configs import UNetConfig
-from imagen_jax.models.deepfloyd import DeepFloydAttention, DeepFloydConditioning
 from imagen_jax.models.execution import Execution
-from imagen_jax.models.layers import (
-    Conditioning,
-    GroupNorm,
-    ResNetBlock,
-    TextAttention,
-    conv3x3,
-    from_patches,
-    to_patches,
-    with_low_res,
-)
+from imagen_jax.models.layers import ResNetBlock, conv3x3, from_patches, to_patches, with_low_res
+from imagen_jax.models.levels import LevelsConfig
+from imagen_jax.models.normalisation import GroupNorm
+from imagen_jax.models.text_layers import Conditioning, TextAttention
 
 
-def level_attention(
-    config: UNetConfig, level: int, *, middle: bool = False, rngs: nnx.Rngs
-) -> TextAttention | DeepFloydAttention | None:
-    """The attention that a level's blocks have, None where it has neither kind; `middle`: that of the middle."""
-    if (options := config.deepfloyd) is not None:
-        if not (middle or config.text_attention[level]):
-            return None
-        return DeepFloydAttention(
-            config.channels[level],
-            options,
-            head_channels=config.head_channels,
-            self_attention=options.mid_self_attention if middle else config.self_attention[level],
-            kind=config.attention,
-            dtype=jnp.dtype(config.dtype),
-            rngs=rngs,
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UNetConfig(LevelsConfig):
+    """Shape of the paper's base network."""
+
+    KIND: ClassVar[str] = "unet"
+
+    def make(self, rngs: nnx.Rngs) -> "UNet":
+        """The network."""
+        return UNet(self, rngs=rngs)
+
+
+def make_conditioning(config: LevelsConfig, *, rngs: nnx.Rngs) -> Conditioning:
+    """What makes the embedding and the text of the config's network."""
+    return Conditioning(
+        channels=config.channels[0],
+        width=config.width,
+        text_width=config.text_width,
+        pool_heads=config.embedding_heads,
+        aug_level=config.low_res_channels > 0,
+        dtype=jnp.dtype(config.dtype),
+        rngs=rngs,
+    )
+
+
+def make_attention(config: LevelsConfig, level: int, *, rngs: nnx.Rngs) -> TextAttention | None:
+    """The attention that a level's blocks have, None where it has neither kind."""
     use_self, use_text = config.self_attention[level], config.text_attention[level]
     if not (use_self or use_text):
         return None
@@ -53,122 +55,99 @@ def level_attention(
     )
 
 
-def residual_block(
-    config: UNetConfig,
-    inputs: int,
-    outputs: int,
-    *,
-    resample: str | None = None,
-    middle: bool = False,
-    rngs: nnx.Rngs,
-) -> ResNetBlock:
-    """A residual block as the config has it; `middle`: one of the middle block."""
-    parts: dict[str, Any] = {}
-    if (options := config.deepfloyd) is not None:
-        parts = {
-            "activation": options.activation.function,
-            "activate_embedding": not options.skip_time_act,
-            "norm_groups": options.norm_groups,
-            "scale": options.mid_scale if middle else options.block_scale,
-        }
-    return ResNetBlock(
-        inputs,
-        outputs,
-        embedding_width=config.width,
-        resample=resample,
-        dtype=jnp.dtype(config.dtype),
-        rngs=rngs,
-        **parts,
-    )
-
-
-def make_conditioning(config: UNetConfig, *, rngs: nnx.Rngs) -> Conditioning | DeepFloydConditioning:
-    """What makes the embedding and the text of the config's network."""
-    common: dict[str, Any] = {
-        "channels": config.channels[0],
-        "width": config.width,
-        "text_width": config.text_width,
-        "aug_level": config.low_res_channels > 0,
-        "dtype": jnp.dtype(config.dtype),
-        "rngs": rngs,
-    }
-    if config.deepfloyd is not None:
-        return DeepFloydConditioning(config.deepfloyd, **common)
-    return Conditioning(pool_heads=max(1, config.width // config.head_channels), **common)
-
-
 class Block(nnx.Module):
     """A residual block and, where the level has it, attention."""
 
-    def __init__(
-        self,
-        config: UNetConfig,
-        inputs: int,
-        level: int,
-        *,
-        attend: bool = True,
-        middle: bool = False,
-        rngs: nnx.Rngs,
-    ):
-        self.res = residual_block(config, inputs, config.channels[level], middle=middle, rngs=rngs)
-        self.attention = level_attention(config, level, middle=middle, rngs=rngs) if attend else None
+    def __init__(self, res: nnx.Module, attention: nnx.Module | None):
+        self.res, self.attention = res, attention
 
     def __call__(
-        self,
-        x: Array,
-        embedding: Array,
-        text: Array,
-        mask: Array,
-        skip: Array | None = None,
-        *,
-        mesh: Mesh | None = None,
+        self, x: Array, embedding: Array, text: Array, mask: Array, skip: Array | None = None
     ) -> Array:
         """Maps x, and beside it the skip, (N, H, W, C) → (N, H, W, channels of the level)."""
         x = self.res(x, embedding, skip)
-        return x if self.attention is None else self.attention(x, text, mask, mesh=mesh)
+        return x if self.attention is None else self.attention(x, text, mask)
 
 
 class UNet(nnx.Module):
-    """ADM's U-Net (arXiv 2105.05233) with text: BigGAN resampling, scale-shift norm, concatenated skips."""
+    """ADM's U-Net (arXiv 2105.05233) with text: BigGAN resampling, scale-shift norm, concatenated skips.
 
-    def __init__(self, config: UNetConfig, *, rngs: nnx.Rngs):
+    A relative that has other parts at the same places overrides the methods that make them.
+    """
+
+    def __init__(self, config: LevelsConfig, *, rngs: nnx.Rngs):
         self.config = config
         dtype = jnp.dtype(config.dtype)
         first, last_level = config.channels[0], len(config.channels) - 1
-        self.conditioning = make_conditioning(config, rngs=rngs)
+        self.conditioning = self.make_conditioning(rngs)
         self.conv_in = conv3x3(config.channels_in, first, dtype=dtype, rngs=rngs)
 
-        def resample(channels: int, how: str) -> ResNetBlock:
-            return residual_block(config, channels, channels, resample=how, rngs=rngs)
+        def block(inputs: int, level: int) -> Block:
+            res = self.make_block(inputs, config.channels[level], rngs)
+            return Block(res, self.make_attention(level, rngs))
 
         skips, x = [first], first
         down, downsamples = [], []
         for level, channels in enumerate(config.channels):
             blocks = []
             for _ in range(config.num_res_blocks[level]):
-                blocks.append(Block(config, x, level, rngs=rngs))
+                blocks.append(block(x, level))
                 x = channels
                 skips.append(x)
             down.append(nnx.List(blocks))
             if level < last_level:
-                downsamples.append(resample(x, "down"))
+                downsamples.append(self.make_block(x, x, rngs, resample="down"))
                 skips.append(x)
         self.down, self.downsamples = nnx.List(down), nnx.List(downsamples)
-        self.mid1 = Block(config, x, last_level, middle=True, rngs=rngs)
-        self.mid2 = Block(config, x, last_level, attend=False, middle=True, rngs=rngs)
+        self.mid1, self.mid2 = self.make_middle(x, rngs)
         up, upsamples = [], []
         for level in reversed(range(len(config.channels))):
             blocks = []
             for _ in range(config.num_res_blocks[level] + 1):
-                blocks.append(Block(config, x + skips.pop(), level, rngs=rngs))
+                blocks.append(block(x + skips.pop(), level))
                 x = config.channels[level]
             up.append(nnx.List(blocks))
             if level > 0:
-                upsamples.append(resample(x, "up"))
+                upsamples.append(self.make_block(x, x, rngs, resample="up"))
         self.up, self.upsamples = nnx.List(up), nnx.List(upsamples)
-        options = config.deepfloyd
-        self.norm_out = GroupNorm(x, groups=None if options is None else options.norm_groups, dtype=dtype)
+        self.norm_out = self.make_norm_out(x)
         self.conv_out = conv3x3(x, config.channels_out, dtype=jnp.dtype("float32"), rngs=rngs, zero=True)
+
+    @property
+    def activation(self) -> Callable[[Array], Array]:
+        """Before the last convolution."""
+        return nnx.silu
+
+    def make_conditioning(self, rngs: nnx.Rngs) -> nnx.Module:
+        """What makes the embedding and the text."""
+        return make_conditioning(self.config, rngs=rngs)
+
+    def make_block(
+        self, inputs: int, outputs: int, rngs: nnx.Rngs, *, resample: str | None = None
+    ) -> ResNetBlock:
+        """A residual block on the way down or up."""
+        return ResNetBlock(
+            inputs,
+            outputs,
+            embedding_width=self.config.width,
+            resample=resample,
+            dtype=jnp.dtype(self.config.dtype),
+            rngs=rngs,
+        )
+
+    def make_attention(self, level: int, rngs: nnx.Rngs) -> nnx.Module | None:
+        """The attention of a level's blocks; None: it has none."""
+        return make_attention(self.config, level, rngs=rngs)
+
+    def make_middle(self, channels: int, rngs: nnx.Rngs) -> tuple[Block, Block]:
+        """The two blocks at the lowest level between the ways down and up."""
+        outputs, last_level = self.config.channels[-1], len(self.config.channels) - 1
+        first = Block(self.make_block(channels, outputs, rngs), self.make_attention(last_level, rngs))
+        return first, Block(self.make_block(outputs, outputs, rngs), None)
+
+    def make_norm_out(self, channels: int) -> GroupNorm:
+        """The normalisation before the last convolution."""
+        return GroupNorm(channels, dtype=jnp.dtype(self.config.dtype))
 
     def __call__(
         self,
@@ -179,41 +158,27 @@ class UNet(nnx.Module):
         *,
         low_res: Float[Array, "batch low_height low_width low_channels"] | None = None,
         aug_time: Float[Array, " batch"] | None = None,
-        mesh: Mesh | None = None,
     ) -> Float[Array, "batch height width outputs"]:
-        """The network's output, float32; what it means is the stage's prediction type.
-
-        With a learned variance it has twice the picture's channels: the prediction's, then the variance's.
-
-        Args:
-          x_t: noisy pictures; both sides divisible by patch_size × 2 to the number of levels minus one.
-          time: noise level in [0, 1000] (`models.stage.StageNetwork`).
-          text: text embeddings.
-          mask: True for real tokens.
-          low_res: the low-resolution pictures of a super-resolution network.
-          aug_time: their noise level in [0, 1000].
-          mesh: where the parameters lie by the rules of `parallel.mesh`; None: they lie whole.
-        """
-        execution = Execution.of(self.config, mesh)
+        """See `models.network.Network`."""
+        execution = Execution.current()
         embedding, tokens = execution.run(self.conditioning, time, text, mask, aug_time)
         rest = (embedding, tokens, mask)
-        h = execution.run_first(self.conv_in, to_patches(with_low_res(x_t, low_res), self.config.patch_size))
+        patches = to_patches(with_low_res(x_t, low_res), self.config.patch_size)  # (N, H, W, channels_in)
+        h = execution.run_first(self.conv_in, patches)  # (N, H, W, channels[0])
         skips = [h]
         for level, blocks in enumerate(self.down):
             for block in blocks:
-                h = execution.run(block, h, *rest, mesh=mesh)
+                h = execution.run(block, h, *rest)  # (N, H / 2^level, W / 2^level, channels[level])
                 skips.append(h)
             if level < len(self.downsamples):
-                h = execution.run(self.downsamples[level], h, embedding)
+                h = execution.run(self.downsamples[level], h, embedding)  # both sides halved
                 skips.append(h)
-        h = execution.run(self.mid2, execution.run(self.mid1, h, *rest, mesh=mesh), *rest)
+        h = execution.run(self.mid2, execution.run(self.mid1, h, *rest), *rest)
         for level, blocks in enumerate(self.up):
             for block in blocks:
-                h = execution.run(block, h, *rest, skips.pop(), mesh=mesh)
+                h = execution.run(block, h, *rest, skips.pop())
             if level < len(self.upsamples):
-                h = execution.run(self.upsamples[level], h, embedding)
+                h = execution.run(self.upsamples[level], h, embedding)  # both sides doubled
         h = execution.run(self.norm_out, h)
-        options = self.config.deepfloyd
-        activation = nnx.silu if options is None else options.activation.function
-        output = dataclasses.replace(execution, dtype=jnp.dtype("float32")).run(self.conv_out, activation(h))
+        output = execution.in_float32().run(self.conv_out, self.activation(h))  # (N, H, W, channels_out)
         return from_patches(output.astype(jnp.float32), self.config.patch_size)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from imagen_jax.models.configs import Remat
+from imagen_jax.models.network import Remat
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.plan.chips import CHIPS, Topology
 from imagen_jax.plan.compile import Compiled, Program

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from tqdm import tqdm
 
-from imagen_jax.models.configs import Params
+from imagen_jax.models.network import Params
 from imagen_jax.sampling.inputs import StageInputs, not_finite, to_pixels
 from imagen_jax.sampling.programs import StageProgram
 

@@ -17,7 +17,8 @@ from imagen_jax.config import build, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
 from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
-from imagen_jax.models.configs import Params, StageConfig
+from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.network import Params
 from imagen_jax.models.weights import SafetensorsReader, load_state, save_state
 
 INDEX = "model_index.json"

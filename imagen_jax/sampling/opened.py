@@ -4,7 +4,7 @@ import collections
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from imagen_jax.models.configs import Params
+from imagen_jax.models.network import Params
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.programs import (
     ProgramSpec,

@@ -19,7 +19,8 @@ from imagen_jax.config import to_dict
 from imagen_jax.errors import UserError
 from imagen_jax.executables import ProgramFile
 from imagen_jax.files import json_object
-from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
+from imagen_jax.models.configs import SamplingConfig, StageConfig
+from imagen_jax.models.network import Params
 from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
 from imagen_jax.parallel.spatial import picture_sharding
 from imagen_jax.sampling.inputs import StageInputs

@@ -14,7 +14,8 @@ from imagen_jax.diffusion.process import to_x0_and_epsilon
 from imagen_jax.diffusion.samplers import Denoised, Denoiser, SamplerState, advance, image_noise, start
 from imagen_jax.diffusion.thresholding import threshold
 from imagen_jax.errors import UserError
-from imagen_jax.models.configs import Params, SamplingConfig, StageConfig
+from imagen_jax.models.configs import SamplingConfig, StageConfig
+from imagen_jax.models.network import NetworkOutput, Params
 from imagen_jax.models.stage import StageNetwork, drop_text
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.parallel.spatial import shard_pictures
@@ -60,38 +61,36 @@ def guided_denoiser(
 
     def call(
         x_t: Array, log_snr: Array, text: Array, mask: Array, low_res: Array | None, aug: Array | None
-    ) -> tuple[Array, Array | None]:
+    ) -> NetworkOutput:
         levels = jnp.broadcast_to(log_snr, x_t.shape[:1])
-        return network.apply_with_variance(
-            params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug, mesh=mesh
-        )
+        return network.apply(params, x_t, levels, text, mask, low_res=low_res, aug_log_snr=aug, mesh=mesh)
 
-    def plain(x_t: Array, log_snr: Array) -> tuple[Array, Array | None]:
+    def plain(x_t: Array, log_snr: Array) -> NetworkOutput:
         return call(x_t, log_snr, text, mask, low_res, aug_log_snr)
 
-    def guided(x_t: Array, log_snr: Array) -> tuple[Array, Array | None]:
+    def guided(x_t: Array, log_snr: Array) -> NetworkOutput:
         both = (x_t, low_res, aug_log_snr)
         x_twice, low_twice, aug_twice = jax.tree.map(lambda each: jnp.concatenate([each, each]), both)
         texts, masks = jnp.concatenate([text, negative[0]]), jnp.concatenate([mask, negative[1]])
-        output, variance = call(x_twice, log_snr, texts, masks, low_twice, aug_twice)
-        conditional = output[:batch]
-        made = guide(conditional, output[batch:], config.guidance_weight)
+        output = call(x_twice, log_snr, texts, masks, low_twice, aug_twice)
+        conditional, unconditional = output.prediction[:batch], output.prediction[batch:]
+        guided = guide(conditional, unconditional, config.guidance_weight)
         rescale = config.guidance.rescale
-        made = rescale_guided(made, conditional, rescale) if rescale > 0.0 else made
+        guided = rescale_guided(guided, conditional, rescale) if rescale > 0.0 else guided
         # Guidance moves the mean; the spread stays that of the prompt's own prediction.
-        return made, None if variance is None else variance[:batch]
+        variance = None if output.variance is None else output.variance[:batch]
+        return NetworkOutput(prediction=guided, variance=variance)
 
     def denoise(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
         if config.guidance_weight == 1.0:
-            output, variance = plain(x_t, log_snr)
+            output = plain(x_t, log_snr)
         elif config.guidance.at_every_step:
-            output, variance = guided(x_t, log_snr)
+            output = guided(x_t, log_snr)
         else:
-            output, variance = jax.lax.cond(
-                config.guidance.is_guided(log_snr, step), guided, plain, x_t, log_snr
-            )
+            output = jax.lax.cond(config.guidance.is_guided(log_snr, step), guided, plain, x_t, log_snr)
         levels = jnp.broadcast_to(log_snr, (batch,))
-        x0, _ = to_x0_and_epsilon(output, x_t=x_t, log_snr=levels, source=network.config.prediction)
+        prediction, variance = output.prediction, output.variance
+        x0, _ = to_x0_and_epsilon(prediction, x_t=x_t, log_snr=levels, source=network.config.prediction)
         x0 = threshold(x0, config.threshold)
         return Denoised(x0, variance) if variance is not None and config.sampler.learned_variance else x0
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from imagen_jax.diffusion.samplers import SamplerState
-from imagen_jax.models.configs import Params
+from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.inputs import StageInputs

@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from etils import epath
 
 from imagen_jax.config import build
+from imagen_jax.convert.deepfloyd.exporting import export_diffusers, export_pipeline
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.errors import UserError
 from imagen_jax.files import make_folder
-from imagen_jax.models.configs import Params, StageConfig
+from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.sampling.deepfloyd import export_diffusers, export_pipeline
 from imagen_jax.sampling.identity import encoder_files
 from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage
 from imagen_jax.text.encoder import TextEncoder

@@ -14,7 +14,7 @@ from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_coun
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
 from imagen_jax.files import make_folder
-from imagen_jax.models.configs import Params
+from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import replicated
 from imagen_jax.sampling.pictures import grid, save_png

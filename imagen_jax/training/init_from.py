@@ -11,7 +11,8 @@ from imagen_jax.config import build, differences, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.errors import UserError
 from imagen_jax.files import exists, json_field, read_json, write_text
-from imagen_jax.models.configs import Params, StageConfig
+from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import make_mesh, state_shardings
 from imagen_jax.parallel.processes import on_first

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from imagen_jax.models.configs import Params
+from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import state_shardings
 from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerConfig, TrainConfig

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key, UInt32
 from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
 from imagen_jax.errors import UserError
-from imagen_jax.models.configs import Gather, Params
+from imagen_jax.models.network import Gather, Params
 from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
 from imagen_jax.parallel.mesh import (
     batch_sharding,
@@ -130,7 +130,7 @@ def example_losses(
         params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr, mesh=mesh
     )
     losses = diffusion_loss(
-        output, x0=x0, x_t=x_t, log_snr=log_snr, prediction=stage.prediction, config=config.loss
+        output.prediction, x0=x0, x_t=x_t, log_snr=log_snr, prediction=stage.prediction, config=config.loss
     )
     return Losses(losses, log_snr)
 

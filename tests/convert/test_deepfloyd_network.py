@@ -2,8 +2,8 @@
 
 import pytest
 
+from imagen_jax.convert.deepfloyd.network import diffusers_config, unet_config, unet_sources
 from imagen_jax.errors import UserError
-from imagen_jax.models.deepfloyd_files import diffusers_config, unet_config, unet_sources
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.training.config import load_config
 

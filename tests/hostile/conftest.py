@@ -227,8 +227,8 @@ def _make_run(root):
 
 
 def _make_pipeline(root):
+    from imagen_jax.convert.deepfloyd.exporting import export_pipeline
     from imagen_jax.models.stage import StageNetwork
-    from imagen_jax.sampling.deepfloyd import export_pipeline
     from imagen_jax.text.small import make_small_encoder
     from imagen_jax.training.config import load_config
 
@@ -372,7 +372,7 @@ _WORK = (
     "imagen_jax.training.trainer.state_of_params",
     "imagen_jax.training.trainer.MetricsWriter",
     "imagen_jax.training.export.save_stage",
-    "imagen_jax.sampling.deepfloyd.save_state",
+    "imagen_jax.convert.deepfloyd.exporting.save_state",
     "imagen_jax.plan.compile.lower",
     "imagen_jax.plan.compile.make_train_step",
     "imagen_jax.quickstart.make_small_encoder",

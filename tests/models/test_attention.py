@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.models.attention import attend
-from imagen_jax.models.configs import Attention
+from imagen_jax.models.execution import Execution
 from imagen_jax.models.flash_attention import flash_attention, supports
+from imagen_jax.models.network import Attention
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 
 
@@ -74,11 +75,12 @@ def test_kernels_on_a_mesh_see_their_own_examples_and_heads(sizes):
     arrays, mask = inputs(16, 24, 256)
 
     def run(kind, mesh):
-        return jax.jit(
-            lambda *arrays: with_gradients(
-                lambda q, k, v: attend(q, k, v, mask, heads=4, kind=kind, mesh=mesh), arrays
-            )
-        )(*arrays)
+        with Execution(mesh=mesh).active():
+            return jax.jit(
+                lambda *arrays: with_gradients(
+                    lambda q, k, v: attend(q, k, v, mask, heads=4, kind=kind), arrays
+                )
+            )(*arrays)
 
     for made, expected in zip(run(Attention.FLASH, mesh), run(Attention.XLA, None)):
         np.testing.assert_allclose(made, expected, rtol=1e-4, atol=1e-4)
@@ -86,7 +88,8 @@ def test_kernels_on_a_mesh_see_their_own_examples_and_heads(sizes):
 
 def kernels(kind, mesh, channels=128):
     arrays, mask = inputs(16, 24, channels)
-    traced = jax.make_jaxpr(lambda *arrays: attend(*arrays, mask, heads=2, kind=kind, mesh=mesh))(*arrays)
+    with Execution(mesh=mesh).active():
+        traced = jax.make_jaxpr(lambda *arrays: attend(*arrays, mask, heads=2, kind=kind))(*arrays)
     return str(traced).count("pallas_call")
 
 

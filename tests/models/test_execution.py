@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.models.configs import EfficientUNetConfig, Remat, StageConfig, UNetConfig
+from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.layers import GroupNorm
+from imagen_jax.models.network import Remat
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.unet import UNetConfig
 
 SIZES = {
     "channels": (8, 16),
@@ -45,7 +48,7 @@ def loss_of(stage):
     low = {}
     if stage.low_resolution:
         low = {"low_res": x_t[:, ::2, ::2], "aug_log_snr": jnp.asarray([3.0, 0.0])}
-    return lambda params: jnp.square(network.apply(params, x_t, *rest, mask, **low)).mean(), params
+    return lambda params: jnp.square(network.apply(params, x_t, *rest, mask, **low).prediction).mean(), params
 
 
 def primitives(jaxpr, name):

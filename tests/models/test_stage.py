@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.models.configs import EfficientUNetConfig, SamplingConfig, StageConfig, UNetConfig
+from imagen_jax.models.configs import SamplingConfig, StageConfig
+from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
+from imagen_jax.models.unet import UNetConfig
 
 SIZES = {
     "channels": (4, 8),
@@ -82,7 +84,8 @@ def test_starts_at_zero_and_takes_its_conditions():
 
     def run(params=params, log_snr=0.0, aug_log_snr=15.0, low_res=low_res):
         levels = jnp.full((2,), log_snr), jnp.full((2,), aug_log_snr)
-        return np.asarray(apply(params, x_t, levels[0], text, mask, low_res=low_res, aug_log_snr=levels[1]))
+        output = apply(params, x_t, levels[0], text, mask, low_res=low_res, aug_log_snr=levels[1])
+        return np.asarray(output.prediction)
 
     first = run()
     # A dictionary has no order to rely on: after loading it is another one.

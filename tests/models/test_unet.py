@@ -10,11 +10,9 @@ import pytest
 from flax import nnx
 
 from imagen_jax.models import layers
-from imagen_jax.models.configs import EfficientUNetConfig, UNetConfig
-from imagen_jax.models.efficient_unet import DBlock, EfficientUNet, UBlock
-from imagen_jax.models.execution import Execution
+from imagen_jax.models.efficient_unet import DBlock, EfficientUNet, EfficientUNetConfig, UBlock
 from imagen_jax.models.normalisation import add_bias, add_everywhere, position_sums
-from imagen_jax.models.unet import UNet
+from imagen_jax.models.unet import UNet, UNetConfig
 from imagen_jax.models.weights import flatten_names
 
 FLOAT32 = jnp.dtype("float32")
@@ -433,14 +431,11 @@ def test_dblock_halves_first_and_ublock_doubles_before_its_last_convolution():
     config, side = CONFIGS["efficient sr"], 8
     rest = (jnp.zeros((1, 16)), jnp.zeros((1, LENGTH, 16)), jnp.ones((1, LENGTH), bool))
     down, params = random_module(lambda: DBlock(config, 8, 1, rngs=nnx.Rngs(0)))
-    execution = Execution.of(config, None)
-    call = functools.partial(down.__wrapped__, execution=execution)
-    found = convolutions(jax.make_jaxpr(call)(params, jnp.zeros((1, side, side, 8)), *rest).jaxpr)
+    found = convolutions(jax.make_jaxpr(down.__wrapped__)(params, jnp.zeros((1, side, side, 8)), *rest).jaxpr)
     assert found == [(side, side // 2)] + 4 * [(side // 2, side // 2)]
     up, params = random_module(lambda: UBlock(config, 8, 1, rngs=nnx.Rngs(0)))
     skip = jnp.zeros((1, side, side, 16))
-    call = functools.partial(up.__wrapped__, execution=execution)
-    found = convolutions(jax.make_jaxpr(call)(params, skip, skip, [], *rest).jaxpr)
+    found = convolutions(jax.make_jaxpr(up.__wrapped__)(params, skip, skip, [], *rest).jaxpr)
     assert found == 4 * [(side, side)] + [(2 * side, 2 * side)]
 
 

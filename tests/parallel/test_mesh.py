@@ -10,7 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from imagen_jax.config import build
 from imagen_jax.errors import UserError
-from imagen_jax.models.configs import Gather, StageConfig
+from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.network import Gather
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import (
     MIN_SHARDED_SIZE,

@@ -11,10 +11,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
+from imagen_jax.convert.deepfloyd.exporting import export_diffusers  # noqa: E402
+from imagen_jax.convert.deepfloyd.importing import ImportConfig, import_deepfloyd  # noqa: E402
 from imagen_jax.diffusion import samplers  # noqa: E402
 from imagen_jax.sampling import stage_sampler  # noqa: E402
 from imagen_jax.sampling.cascade import Imagen  # noqa: E402
-from imagen_jax.sampling.deepfloyd import ImportConfig, export_diffusers, import_deepfloyd  # noqa: E402
 from imagen_jax.sampling.programs import ProgramSpec  # noqa: E402
 
 PROMPTS = ["A red circle, left of a blue square ", "two green stars"]

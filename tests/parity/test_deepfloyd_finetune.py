@@ -9,8 +9,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
-from imagen_jax.models.deepfloyd_files import diffusers_config  # noqa: E402
-from imagen_jax.sampling.deepfloyd import ImportConfig, import_deepfloyd  # noqa: E402
+from imagen_jax.convert.deepfloyd.importing import ImportConfig, import_deepfloyd  # noqa: E402
+from imagen_jax.convert.deepfloyd.network import diffusers_config  # noqa: E402
 from imagen_jax.training.config import load_config  # noqa: E402
 from imagen_jax.training.export import export_pipelines  # noqa: E402
 from imagen_jax.training.trainer import train  # noqa: E402

@@ -14,9 +14,11 @@ from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
-from imagen_jax.models.configs import Attention, SamplingConfig, StageConfig, UNetConfig  # noqa: E402
+from imagen_jax.models.configs import SamplingConfig, StageConfig  # noqa: E402
 from imagen_jax.models.layers import upsample_nearest, upsampled_convolution  # noqa: E402
+from imagen_jax.models.network import Attention  # noqa: E402
 from imagen_jax.models.normalisation import moments, position_sums  # noqa: E402
+from imagen_jax.models.unet import UNetConfig  # noqa: E402
 from imagen_jax.parallel.mesh import MeshConfig, gather_shard, make_mesh  # noqa: E402
 from imagen_jax.plan.chips import parse_topology  # noqa: E402
 from imagen_jax.plan.compile import slice_devices  # noqa: E402

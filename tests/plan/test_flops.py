@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from imagen_jax.models.configs import EfficientUNetConfig, Remat, StageConfig, UNetConfig
+from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.efficient_unet import EfficientUNetConfig
+from imagen_jax.models.network import Remat
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.unet import UNetConfig
 from imagen_jax.plan.flops import forward_flops, jaxpr_flops
 
 # Wide channels and large pictures: what XLA counts besides (element-wise work) and leaves out (padding) is small.

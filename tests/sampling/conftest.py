@@ -13,7 +13,9 @@ def stages():
     """A base of 8×8 and a super-resolution stage to 16×16."""
     from imagen_jax.diffusion.process import Prediction
     from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
-    from imagen_jax.models.configs import EfficientUNetConfig, SamplingConfig, StageConfig, UNetConfig
+    from imagen_jax.models.configs import SamplingConfig, StageConfig
+    from imagen_jax.models.efficient_unet import EfficientUNetConfig
+    from imagen_jax.models.unet import UNetConfig
 
     sizes = {
         "num_res_blocks": (1,),

@@ -14,6 +14,7 @@ from imagen_jax.diffusion.process import Prediction
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.thresholding import Threshold, ThresholdConfig
 from imagen_jax.models.configs import SamplingConfig
+from imagen_jax.models.network import NetworkOutput
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.sampling.stage_sampler import StageSampler, guided_denoiser
 
@@ -68,12 +69,10 @@ class Recorded(StageNetwork):
         super().__init__(config)
         self.sizes = []
 
-    def apply_with_variance(
-        self, params, x_t, log_snr, text, mask, *, low_res=None, aug_log_snr=None, mesh=None
-    ):
+    def apply(self, params, x_t, log_snr, text, mask, *, low_res=None, aug_log_snr=None, mesh=None):
         jax.debug.callback(lambda size: self.sizes.append(int(size)), jnp.sum(jnp.ones(len(x_t))))
         ramp = jnp.arange(x_t[0].size, dtype=jnp.float32).reshape(x_t.shape[1:])
-        return text[:, :1, :1, None] * ramp, None
+        return NetworkOutput(prediction=text[:, :1, :1, None] * ramp)
 
 
 def outputs(stage, guidance, weight=3.0, negative=None):

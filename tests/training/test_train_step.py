@@ -135,7 +135,7 @@ def test_the_loss_is_put_together_from_its_parts(make_config):
     assert not np.asarray(text)[dropped].any() and np.asarray(mask)[dropped].sum() == dropped.sum()
     output = network.apply(params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=level)
     losses = diffusion_loss(
-        output,
+        output.prediction,
         x0=x0,
         x_t=x_t,
         log_snr=log_snr,

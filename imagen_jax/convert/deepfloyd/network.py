@@ -1,4 +1,4 @@
-"""DeepFloyd IF's U-Nets in diffusers' files: config.json to and from `UNetConfig`, and the tensors' names.
+"""DeepFloyd IF's U-Nets in diffusers' files: config.json to and from ours, and the tensors' names.
 
 Everything is driven by config.json. A flag that would change what is computed and that is not supported is
 refused by name.
@@ -9,7 +9,8 @@ from typing import Any
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import json_field
-from imagen_jax.models.configs import Activation, DeepFloydOptions, UNetConfig
+from imagen_jax.models.deepfloyd import DeepFloydUNetConfig
+from imagen_jax.models.network import Activation, NetworkConfig
 from imagen_jax.models.weights import TensorSource
 
 _DOWN = {"ResnetDownsampleBlock2D": False, "SimpleCrossAttnDownBlock2D": True}
@@ -104,25 +105,26 @@ def _attention_levels(config: Mapping[str, Any], levels: int) -> tuple[bool, ...
     return attends
 
 
-def _options(config: Mapping[str, Any], *, mid_self_attention: bool) -> DeepFloydOptions:
+def _options(config: Mapping[str, Any], *, mid_self_attention: bool) -> dict[str, Any]:
+    """The fields that only these networks have."""
     embedding_act = config.get("time_embedding_act_fn")
-    return DeepFloydOptions(
-        text_channels=_whole(config, "cross_attention_dim"),
-        pool_heads=_whole(config, "addition_embed_type_num_heads", 64),
-        norm_groups=_whole(config, "norm_num_groups", 32),
-        text_norm_groups=_TEXT_NORM_GROUPS,
-        mid_self_attention=mid_self_attention,
-        activation=_activation("act_fn", config.get("act_fn", "silu")),
-        embedding_activation=None
+    return {
+        "text_channels": _whole(config, "cross_attention_dim"),
+        "pool_heads": _whole(config, "addition_embed_type_num_heads", 64),
+        "norm_groups": _whole(config, "norm_num_groups", 32),
+        "text_norm_groups": _TEXT_NORM_GROUPS,
+        "mid_self_attention": mid_self_attention,
+        "activation": _activation("act_fn", config.get("act_fn", "silu")),
+        "embedding_activation": None
         if embedding_act is None
         else _activation("time_embedding_act_fn", embedding_act),
-        skip_time_act=json_field(config, "resnet_skip_time_act", bool, "config.json", default=False),
-        block_scale=_number(config, "resnet_out_scale_factor", 1.0),
-        mid_scale=_number(config, "mid_block_scale_factor", 1.0),
-    )
+        "skip_time_act": json_field(config, "resnet_skip_time_act", bool, "config.json", default=False),
+        "block_scale": _number(config, "resnet_out_scale_factor", 1.0),
+        "mid_scale": _number(config, "mid_block_scale_factor", 1.0),
+    }
 
 
-def unet_config(config: Mapping[str, Any]) -> UNetConfig:
+def unet_config(config: Mapping[str, Any]) -> DeepFloydUNetConfig:
     """The network that a diffusers config.json describes.
 
     Args:
@@ -139,7 +141,7 @@ def unet_config(config: Mapping[str, Any]) -> UNetConfig:
         raise UserError(f"config.json: {error}") from error
 
 
-def _unet_config(config: Mapping[str, Any]) -> UNetConfig:
+def _unet_config(config: Mapping[str, Any]) -> DeepFloydUNetConfig:
     _check_fixed(config)
     channels = config.get("block_out_channels")
     if not isinstance(channels, (list, tuple)) or not channels:
@@ -171,7 +173,7 @@ def _unet_config(config: Mapping[str, Any]) -> UNetConfig:
             "super-resolution has 'timestep' and 6 channels, a base neither"
         )
     embedding_width = config.get("time_embedding_dim")
-    return UNetConfig(
+    return DeepFloydUNetConfig(
         channels=channels,
         num_res_blocks=_per_level(config, "layers_per_block", levels, 2),
         self_attention=tuple(a and not only for a, only in zip(attends, only_cross)),
@@ -181,30 +183,34 @@ def _unet_config(config: Mapping[str, Any]) -> UNetConfig:
         embedding_width=None if embedding_width is None else _positive(embedding_width, "time_embedding_dim"),
         low_res_channels=_PICTURE_CHANNELS if enlarges else 0,
         learned_variance=outputs > _PICTURE_CHANNELS,
-        deepfloyd=_options(config, mid_self_attention=not mid_only),
+        **_options(config, mid_self_attention=not mid_only),
     )
 
 
-def diffusers_config(network: UNetConfig, resolution: int) -> dict[str, Any]:
+def diffusers_config(network: NetworkConfig, resolution: int) -> dict[str, Any]:
     """The config.json from which diffusers builds the network: what `unet_config` reads back.
 
     Args:
-      network: with DeepFloyd's parts.
+      network: a DeepFloyd network.
       resolution: pixels, side of its pictures.
 
     Raises:
-      UserError: the network has other parts.
+      UserError: the network is of another kind, or has parts that diffusers knows no flag for.
     """
-    options = network.deepfloyd
-    if options is None or network.patch_size != 1 or options.text_norm_groups != _TEXT_NORM_GROUPS:
-        raise UserError("only DeepFloyd networks (config.stage.network.deepfloyd) have a form in diffusers")
+    if not isinstance(network, DeepFloydUNetConfig):
+        raise UserError(f"only networks of kind {DeepFloydUNetConfig.KIND} have a form in diffusers")
+    if network.patch_size != 1 or network.text_norm_groups != _TEXT_NORM_GROUPS:
+        raise UserError(
+            f"patch_size {network.patch_size} with text_norm_groups {network.text_norm_groups} has no form in "
+            "diffusers"
+        )
     attends = network.text_attention
     down = {attends: kind for kind, attends in _DOWN.items()}
     up = {attends: kind for kind, attends in _UP.items()}
     only_cross = [text and not own for text, own in zip(attends, network.self_attention)]
     if any(own and not text for text, own in zip(attends, network.self_attention)):
         raise UserError("a level with self-attention and no text has no form in diffusers")
-    act = options.embedding_activation
+    act = network.embedding_activation
     return {
         "_class_name": "UNet2DConditionModel",
         **{name: value for name, (value, _) in _FIXED.items()},
@@ -214,22 +220,22 @@ def diffusers_config(network: UNetConfig, resolution: int) -> dict[str, Any]:
         "down_block_types": [down[each] for each in attends],
         "up_block_types": [up[each] for each in reversed(attends)],
         "only_cross_attention": only_cross,
-        "mid_block_only_cross_attention": not options.mid_self_attention,
+        "mid_block_only_cross_attention": not network.mid_self_attention,
         "block_out_channels": list(network.channels),
         "layers_per_block": list(network.num_res_blocks),
         "attention_head_dim": network.head_channels,
-        "norm_num_groups": options.norm_groups,
-        "act_fn": options.activation.value,
-        "cross_attention_dim": options.text_channels,
+        "norm_num_groups": network.norm_groups,
+        "act_fn": network.activation.value,
+        "cross_attention_dim": network.text_channels,
         "encoder_hid_dim": network.text_width,
         "encoder_hid_dim_type": "text_proj",
-        "addition_embed_type_num_heads": options.pool_heads,
+        "addition_embed_type_num_heads": network.pool_heads,
         "class_embed_type": "timestep" if network.low_res_channels else None,
         "time_embedding_dim": network.embedding_width,
         "time_embedding_act_fn": None if act is None else act.value,
-        "resnet_skip_time_act": options.skip_time_act,
-        "resnet_out_scale_factor": options.block_scale,
-        "mid_block_scale_factor": options.mid_scale,
+        "resnet_skip_time_act": network.skip_time_act,
+        "resnet_out_scale_factor": network.block_scale,
+        "mid_block_scale_factor": network.mid_scale,
     }
 
 

@@ -1,0 +1,1 @@
+"""Other projects' files, into model folders and back."""
