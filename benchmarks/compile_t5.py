@@ -20,7 +20,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from imagen_jax.models.t5_weights import T5Config, t5_shapes
+from imagen_jax.models.t5 import T5Config
+from imagen_jax.models.t5_weights import t5_shapes
 from imagen_jax.text.encoder import _ROWS, _TOKENS_PER_BATCH, _encode_as, _spread
 
 # google/t5-v1_1-xxl

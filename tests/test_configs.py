@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import pytest
 
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.config import load_config
-from imagen_jax.training.train_step import batch_loss
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
 from imagen_jax.training.trainer import pipeline_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -63,8 +65,9 @@ def test_loss_has_a_shape(spec):
         low = side * stage.low_resolution // stage.resolution
         shapes["low_res"] = ((count, low, low, 3), jnp.uint8)
     batch = {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
-    loss = jax.eval_shape(lambda params, batch: batch_loss(network, config, params, batch), initial, batch)
-    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+    run = Run.of(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    losses = jax.eval_shape(run.losses, {DENOISER: initial}, batch)[DENOISER]
+    assert (losses.loss.shape, losses.loss.dtype) == ((count,), jnp.float32)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

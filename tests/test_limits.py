@@ -20,7 +20,7 @@ from imagen_jax.models.deepfloyd import DeepFloydUNetConfig
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.levels import LevelsConfig
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.models.t5_weights import T5Config
+from imagen_jax.models.t5 import T5Config
 from imagen_jax.models.unet import UNetConfig
 from imagen_jax.sampling.cascade import wanted_pictures
 from imagen_jax.sampling.overrides import override_all, parse_overrides

@@ -41,7 +41,7 @@ def ddpm_step(
 def ddim_step(
     x_t: Float[Array, "batch *shape"],
     x0: Float[Array, "batch *shape"],
-    noise: Float[Array, "batch *shape"],
+    noise: Float[Array, "batch *shape"] | None,
     log_snr_t: Float[Array, " batch"],
     log_snr_s: Float[Array, " batch"],
     *,
@@ -49,11 +49,13 @@ def ddim_step(
 ) -> Float[Array, "batch *shape"]:
     """α_s·x̂0 + √(σ_s² − w²)·ε̂ + w·noise with w = η·(posterior's std) (arXiv 2010.02502, equation 12).
 
-    With η = 0 this is also the first-order DPM-Solver++ (arXiv 2211.01095, section 4.1) and an Euler step of
-    the probability flow in σ/α (arXiv 2206.00364, section 4).
+    With η = 0, where noise has no say and may be None, this is also the first-order DPM-Solver++ (arXiv 2211.01095,
+    section 4.1) and an Euler step of the probability flow in σ/α (arXiv 2206.00364, section 4).
     """
     _, epsilon = to_x0_and_epsilon(x0, x_t=x_t, log_snr=log_snr_t, source=Prediction.X0)
     alpha_s, sigma_s = alpha_sigma(expand_to(log_snr_s, x_t))
+    if noise is None or eta == 0.0:
+        return alpha_s * x0 + sigma_s * epsilon
     fresh = -jnp.expm1(expand_to(log_snr_t - log_snr_s, x_t))
     std = eta * jnp.sqrt(fresh) * sigma_s
     return alpha_s * x0 + jnp.sqrt(jnp.maximum(sigma_s**2 - std**2, 0.0)) * epsilon + std * noise

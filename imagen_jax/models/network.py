@@ -7,7 +7,7 @@ import abc
 import dataclasses
 import enum
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -70,6 +70,7 @@ class NetworkOutput:
     variance: Float[Array, "batch height width channels"] | None = None
 
 
+@runtime_checkable
 class Network(Protocol):
     """The call that every kind of network answers."""
 

@@ -9,6 +9,8 @@ The residual stream, the norms and the softmax are always float32; `dtype` is th
 matrix products. Large T5 encoders reach residuals above 1e4, where bfloat16's 8 bits lose whole updates.
 """
 
+import dataclasses
+import enum
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +18,119 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from imagen_jax.models.t5_weights import Activation, T5Config
+from imagen_jax.config import build
+from imagen_jax.errors import UserError
+from imagen_jax.files import json_field, read_json
+from imagen_jax.limits import MAX_BLOCKS, MAX_CHANNELS, MAX_VOCABULARY, check_numbers
+from imagen_jax.models.weight_files import check_config_is_plain
 from imagen_jax.models.weights import flatten_names
 
 # Added to the logits of padding: its exponential is exactly 0 in float32, and a row that is all padding
 # stays finite.
 _MASKED = -1e9
+
+
+class Activation(enum.Enum):
+    """Non-linearity of the feed-forward layer."""
+
+    RELU = "relu"
+    GELU = "gelu"  # exact, with erf
+    GELU_TANH = "gelu_new"  # the tanh approximation: what "gated-gelu" means in every T5 config
+    SILU = "silu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class T5Config:
+    """Shape of a T5 encoder."""
+
+    vocab_size: int  # rows of the token embedding
+    width: int  # d_model: channels of the residual stream
+    head_dim: int  # d_kv: channels of one head
+    num_heads: int  # heads * head_dim need not be the width
+    feed_forward_width: int  # d_ff
+    num_layers: int
+    activation: Activation = Activation.GELU_TANH
+    gated: bool = True  # v1.1 and later: act(x W_gate) * (x W_up)
+    bias_per_layer: bool = False  # umT5: every layer has its own relative bias
+    num_buckets: int = 32  # relative positions, both directions together
+    max_distance: int = 128  # tokens; farther ones share the last bucket
+    norm_epsilon: float = 1e-6
+
+    def __post_init__(self):
+        for field in ("vocab_size", "width", "head_dim", "num_heads", "feed_forward_width", "num_layers"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
+        if self.num_buckets < 4 or self.num_buckets % 4:
+            raise ValueError(f"num_buckets must be a multiple of 4, got {self.num_buckets}")
+        check_numbers(
+            self,
+            vocab_size=MAX_VOCABULARY,
+            num_layers=MAX_BLOCKS,
+            **dict.fromkeys(("width", "head_dim", "num_heads", "num_buckets"), MAX_CHANNELS),
+            feed_forward_width=8 * MAX_CHANNELS,
+        )
+        if self.max_distance <= self.num_buckets // 4:
+            raise ValueError(f"max_distance must exceed num_buckets / 4, got {self.max_distance}")
+        if not 0 < self.norm_epsilon < 1:
+            raise ValueError(f"norm_epsilon must be positive and below 1, got {self.norm_epsilon}")
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "T5Config":
+        """From the contents of a Hugging Face config.json.
+
+        Raises:
+            UserError: not a T5 encoder, its weights are quantised, or a field is missing or not supported.
+        """
+        check_config_is_plain(config)
+        kind = config.get("model_type")
+        if kind not in ("t5", "mt5", "umt5"):
+            raise UserError(f"config.json: model_type {kind!r} is not a T5 encoder (t5, mt5 or umt5)")
+        fields = ("vocab_size", "d_model", "d_kv", "num_heads", "d_ff", "num_layers")
+        for field in fields:
+            if not isinstance(config.get(field), int) or isinstance(config[field], bool):
+                raise UserError(f"config.json: {field} is {config.get(field)!r}, expected a whole number")
+        projection = json_field(
+            config,
+            "feed_forward_proj",
+            str,
+            "config.json",
+            default="relu" if kind == "t5" else "gated-gelu",
+        )
+        gated = projection.startswith("gated-")
+        name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
+        if name not in [activation.value for activation in Activation]:
+            raise UserError(f"config.json: feed_forward_proj {projection!r} is not supported")
+        values = {
+            "vocab_size": config["vocab_size"],
+            "width": config["d_model"],
+            "head_dim": config["d_kv"],
+            "num_heads": config["num_heads"],
+            "feed_forward_width": config["d_ff"],
+            "num_layers": config["num_layers"],
+            "activation": name,
+            "gated": gated,
+            "bias_per_layer": kind == "umt5",
+            "num_buckets": config.get("relative_attention_num_buckets", 32),
+            "max_distance": config.get("relative_attention_max_distance", 128),
+            "norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
+        }
+        return build(cls, values, "config.json")
+
+    @classmethod
+    def from_folder(cls, folder: epath.PathLike) -> "T5Config":
+        """From the config.json of a folder; see `from_dict`."""
+        path = epath.Path(folder) / "config.json"
+        if not path.exists():
+            raise UserError(f"{folder}: no config.json; expected a Hugging Face model folder")
+        config = read_json(path)
+        try:
+            return cls.from_dict(config)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from error
 
 
 _FUNCTIONS = {

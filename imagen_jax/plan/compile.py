@@ -20,10 +20,10 @@ from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.memory import out_of_memory_bytes
-from imagen_jax.sampling.programs import ProgramSpec, compile_program
-from imagen_jax.sampling.tracing import lower
+from imagen_jax.sampling.programs import ProgramSpec, compile_program, lower
 from imagen_jax.training.config import TextDtype, TrainConfig
-from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
+from imagen_jax.training.run import Run
+from imagen_jax.training.state import TrainState
 from imagen_jax.training.train_step import make_train_step
 
 
@@ -133,9 +133,9 @@ def compile_stage(
     start = time.monotonic()
     with elapsed(f"compiling {config.stage.name} for {len(devices)} chips", enabled=progress):
         if program is Program.TRAIN:
-            optimizer = make_optimizer(config.optimizer, config.train.steps)
-            state, batch = abstract_state(network, optimizer, mesh), training_batch(config, mesh)
-            step: Any = make_train_step(network, optimizer, config, mesh, state)
+            run = Run.of(config, mesh)
+            state, batch = run.abstract, training_batch(config, mesh)
+            step: Any = make_train_step(run)
             lowered = step.lower(state, batch)
         else:
             spec = ProgramSpec(

@@ -9,17 +9,16 @@ from imagen_jax.plan.chips import CHIPS, Topology
 from imagen_jax.plan.compile import Compiled, Program
 from imagen_jax.plan.memory import Memory, bytes_per_device
 from imagen_jax.training.config import TrainConfig
-from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.run import Run
 
 _GIB = 2**30
 
 
-def _state_bytes(config: TrainConfig, compiled: Compiled, program: Program, fsdp: int) -> int:
+def _state_bytes(run: Run, compiled: Compiled, program: Program, fsdp: int) -> int:
     """Bytes on each device of everything that grows with the parameters, split over `fsdp` devices."""
     tensor = compiled.mesh.shape["tensor"]
     mesh = make_mesh(MeshConfig(data=-1, fsdp=fsdp, tensor=tensor), list(compiled.mesh.devices.flat))
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = abstract_state(compiled.network, optimizer, mesh)
+    state = run.on(mesh).abstract
     if program is Program.SAMPLE:
         return bytes_per_device(state.params)
     # The gradients lie as the parameters do, and are a part of the activations.
@@ -30,7 +29,7 @@ def _state_bytes(config: TrainConfig, compiled: Compiled, program: Program, fsdp
 class _Needs:
     """How much memory other settings would need, by proportion."""
 
-    config: TrainConfig
+    run: Run
     compiled: Compiled
     program: Program
     memory: Memory
@@ -47,10 +46,10 @@ class _Needs:
     @property
     def per_part(self) -> int:
         """Pictures of each of them."""
-        return self.config.data.batch_size // self.parts
+        return self.run.config.data.batch_size // self.parts
 
     def state(self, fsdp: int) -> int:
-        return _state_bytes(self.config, self.compiled, self.program, fsdp)
+        return _state_bytes(self.run, self.compiled, self.program, fsdp)
 
     def pictures(self) -> int:
         """Bytes that grow with the pictures of a device."""
@@ -73,7 +72,7 @@ def suggestions(
 
     The bytes are by proportion: what grows with the parameters shrinks with fsdp, the rest with the batch.
     """
-    needs = _Needs(config=config, compiled=compiled, program=program, memory=memory)
+    needs = _Needs(run=Run.of(config, compiled.mesh), compiled=compiled, program=program, memory=memory)
     lines = []
     if program is Program.TRAIN and config.stage.network.remat is not Remat.BLOCK:
         stronger = "products" if config.stage.network.remat is Remat.NONE else "block"

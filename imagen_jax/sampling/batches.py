@@ -56,11 +56,11 @@ def run_batch(
         progress.update(stop - done)
         done, chunk = stop, max(1, round(_UPDATE_SECONDS / max(seconds, 1e-6)))
         if preview is not None:
-            x0 = np.asarray(state[1])[:count]
+            x0 = np.asarray(state.x0)[:count]
             name = program.spec.stage.name
             shown_x0 = np.where(np.isfinite(x0), x0, np.float32(0.0))  # what is wrong is said when it is done
             preview(Preview(stage=name, call=done, calls=calls, pixels=to_pixels(shown_x0)))
-    return np.asarray(state[1])[:count]
+    return np.asarray(state.x0)[:count]
 
 
 def first_not_finite(
@@ -75,6 +75,6 @@ def first_not_finite(
     first = np.full(count, calls)
     for call in range(calls):
         state = program(params, given, state, call, call + 1)
-        bad = not_finite(np.asarray(state[1])[:count])
+        bad = not_finite(np.asarray(state.x0)[:count])
         first = np.where(bad, np.minimum(first, call + 1), first)
     return first

@@ -5,7 +5,6 @@ import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TypedDict, Unpack
 
 import jax
@@ -118,7 +117,6 @@ class Imagen:
         mesh: Mesh | None = None,
         rows: Mapping[str, int] | None = None,
         free_stages: bool | None = None,
-        cache: Path | None = None,
     ):
         """Arguments as of `load`, but for the opened folder and encoder, and a way to open that again."""
         widths = {stage.name: stage.network.text_width for stage in folder.stages}
@@ -133,7 +131,7 @@ class Imagen:
         self._free_stages = free_stages
         self._encoder_unknown = folder.index.encoder is None  # and nobody has been told so
         self._meshes = _stage_meshes(folder, mesh, rows or {})
-        self._opened = OpenStages(folder, cache)
+        self._opened = OpenStages(folder)
 
     @classmethod
     def load(
@@ -162,12 +160,11 @@ class Imagen:
         """
         folder = ModelFolder(model)
         folder.check_weights()
-        remembered = cache_folder(cache)
-        enable_compilation_cache(remembered)
+        enable_compilation_cache(cache_folder(cache))
 
         def load_encoder() -> TextEncoder:
             try:
-                encoder = TextEncoder.load(folder.text_encoder(), cache=remembered)
+                encoder = TextEncoder.load(folder.text_encoder())
                 check_encoder(folder, encoder)
                 return encoder
             except UserError as error:
@@ -180,7 +177,6 @@ class Imagen:
             mesh=mesh,
             rows=rows,
             free_stages=free_stages,
-            cache=remembered,
         )
 
     @property
@@ -367,16 +363,12 @@ class Imagen:
                 part = wanted[begin : begin + group]
                 x0: np.ndarray | None = None
                 good = np.ones(len(part), bool)
-                if not free:  # else the text encoder has the memory to itself
-                    self._opened.ahead(self._spec(job.stages[0], job, len(part)))
                 texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
                 for length, padded in {(each.max_text_length, each.padded_text) for each in job.stages}:
                     self.encode([*texts, ""] if padded else texts, length, padded=padded)
                 if free:
                     self.prompt_encoder.release()
-                for stage, following in zip(job.stages, (*job.stages[1:], None)):
-                    if following is not None and not free:
-                        self._opened.ahead(self._spec(following, job, len(part)))
+                for stage in job.stages:
                     x0, found = self._run_stage(stage, part, x0, good, job, leave=not several)
                     faults += found
                     if free:

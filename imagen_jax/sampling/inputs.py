@@ -17,6 +17,7 @@ class StageInputs(NamedTuple):
     low_res: Float[Any, "batch low_height low_width channels"] | None = None
     negative_text: Float[Any, "batch length text_width"] | None = None  # None: the null text
     negative_mask: Bool[Any, "batch length"] | None = None
+    hooks: tuple[Any, ...] = ()  # see `diffusion.loop.Hook`; their arrays have an axis over the batch first
 
 
 def not_finite(x0: Float[np.ndarray, "batch height width channels"]) -> Bool[np.ndarray, " batch"]:

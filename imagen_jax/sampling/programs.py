@@ -1,13 +1,7 @@
-"""Stages as compiled programs that outlive the process.
-
-Nothing here imports the networks unless there is something to compile: where a program is stored they are not needed,
-and importing them takes longer than loading it.
-"""
+"""Stages as compiled programs. JAX's compilation cache keeps them from one process to the next (`cache`)."""
 
 import dataclasses
-import operator
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,21 +9,41 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from imagen_jax.config import to_dict
-from imagen_jax.errors import UserError
-from imagen_jax.executables import ProgramFile
-from imagen_jax.files import json_object
+from imagen_jax.diffusion.loop import Hook
+from imagen_jax.diffusion.rules import SamplerState
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.network import Params
-from imagen_jax.parallel.mesh import batch_sharding, replicated, state_shardings
+from imagen_jax.models.stage import StageNetwork
+from imagen_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated, state_shardings
 from imagen_jax.parallel.spatial import picture_sharding
 from imagen_jax.sampling.inputs import StageInputs
+from imagen_jax.sampling.stage_sampler import draw
 
 # The TPU compiler cuts the pictures of a small batch into strips to make a larger batch of them. By its own estimate
 # that is half as fast as leaving them whole (docs/performance.md).
 _TPU_OPTIONS: dict[str, str | bool] = dict.fromkeys(
     ("xla_tpu_run_space_to_batch", "xla_tpu_run_space_to_batch_on_new_platforms"), "false"
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class HookShapes:
+    """Which hooks a program has, and the shapes of an example's arrays in them."""
+
+    tree: Any = jax.tree.structure(())
+    leaves: tuple[tuple[tuple[int, ...], str], ...] = ()  # shape and dtype, without the batch
+
+    @classmethod
+    def of(cls, hooks: Sequence[Hook]) -> "HookShapes":
+        """Those of hooks whose arrays have an axis over pictures first."""
+        leaves, tree = jax.tree.flatten(tuple(hooks))
+        return cls(tree, tuple((np.shape(leaf)[1:], str(leaf.dtype)) for leaf in leaves))
+
+    def batch(self, size: int) -> tuple[Hook, ...]:
+        """Hooks of a batch, with shapes in place of arrays."""
+        return jax.tree.unflatten(
+            self.tree, [jax.ShapeDtypeStruct((size, *shape), dtype) for shape, dtype in self.leaves]
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,55 +55,43 @@ class ProgramSpec:
     batch: int  # pictures drawn together
     negative: bool = False  # whether guidance leads away from a prompt rather than from the null text
     mesh: Mesh | None = None  # None: one device
+    hooks: HookShapes = HookShapes()
 
-    def file(self, cache: Path) -> ProgramFile:
-        """Where the program is kept. The stage's own sampling settings have no say in it."""
-        stage = {name: value for name, value in to_dict(self.stage).items() if name != "sampling"}
-        mesh = None if self.mesh is None else [[name, int(size)] for name, size in self.mesh.shape.items()]
-        if self.mesh is None:
-            devices: tuple[jax.Device, ...] = (jax.local_devices()[0],)
-            place: jax.sharding.Sharding = jax.sharding.SingleDeviceSharding(devices[0])
-        else:
-            devices = tuple(self.mesh.devices.flat)
-            place = picture_sharding(self.mesh)
-        results = tuple(
-            jax.ShapeDtypeStruct(each.shape, each.dtype, sharding=place) for each in self.arguments()[1]
-        )
-        return ProgramFile(
-            folder=cache,
-            description=[stage, to_dict(self.sampling), self.batch, self.negative, mesh],
-            devices=devices,
-            results=results,
-        )
-
-    def arguments(self) -> tuple[dict[str, jax.ShapeDtypeStruct], tuple[jax.ShapeDtypeStruct, ...]]:
+    def arguments(self) -> tuple[dict[str, Any], SamplerState]:
         """Shapes of the inputs by name, and of the state."""
         stage, n = self.stage, self.batch
         length, channels = stage.max_text_length, stage.network.image_channels
         text = jax.ShapeDtypeStruct((n, length, stage.network.text_width), jnp.float32)
         mask = jax.ShapeDtypeStruct((n, length), jnp.bool_)
-        inputs = {"seeds": jax.ShapeDtypeStruct((n,), jnp.uint32), "text": text, "mask": mask}
+        inputs: dict[str, Any] = {"seeds": jax.ShapeDtypeStruct((n,), jnp.uint32), "text": text, "mask": mask}
         if self.negative:
             inputs |= {"negative_text": text, "negative_mask": mask}
         if (low := stage.low_resolution) is not None:
             inputs["low_res"] = jax.ShapeDtypeStruct((n, low, low, channels), jnp.float32)
+        inputs["hooks"] = self.hooks.batch(n)
         picture = jax.ShapeDtypeStruct((n, stage.resolution, stage.resolution, channels), jnp.float32)
-        return inputs, (picture, picture)
+        rule = self.sampling.sampler.rule
+        return inputs, jax.eval_shape(lambda x: SamplerState(x, x, rule.start(x)), picture)
 
     def shardings(self, abstract_params: Params) -> tuple[Any, ...] | None:
         """Where parameters, inputs, state and the two call numbers lie; None without a mesh."""
         if self.mesh is None:
             return None
-        inputs, _ = self.arguments()
+        inputs, state = self.arguments()
         batch, whole = batch_sharding(self.mesh), replicated(self.mesh)
         pictures = picture_sharding(self.mesh)
         return (
             state_shardings(abstract_params, self.mesh),
-            dict.fromkeys(inputs, batch),
-            (pictures, pictures),
+            jax.tree.map(lambda _: batch, inputs),
+            jax.tree.map(lambda _: pictures, state),
             whole,
             whole,
         )
+
+    @property
+    def kernel_mesh(self) -> Mesh:
+        """Where the program runs: the network chooses its kernels by the devices."""
+        return self.mesh or make_mesh(MeshConfig(), jax.local_devices()[:1])
 
 
 class StageProgram:
@@ -104,27 +106,21 @@ class StageProgram:
         """Where the program expects its parameters; None without a mesh."""
         return None if self._shardings is None else self._shardings[0]
 
-    def place(self, inputs: StageInputs) -> dict[str, jax.Array]:
+    def place(self, inputs: StageInputs) -> dict[str, Any]:
         """A batch of inputs on the devices."""
         given = {name: value for name, value in inputs._asdict().items() if value is not None}
         return jax.device_put(given, None if self._shardings is None else self._shardings[1])
 
-    def empty_state(self) -> tuple[jax.Array, jax.Array]:
+    def empty_state(self) -> SamplerState:
         """The state before the first call; what is in it is not looked at."""
-        zeros = tuple(np.zeros(each.shape, each.dtype) for each in self.spec.arguments()[1])
+        zeros = jax.tree.map(lambda each: np.zeros(each.shape, each.dtype), self.spec.arguments()[1])
         return jax.device_put(zeros, None if self._shardings is None else self._shardings[2])
 
     def __call__(
-        self,
-        params: Params,
-        inputs: dict[str, jax.Array],
-        state: tuple[jax.Array, jax.Array],
-        first: int,
-        last: int,
-    ) -> tuple[jax.Array, jax.Array]:
-        """(x, x̂0) after the network calls `first` to `last` − 1; the state given is used up."""
-        numbers = (np.int32(first), np.int32(last))
-        return self._compiled(params, inputs, state, *numbers)
+        self, params: Params, inputs: dict[str, Any], state: SamplerState, first: int, last: int
+    ) -> SamplerState:
+        """The state after the network calls `first` to `last` − 1; the state given is used up."""
+        return self._compiled(params, inputs, state, np.int32(first), np.int32(last))
 
 
 def compile_program(lowered: jax.stages.Lowered, mesh: Mesh | None) -> jax.stages.Compiled:
@@ -145,50 +141,45 @@ def compile_program(lowered: jax.stages.Lowered, mesh: Mesh | None) -> jax.stage
         return lowered.compile()  # a compiler that does not have them
 
 
-def program_file(spec: ProgramSpec, cache: Path | None) -> ProgramFile | None:
-    """Where a stage's program is kept; None: nowhere. Programs of several processes are left to JAX's own cache."""
-    return None if cache is None or jax.process_count() > 1 else spec.file(cache)
+def trace(spec: ProgramSpec, network: StageNetwork) -> jax.stages.Lowered:
+    """A stage's program, (params, inputs, state, first, last) → state, not compiled."""
+    mesh = spec.kernel_mesh
+
+    def advance(
+        params: Params, inputs: dict[str, Any], state: SamplerState, first: Any, last: Any
+    ) -> SamplerState:
+        given = StageInputs(**inputs)
+        return draw(network, params, given, state, first, last, config=spec.sampling, mesh=mesh)
+
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    shardings = spec.shardings(network.abstract_params)
+    placing: dict[str, Any] = {}
+    if shardings is not None:
+        placing = {"in_shardings": shardings, "out_shardings": shardings[2]}
+    jitted = jax.jit(advance, donate_argnums=2, **placing)
+    return jitted.lower(network.abstract_params, *spec.arguments(), number, number)
 
 
-def stored_params(file: ProgramFile) -> Params:
-    """Shapes of the parameters that a stored program takes.
+def lower(spec: ProgramSpec, network: StageNetwork | None = None) -> jax.stages.Lowered:
+    """The whole way from noise to pictures, not compiled: for planning and for reading what the compiler makes.
 
-    Raises:
-      UserError: the file says something else; names it.
+    The number of network calls is known to the compiler here.
     """
-    where, found = f"{file.folder / 'programs' / file.key}: its note", {}
-    for name, value in json_object(file.note, where).items():
-        try:
-            shape, dtype = value
-            found[name] = jax.ShapeDtypeStruct(tuple(map(operator.index, shape)), jnp.dtype(dtype))
-        except (TypeError, ValueError):
-            raise UserError(
-                f"{where} has {value!r} for {name}, no shape and dtype; delete the file"
-            ) from None
-    return found
+    network = network or StageNetwork(spec.stage)
+    inputs, _ = spec.arguments()
+    shardings, mesh = spec.shardings(network.abstract_params), spec.kernel_mesh
+
+    def whole(params: Params, inputs: dict[str, Any]) -> jax.Array:
+        given = StageInputs(**inputs)
+        return draw(network, params, given, None, config=spec.sampling, mesh=mesh).x0
+
+    if shardings is None:
+        return jax.jit(whole).lower(network.abstract_params, inputs)
+    jitted = jax.jit(whole, in_shardings=shardings[:2], out_shardings=shardings[2].x0)
+    return jitted.lower(network.abstract_params, inputs)
 
 
-def load_program(spec: ProgramSpec, file: ProgramFile) -> StageProgram | None:
-    """A stage's program from its file; None if it is not there, or cannot be loaded."""
-    stored = file.load()
-    return None if stored is None else StageProgram(spec, stored_params(file), stored)
-
-
-def prepare(spec: ProgramSpec, file: ProgramFile | None = None) -> StageProgram:
-    """Traces and compiles a stage, or loads its program.
-
-    Args:
-      spec: what to compile.
-      file: `program_file` of it; None: nothing is remembered.
-    """
-    if file is not None and (stored := load_program(spec, file)) is not None:
-        return stored
-    from imagen_jax.sampling.tracing import trace
-
-    lowered, arguments = trace(spec)
-    params = arguments[0]
-    if file is None:
-        return StageProgram(spec, params, compile_program(lowered, spec.mesh))
-    note = {name: [each.shape, str(each.dtype)] for name, each in params.items()}
-    made = file.make(lambda: compile_program(lowered, spec.mesh), arguments, note)
-    return StageProgram(spec, params, made)
+def prepare(spec: ProgramSpec) -> StageProgram:
+    """Traces and compiles a stage."""
+    network = StageNetwork(spec.stage)
+    return StageProgram(spec, network.abstract_params, compile_program(trace(spec, network), spec.mesh))

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from imagen_jax.diffusion.guidance import guide, rescale_guided
+from imagen_jax.diffusion.loop import Denoiser, advance, image_noise, start
 from imagen_jax.diffusion.process import to_x0_and_epsilon
-from imagen_jax.diffusion.samplers import Denoised, Denoiser, SamplerState, advance, image_noise, start
+from imagen_jax.diffusion.rules import Denoised, SamplerState
 from imagen_jax.diffusion.thresholding import threshold
 from imagen_jax.errors import UserError
 from imagen_jax.models.configs import SamplingConfig, StageConfig
@@ -153,11 +154,18 @@ def draw(
         return jax.tree.map(lambda each: shard_pictures(each, mesh), found)
 
     if state is None:
-        state = start(keys, shape)
+        state = start(keys, shape, config.sampler)
     elif not isinstance(first, int):
-        state = jax.lax.cond(first == 0, lambda: start(keys, shape), lambda: state)
+        state = jax.lax.cond(first == 0, lambda: start(keys, shape, config.sampler), lambda: state)
     return advance(
-        sharded, state, keys=keys, schedule=stage.schedule, config=config.sampler, first=first, last=last
+        sharded,
+        state,
+        keys=keys,
+        schedule=stage.schedule,
+        config=config.sampler,
+        hooks=inputs.hooks,
+        first=first,
+        last=last,
     )
 
 

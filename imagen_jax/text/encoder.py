@@ -4,7 +4,6 @@ import collections
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,8 +16,8 @@ from tqdm import tqdm
 from imagen_jax.data.embeddings import cut_embedding
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
-from imagen_jax.executables import ProgramFile
-from imagen_jax.models.t5_weights import T5Config, load_t5
+from imagen_jax.models.t5 import T5Config, encode
+from imagen_jax.models.t5_weights import load_t5
 from imagen_jax.text.encoder_folder import copy_encoder, download, parts
 from imagen_jax.text.identity import identify
 from imagen_jax.text.store import WHOLE_LENGTH, TokenCounts
@@ -65,14 +64,11 @@ class TextEncoder:
         params: dict[str, jax.Array],
         dtype: str,
         mesh: jax.sharding.Mesh | None = None,
-        cache: Path | None = None,
     ):
         self.folder, self.name, self.dtype = folder, name, dtype
         self.width, self.vocab_size = config.width, config.vocab_size
         self.tokenizer, self._params, self._mesh = tokenizer, params, mesh
-        self._config, self._cache = config, cache
         self._encode = jax.jit(functools.partial(_encode_as, config, dtype), static_argnames="dtype")
-        self._programs: dict[tuple[tuple[int, ...], np.dtype], Any] = {}
 
     @classmethod
     def load(
@@ -81,7 +77,6 @@ class TextEncoder:
         *,
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
-        cache: Path | None = None,
     ) -> "TextEncoder":
         """Opens an encoder from a local folder or from the hub.
 
@@ -92,7 +87,6 @@ class TextEncoder:
             dtype: of the parameters and of the matrix products (norms and softmax are float32).
             mesh: of this process's devices, to spread the parameters and the batches over; None: one
                 device holds everything.
-            cache: folder of `imagen_jax.cache` in which compiled programs are kept, without a mesh; None: none are.
 
         Raises:
             UserError: no such folder or hub id, no network, pickled or quantised weights, not a T5 encoder, or a
@@ -120,7 +114,6 @@ class TextEncoder:
             params=params,
             dtype=dtype,
             mesh=mesh,
-            cache=cache,
         )
 
     @functools.cached_property
@@ -247,30 +240,7 @@ class TextEncoder:
 
     def _run(self, tokens: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> jax.Array:
         """Embeddings of one batch, on the devices."""
-        # Programs of several processes are left to JAX's own cache, as those of stages.
-        if self._cache is None or self._mesh is not None or jax.process_count() > 1:
-            return self._encode(self._params, *self._place(tokens, mask), dtype=dtype)
-        key = (tokens.shape, dtype)
-        if key not in self._programs:
-            self._programs[key] = self._program(self._cache, *key)
-        return self._programs[key](self._params, tokens, mask)
-
-    def _program(self, cache: Path, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """The compiled program of a batch's shape, from the cache or into it."""
-        device = jax.local_devices()[0]
-        place = jax.sharding.SingleDeviceSharding(device)
-        file = ProgramFile(
-            folder=cache,
-            description=["text encoder", repr(self._config), self.dtype, list(shape), dtype.name],
-            devices=(device,),
-            results=jax.ShapeDtypeStruct((*shape, self.width), dtype, sharding=place),
-        )
-        if (stored := file.load()) is not None:
-            return stored
-        tokens, mask = jax.ShapeDtypeStruct(shape, jnp.int32), jax.ShapeDtypeStruct(shape, jnp.bool_)
-        encode = functools.partial(_encode_as, self._config, self.dtype, dtype=dtype)
-        arguments = (self._params, tokens, mask)
-        return file.make(jax.jit(encode, keep_unused=True).lower(*arguments).compile, arguments, None)
+        return self._encode(self._params, *self._place(tokens, mask), dtype=dtype)
 
     def _place(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
         if self._mesh is None:
@@ -296,9 +266,6 @@ def _encode_as(
     *,
     dtype: Any,
 ) -> Float[Array, "batch length width"]:
-    # Only here: a stored program needs no network, and flax takes long to import.
-    from imagen_jax.models.t5 import encode
-
     return encode(config, params, tokens, mask, dtype=compute_dtype).astype(dtype)
 
 

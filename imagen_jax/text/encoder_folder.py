@@ -4,7 +4,8 @@ from etils import epath
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import copy_file, make_folder
-from imagen_jax.models.t5_weights import T5Config, check_t5, check_t5_tensors
+from imagen_jax.models.t5 import T5Config
+from imagen_jax.models.t5_weights import check_t5, check_t5_tensors
 from imagen_jax.models.weights import SafetensorsReader
 from imagen_jax.text.tokenizer import TOKENIZER_FILES, CaptionTokenizer
 

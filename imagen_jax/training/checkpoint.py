@@ -37,7 +37,7 @@ from imagen_jax.files import (
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.training.checksums import add_checksums, begin_checksums, json_checksum
 from imagen_jax.training.config import Best, TrainConfig
-from imagen_jax.training.state import TrainState
+from imagen_jax.training.state import TrainState, from_stored_form, stored_form
 
 # What storage answers when it is not the checkpoint that is at fault.
 _NOT_DAMAGE = (
@@ -139,7 +139,7 @@ class _ChecksumSave(ocp.args.CheckpointArgs):
 class _Content(NamedTuple):
     """What is in a checkpoint."""
 
-    state: TrainState
+    state: TrainState  # in its stored form
     run: dict[str, Any]
     checksums: dict[str, int] | None  # by an array's path; None: it was made by a version that wrote none
 
@@ -240,15 +240,16 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        stored = stored_form(state)
         run = {
             "examples": examples,
             "config": to_dict(config),
             "text_encoder": identity_to_json(encoder),
         }
         args = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
+            state=ocp.args.StandardSave(stored),
             run=ocp.args.JsonSave({**run, "crc32c": json_checksum(run)}),
-            checksums=_ChecksumSave(begin_checksums(state)),
+            checksums=_ChecksumSave(begin_checksums(stored)),
         )
         metrics = None
         if metric is not None and self._keep.best:
@@ -288,15 +289,15 @@ class Checkpoints:
                 f"{self.folder / str(step)} is damaged ({fault}); imagen-jax train sets it aside and goes on from "
                 "the checkpoint before"
             )
-        return content.state, content.run["examples"]
+        return from_stored_form(content.state, abstract), content.run["examples"]
 
     def _read(self, step: int, abstract: TrainState) -> _Content:
         """Reads a checkpoint; its arrays are still to be compared with their checksums."""
         # Not through the manager: there a process that fails leaves the others waiting at a barrier.
         alone = ocp.options.MultiprocessingOptions(primary_host=None, active_processes={jax.process_index()})
         run, checksums = self._read_run(step)
-        handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
-        restored = handler.restore(self.folder / str(step) / "state", args=ocp.args.StandardRestore(abstract))
+        handler, stored = ocp.StandardCheckpointHandler(multiprocessing_options=alone), stored_form(abstract)
+        restored = handler.restore(self.folder / str(step) / "state", args=ocp.args.StandardRestore(stored))
         return _Content(TrainState(*restored), run, checksums)
 
     def _read_run(self, step: int) -> tuple[dict[str, Any], dict[str, int] | None]:
@@ -354,7 +355,7 @@ class Checkpoints:
                 # Only now: all processes have their parts.
                 faults = [said for said in gather(self._compare(step, found)) if said]
                 if not faults:
-                    return found.state, found.run["examples"], step
+                    return from_stored_form(found.state, abstract), found.run["examples"], step
             place = self.folder.parent / "damaged_checkpoints" / str(step)
             on_first(lambda step=step, place=place: self._set_aside(step, place))  # type: ignore[misc]
             if jax.process_index() == 0:

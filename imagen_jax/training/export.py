@@ -13,7 +13,6 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import make_folder
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.network import Params
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.identity import encoder_files
 from imagen_jax.sampling.model_folder import INDEX, ModelIndex, check_cascade, save_index, save_stage
@@ -22,7 +21,7 @@ from imagen_jax.text.encoder_folder import is_hub_id
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import LoopConfig, TrainConfig
 from imagen_jax.training.config_file import read_config
-from imagen_jax.training.state import abstract_state, ema_of, make_optimizer
+from imagen_jax.training.run import Run
 
 
 def export(
@@ -155,14 +154,11 @@ def _averaged(workdir: epath.Path, config: TrainConfig, ema_decay: float | None)
     checkpoints = Checkpoints(workdir)
     try:
         step = _newest(checkpoints, workdir)
-        network = StageNetwork(config.stage)
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        mesh = make_mesh(MeshConfig(data=1, fsdp=-1))
-        abstract = abstract_state(network, optimizer, mesh, config.train.ema_decays)
-        state, _ = checkpoints.restore(step, abstract)
+        run = Run.of(config, make_mesh(MeshConfig(data=1, fsdp=-1)))
+        state, _ = checkpoints.restore(step, run.abstract)
     finally:
         checkpoints.close()
-    return ema_of(state, config.train, ema_decay)
+    return run.average(state, ema_decay)
 
 
 def export_pipelines(

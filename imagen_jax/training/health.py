@@ -26,13 +26,13 @@ from imagen_jax.config import build
 from imagen_jax.data.pipeline import Batch
 from imagen_jax.errors import UserError
 from imagen_jax.files import AtomicFile, exists, make_folder, read_bytes, write_text
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.parallel.processes import on_first
 from imagen_jax.training.checkpoint import Checkpoints, Keep
 from imagen_jax.training.config import OnNonfinite, TrainConfig
 from imagen_jax.training.config_file import read_config, write_config
-from imagen_jax.training.state import TrainState, abstract_state, make_optimizer
+from imagen_jax.training.run import Run
+from imagen_jax.training.state import TrainState, gradient_names
 from imagen_jax.training.train_step import LOG_SNR_EDGES, StepMetrics, make_train_step, step_arrays
 
 # Steps that are dispatched before the verdict on one is looked at: the devices never wait for the host. A fixed
@@ -88,7 +88,7 @@ def _finite(value: jax.Array) -> float | None:
 
 
 def make_report(
-    step: int, metrics: StepMetrics, batch: Batch, params: Sequence[str], newest: int | None
+    step: int, metrics: StepMetrics, batch: Batch, names: Sequence[str], newest: int | None
 ) -> Report:
     """Says what was not finite.
 
@@ -96,7 +96,7 @@ def make_report(
       step: number of the step.
       metrics: what it gave.
       batch: its examples, of all processes, with `key` and `index`.
-      params: names of the parameters.
+      names: of the gradients, see `state.gradient_names`.
       newest: step of the newest complete checkpoint.
     """
     low, high = np.asarray(metrics["index"]).astype(np.uint64).T
@@ -109,7 +109,7 @@ def make_report(
         step=step,
         loss=_finite(metrics["loss"]),
         grad_norm=_finite(metrics["grad_norm"]),
-        gradients=tuple(name for name, good in zip(sorted(params), finite, strict=True) if not good),
+        gradients=tuple(name for name, good in zip(names, finite, strict=True) if not good),
         inputs=tuple(n for n in floating if not np.isfinite(np.asarray(batch[n], np.float32)).all()),
         records=tuple(key for key, number in zip(keys, batch["index"].tolist()) if number in bad),
         batch=tuple(keys),
@@ -216,7 +216,7 @@ class Health:
         loop, folder = self._config.train, self._workdir / "nonfinite" / str(step)
         skipped = int(metrics["skipped"])
         skip = loop.on_nonfinite is OnNonfinite.SKIP and skipped <= loop.max_skipped
-        said = on_first(lambda: self._report(step, metrics, sorted(state.params), folder, skip))
+        said = on_first(lambda: self._report(step, metrics, gradient_names(state), folder, skip))
         if skip:
             self._say(f"skipped {said}; {skipped} of at most {loop.max_skipped} skipped; {folder}")
             return
@@ -232,11 +232,11 @@ class Health:
         )
 
     def _report(
-        self, step: int, metrics: StepMetrics, params: Sequence[str], folder: epath.Path, skip: bool
+        self, step: int, metrics: StepMetrics, names: Sequence[str], folder: epath.Path, skip: bool
     ) -> str:
         """Writes what is to be kept of a step, but for the state; says what was not finite."""
         batch = self._read_batch(step)
-        report = make_report(step, metrics, batch, params, self._newest())
+        report = make_report(step, metrics, batch, names, self._newest())
         save_report(folder, report)
         if not skip:
             write_config(folder, self._config)
@@ -266,14 +266,13 @@ def reproduce(folder: epath.PathLike) -> Report:
     config = build(TrainConfig, read_config(folder), f"{folder}/config.json")
     count = math.gcd(len(batch["index"]) // config.train.accumulate, jax.device_count())
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:count])
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
-    abstract = abstract_state(network, optimizer, mesh, config.train.ema_decays)
+    run = Run.of(config, mesh)
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         before = checkpoints.latest_step()
         if before is None:
             raise UserError(f"--reproduce {folder}: it has no checkpoint")
-        state, _ = checkpoints.restore(before, abstract)
+        state, _ = checkpoints.restore(before, run.abstract)
     placed = put_batch(step_arrays(batch), mesh)
-    names = list(state.params)
-    _, metrics = make_train_step(network, optimizer, config, mesh, abstract)(state, placed)
+    names = gradient_names(state)
+    _, metrics = make_train_step(run)(state, placed)
     return make_report(before + 1, metrics, batch, names, before)

@@ -7,22 +7,19 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 
 from imagen_jax.data import shapes
 from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
 from imagen_jax.files import make_folder
-from imagen_jax.models.network import Params
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import replicated
 from imagen_jax.sampling.pictures import grid, save_png
 from imagen_jax.sampling.stage_sampler import StageSampler
-from imagen_jax.training.config import Scorer, TrainConfig
+from imagen_jax.training.config import Scorer
 from imagen_jax.training.online import OnlineText, TokenizedBatches
+from imagen_jax.training.run import Run
 from imagen_jax.training.state import TrainState
-from imagen_jax.training.train_step import batch_loss
 
 # pictures uint8 (n, R, R, 3), their captions → named figures
 ScorePictures = Callable[[np.ndarray, list[str]], dict[str, float]]
@@ -59,9 +56,7 @@ class HeldOutLoss:
     """The loss of a fixed set of records, whole captions and noise fixed by index, under the averaged weights.
 
     Args:
-      config: the run.
-      network: the stage's network.
-      mesh: where it runs.
+      run: whose loss.
       pipeline: of the training.
       open_batches: opens this process's share of the batches of a pipeline, with what their text is made of.
       place: puts a batch onto the devices.
@@ -69,27 +64,27 @@ class HeldOutLoss:
 
     def __init__(
         self,
-        config: TrainConfig,
-        network: StageNetwork,
-        mesh: Mesh,
+        run: Run,
         pipeline: PipelineConfig,
         open_batches: Callable[[PipelineConfig], Batches | TokenizedBatches],
         place: Callable[[Batch], Any],
     ):
+        config = run.config
         count = record_count(config.data.path, config.train.eval_split)
         self._batches = min(config.train.eval_batches, -(-count // config.data.batch_size))
         self._pipeline = dataclasses.replace(
             pipeline, split=config.train.eval_split, shuffle=False, flip=False
         )
         self._open, self._place = open_batches, place
-        with_text = dataclasses.replace(config, train=dataclasses.replace(config.train, text_dropout=0.0))
+        self._run = run.evaluating()
         self._loss = jax.jit(
-            lambda params, batch: batch_loss(network, with_text, params, batch, mesh=mesh),
-            out_shardings=replicated(mesh),
+            lambda params, batch: self._run.losses(params, batch)[run.roles.primary].loss.mean(),
+            out_shardings=replicated(run.mesh),
         )
 
-    def __call__(self, params: Params) -> dict[str, float]:
+    def __call__(self, state: TrainState) -> dict[str, float]:
         """{"held_out_loss": mean over the set}."""
+        params = self._run.averages(state)
         with self._open(self._pipeline) as batches:
             losses = [self._loss(params, self._place(next(batches))) for _ in range(self._batches)]
         return {"held_out_loss": float(np.mean(jax.device_get(losses)))}
@@ -99,9 +94,7 @@ class SampleGrid:
     """Pictures of the same captions and seeds, drawn now and then with the averaged weights.
 
     Args:
-      config: the run.
-      network: the stage's network.
-      mesh: where its parameters lie.
+      run: whose denoiser draws.
       workdir: of the run.
       batch: the examples whose captions, and low-resolution pictures, are used.
       online: the encoder of their captions, if they hold no text.
@@ -109,13 +102,12 @@ class SampleGrid:
 
     def __init__(
         self,
-        config: TrainConfig,
-        network: StageNetwork,
-        mesh: Mesh,
+        run: Run,
         workdir: epath.Path,
         batch: Batch,
         online: OnlineText | None,
     ):
+        config, self._run = run.config, run
         self._batch, self._scorer = dict(batch), config.train.sample_score
         if self._scorer is not Scorer.NONE:
             check_scorer(self._scorer, config.stage.resolution, self._batch["caption"])
@@ -124,7 +116,7 @@ class SampleGrid:
         null = None if online is None else online.null_text
         self._null = None if null is None else np.broadcast_to(null, self._batch["text"].shape)
         self._seeds = np.arange(len(self._batch["text_mask"]), dtype=np.uint32)
-        self._sampler = StageSampler(network, mesh)
+        self._sampler = StageSampler(run.network, run.mesh)
         self._folder = workdir / "samples"
 
     def draw(self, state: TrainState) -> tuple[np.ndarray, dict[str, float]]:
@@ -134,7 +126,7 @@ class SampleGrid:
           UserError: pictures are not finite.
         """
         pictures = self._sampler(
-            {name: state.ema[name] for name in state.params},
+            self._run.average(state),
             seeds=self._seeds,
             text=self._batch["text"].astype(np.float32),
             mask=self._batch["text_mask"],

@@ -20,7 +20,7 @@ from imagen_jax.sampling.model_folder import INDEX, ModelFolder
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.config_file import read_config
-from imagen_jax.training.state import abstract_state, ema_of, make_optimizer
+from imagen_jax.training.run import Run
 
 RECORD = "init_from.json"  # in the work directory: where its weights come from
 
@@ -58,16 +58,13 @@ def _from_workdir(source: epath.Path, ours: StageConfig, mesh: Mesh, decay: floa
         step = checkpoints.latest_step()
         if step is None:
             raise UserError(f"--init_from {source}: no complete checkpoint in {checkpoints.folder}")
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
-        network = StageNetwork(config.stage)
+        run = Run.of(config, mesh)
         encoder = checkpoints.encoder(step)
-        state, _ = checkpoints.restore(
-            step, abstract_state(network, optimizer, mesh, config.train.ema_decays)
-        )
+        state, _ = checkpoints.restore(step, run.abstract)
     finally:
         checkpoints.close()
     try:
-        params = ema_of(state, config.train, decay)
+        params = run.average(state, decay)
     except ValueError as error:
         raise UserError(f"--init_from {source}: {error}") from error
     average = config.train.ema_decay if decay is None else decay

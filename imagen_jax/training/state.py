@@ -7,21 +7,44 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 
 from imagen_jax.models.network import Params
-from imagen_jax.models.stage import StageNetwork
-from imagen_jax.parallel.mesh import state_shardings
-from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerConfig, TrainConfig
+from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerConfig
 
 
 class TrainState(NamedTuple):
     """Arrays of a run; all sharded by the rules of `parallel.mesh`."""
 
-    step: jax.Array  # () int32, optimizer steps done
-    params: Params
-    ema: Params  # exponential moving averages of params; see `ema_of`
-    opt_state: Any
+    step: jax.Array  # () int32, steps done
+    params: dict[str, Params]  # by role
+    ema: dict[str, Params]  # exponential moving averages, of the roles that have some; see `average_of`
+    opt_state: dict[str, Any]  # of the roles that learn
+
+
+def stored_form(state: TrainState) -> TrainState:
+    """The state as checkpoints hold it: of a single role its arrays themselves, as before there were roles."""
+    if len(state.params) > 1:
+        return state
+    (role,) = state.params
+    return TrainState(state.step, state.params[role], state.ema[role], state.opt_state[role])
+
+
+def from_stored_form(stored: TrainState, like: TrainState) -> TrainState:
+    """Undoes `stored_form`; `like` is a state of the same run, or its shapes."""
+    if len(like.params) > 1:
+        return stored
+    (role,) = like.params
+    return TrainState(stored.step, {role: stored.params}, {role: stored.ema}, {role: stored.opt_state})
+
+
+def gradient_names(state: TrainState) -> list[str]:
+    """Names of the arrays that have gradients, in the order of `tensor_squares` in a step's metrics."""
+    several = len(state.params) > 1
+    return [
+        f"{role}/{name}" if several else name
+        for role in sorted(state.opt_state)
+        for name in sorted(state.params[role])
+    ]
 
 
 def ema_name(name: str, decay: float) -> str:
@@ -38,23 +61,24 @@ def start_ema(params: Params, decays: Sequence[float]) -> Params:
     return dict(params) | {ema_name(name, decay): value for decay in decays for name, value in params.items()}
 
 
-def ema_of(state: TrainState, config: LoopConfig, decay: float | None = None) -> Params:
-    """The average of the parameters with a decay.
+def average_of(params: Params, ema: Params, config: LoopConfig, decay: float | None = None) -> Params:
+    """The average of a role's parameters with a decay.
 
     Args:
-      state: of the run.
-      config: its loop.
+      params: the role's.
+      ema: its averages.
+      config: the run's loop.
       decay: `ema_decay` (or None for it), one of `ema_decays`, or 0 for the parameters as they are.
 
     Raises:
       ValueError: the run keeps no such average.
     """
     if decay is None or decay == config.ema_decay:
-        return {name: state.ema[name] for name in state.params}
+        return {name: ema[name] for name in params}
     if decay in config.ema_decays:
-        return {name: state.ema[ema_name(name, decay)] for name in state.params}
+        return {name: ema[ema_name(name, decay)] for name in params}
     if decay == 0.0:
-        return state.params
+        return params
     kept = ", ".join(str(each) for each in (config.ema_decay, *config.ema_decays))
     raise ValueError(f"no average with decay {decay}: the run keeps {kept}, and 0 for no average")
 
@@ -91,68 +115,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         update = optax.adafactor(rate, multiply_by_parameter_scale=False, clipping_threshold=1.0)
     clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
     return optax.chain(clip, update)
-
-
-def init_state(
-    network: StageNetwork, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> TrainState:
-    """A fresh state, made shard by shard where it will live."""
-
-    def init(key: jax.Array) -> TrainState:
-        params = network.init(key)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            ema=jax.tree.map(jnp.copy, start_ema(params, config.train.ema_decays)),
-            opt_state=optimizer.init(params),
-        )
-
-    key = jax.random.key(config.seed)
-    shardings = state_shardings(jax.eval_shape(init, key), mesh)
-    return jax.jit(init, out_shardings=shardings)(key)
-
-
-def state_of_params(
-    params: Params, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> TrainState:
-    """The state of step 0 of a run that starts from given parameters, which it averages from."""
-
-    def init(params: Params) -> TrainState:
-        # Copies: the training step reuses the memory of each of the state's arrays.
-        ema = jax.tree.map(jnp.copy, start_ema(params, config.train.ema_decays))
-        own = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.zeros((), jnp.int32), own, ema, optimizer.init(params))
-
-    shardings = state_shardings(jax.eval_shape(init, params), mesh)
-    return jax.jit(init, out_shardings=shardings)(params)
-
-
-def abstract_state(
-    network: StageNetwork,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    ema_decays: Sequence[float] = (),
-) -> TrainState:
-    """Shapes, dtypes and shardings of the state, for restoring onto any mesh.
-
-    Args:
-      network: the stage's network.
-      optimizer: as `make_optimizer` gives it.
-      mesh: where the state is to lie.
-      ema_decays: `train.ema_decays` of the run.
-    """
-
-    def init(params: Params) -> TrainState:
-        ema = start_ema(params, ema_decays)
-        return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))
-
-    shapes = jax.eval_shape(init, network.abstract_params)
-    shardings = state_shardings(shapes, mesh)
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )
 
 
 def state_bytes(state: Any) -> int:

@@ -1,7 +1,8 @@
 """The compiled training step. All randomness of an example is keyed by the seed and its own index."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,24 +10,16 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Key, UInt32
+from jaxtyping import Array, Float, UInt32
 
-from imagen_jax.diffusion.losses import diffusion_loss
-from imagen_jax.diffusion.process import diffuse
 from imagen_jax.errors import UserError
 from imagen_jax.models.network import Gather, Params
-from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
-from imagen_jax.parallel.mesh import (
-    batch_sharding,
-    parameter_spec,
-    replicated,
-    state_shardings,
-    works_locally,
-)
+from imagen_jax.parallel.mesh import batch_sharding, parameter_spec, replicated, works_locally
 from imagen_jax.training.config import LoopConfig, OnNonfinite, TrainConfig
+from imagen_jax.training.objectives import Batch, Losses
+from imagen_jax.training.roles import Weights
+from imagen_jax.training.run import Run
 from imagen_jax.training.state import TrainState, ema_name, learning_rate, updates_done
-
-Batch = Mapping[str, Array]
 
 # Nats; between them, below the first and above the last lie the bins of log-SNR whose losses are told apart.
 LOG_SNR_EDGES = (-9.0, -6.0, -3.0, 0.0, 3.0, 6.0, 9.0)
@@ -47,99 +40,15 @@ def step_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
     return arrays | {"index": split_index(batch["index"])}
 
 
-class Draws(NamedTuple):
-    """The random numbers of a batch; each example's depend on the seed and its index only."""
-
-    time: Float[Array, " batch"]  # in [0, 1]
-    noise: Float[Array, "batch height width channels"]
-    drop: Float[Array, " batch"]  # in [0, 1]; the text is dropped below the dropout probability
-    aug_level: Float[Array, " batch"]  # in [0, 1]
-    aug_noise: Float[Array, "batch low_height low_width channels"]
-
-
-def draw(
-    key: Key[Array, ""], index: UInt32[Array, "batch 2"], shape: tuple[int, ...], low_shape: tuple[int, ...]
-) -> Draws:
-    """Draws for the examples of the given indices (low and high 32 bits)."""
-
-    def one(parts: Array) -> Draws:
-        own = jax.random.fold_in(jax.random.fold_in(key, parts[0]), parts[1])
-        time, noise, drop, level, aug_noise = jax.random.split(own, 5)
-        return Draws(
-            jax.random.uniform(time),
-            jax.random.normal(noise, shape),
-            jax.random.uniform(drop),
-            jax.random.uniform(level),
-            jax.random.normal(aug_noise, low_shape),
-        )
-
-    return jax.vmap(one)(index)
-
-
-class Losses(NamedTuple):
-    """Of each example of a batch."""
-
-    loss: Float[Array, " batch"]  # weighted as trained
-    log_snr: Float[Array, " batch"]  # noise level at which it was measured
-
-
 # What a training step says of itself, the same on every device:
 # loss () mean of the batch; grad_norm () before clipping; learning_rate () of this step;
 # updated () bool, whether loss and gradient were finite and the parameters took the step;
 # skipped () int32, steps of the run so far that were no update;
 # bin_loss, bin_count (bins,) summed losses and number of the examples in each bin of log-SNR;
-# tensor_squares (tensors,) of each parameter's gradient, in the order of their sorted names;
-# losses (batch,) of each example, and index uint32 (batch, 2) of each, in the same order
+# tensor_squares (tensors,) of each parameter's gradient, in the order of `state.gradient_names`;
+# losses (batch,) of each example, and index uint32 (batch, 2) of each, in the same order;
+# these are the primary role's, and loss/ROLE and grad_norm/ROLE any other's that learns, 0 where it is not its turn
 StepMetrics = dict[str, Array]
-
-
-def example_losses(
-    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, *, mesh: Mesh | None = None
-) -> Losses:
-    """Loss and noise level of each example of a batch.
-
-    Args:
-      network: the stage's network.
-      config: the run.
-      params: its parameters.
-      batch: `image` uint8 (N, R, R, 3); `text` (N, L, D) and `text_mask` (N, L); `index` uint32 (N, 2); and for
-        an SR stage `low_res` uint8 (N, r, r, 3); with padded_text `null_text` (N, L, D).
-      mesh: where the parameters lie by the rules of `parallel.mesh`; None: they lie whole.
-    """
-    stage = config.stage
-    x0 = unit_pictures(batch["image"])
-    low_res = unit_pictures(batch["low_res"]) if stage.low_resolution else None
-    if low_res is not None:
-        low_res = stage.augmentation.prepare(low_res, x0.shape[1])
-    low_shape = (0, 0, 3) if low_res is None else low_res.shape[1:]
-    draws = draw(jax.random.key(config.seed), batch["index"], x0.shape[1:], low_shape)
-    log_snr = stage.schedule.log_snr(draws.time)
-    x_t = diffuse(x0, draws.noise, log_snr)
-    dropped = draws.drop < config.train.text_dropout
-    text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
-    if stage.padded_text:
-        text = jnp.where(dropped[:, None, None], batch["null_text"].astype(jnp.float32), text)
-    else:
-        text, mask = drop_text(text, mask, dropped)
-    aug_log_snr = None
-    if low_res is not None:
-        level = draws.aug_level * stage.augmentation.max_level
-        low_res = stage.augmentation.apply(low_res, draws.aug_noise, level)
-        aug_log_snr = stage.augmentation.log_snr(level)
-    output = network.apply(
-        params, x_t, log_snr, text, mask, low_res=low_res, aug_log_snr=aug_log_snr, mesh=mesh
-    )
-    losses = diffusion_loss(
-        output.prediction, x0=x0, x_t=x_t, log_snr=log_snr, prediction=stage.prediction, config=config.loss
-    )
-    return Losses(losses, log_snr)
-
-
-def batch_loss(
-    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, *, mesh: Mesh | None = None
-) -> Float[Array, ""]:
-    """Mean loss of a batch; the arguments are those of `example_losses`."""
-    return example_losses(network, config, params, batch, mesh=mesh).loss.mean()
 
 
 def ema_update(ema: Params, params: Params, step: Array, decay: float) -> Params:
@@ -184,52 +93,68 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> dict[str, Array]:
 
 
 def batch_gradients(
-    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, mesh: Mesh
-) -> tuple[Params, Losses, UInt32[Array, "batch 2"]]:
-    """Gradients of a batch's mean loss, its examples' losses, and their indices in the order of these.
+    run: Run, params: Weights, batch: Batch, step: Array
+) -> tuple[dict[str, Params], dict[str, Losses], UInt32[Array, "batch 2"]]:
+    """Gradients by role of a batch's mean losses, its examples' losses, and their indices in the order of these.
 
-    With `train.accumulate` the parts go through the network one after the other and their gradients are added up;
+    With `train.accumulate` the parts go through the networks one after the other and their gradients are added up;
     what an example draws is keyed by its index, so that the sum is the whole batch's but for rounding.
     """
+    mesh = run.mesh
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.stage.network.gather is not Gather.ONCE or mesh.shape["tensor"] > 1 or devices == 1:
-        return _gradients(network, config, params, batch, mesh)
-    specs = {name: parameter_spec(value.shape, mesh) for name, value in network.abstract_params.items()}
+    if run.config.stage.network.gather is not Gather.ONCE or mesh.shape["tensor"] > 1 or devices == 1:
+        return _gradients(run, params, batch, step)
+
+    def specs(roles: Iterable[str]) -> dict[str, dict[str, P]]:
+        shapes = {role: run.roles[role].network.abstract_params for role in roles}
+        return jax.tree.map(lambda leaf: parameter_spec(leaf.shape, mesh), shapes)
+
     examples = P(("data", "fsdp"))
-    run = jax.shard_map(
-        lambda params, batch: _gradients(network, config, params, batch, mesh),
+    gradients_of = jax.shard_map(
+        functools.partial(_gradients, run),
         mesh=mesh,
-        in_specs=(specs, examples),
-        out_specs=(specs, examples, examples),
+        in_specs=(specs(run.roles), examples, P()),
+        out_specs=(specs(run.roles.learning), examples, examples),
         check_vma=False,  # gather_shard says how gradients are summed
     )
-    return run(params, dict(batch))
+    return gradients_of(dict(params), dict(batch), step)
 
 
 def _gradients(
-    network: StageNetwork, config: TrainConfig, params: Params, batch: Batch, mesh: Mesh
-) -> tuple[Params, Losses, UInt32[Array, "batch 2"]]:
+    run: Run, params: Weights, batch: Batch, step: Array
+) -> tuple[dict[str, Params], dict[str, Losses], UInt32[Array, "batch 2"]]:
     """`batch_gradients`, of whole arrays or, where the code works locally, of one device's part of them."""
+    mesh, parts = run.mesh, run.config.train.accumulate
     # Of all devices' means, each adds its share.
     share = 1 / (mesh.shape["data"] * mesh.shape["fsdp"]) if works_locally() else 1.0
 
-    def gradients_of(part: Batch) -> tuple[Params, Losses]:
-        def loss(params: Params) -> tuple[Array, Losses]:
-            losses = example_losses(network, config, params, part, mesh=mesh)
+    def of_role(role: str, part: Batch) -> tuple[Params, Losses]:
+        def loss(own: Params) -> tuple[Array, Losses]:
+            losses = run.losses({**params, role: own}, part)[role]
             return losses.loss.mean() * share, losses
 
-        return jax.grad(loss, has_aux=True)(params)
+        def gradient() -> tuple[Params, Losses]:
+            return jax.grad(loss, has_aux=True)(params[role])
 
-    parts = config.train.accumulate
+        if (every := run.roles[role].every) == 1:
+            return gradient()
+        idle = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(gradient))
+        return jax.lax.cond(step % every == 0, gradient, lambda: idle)
+
+    def gradients_of(part: Batch) -> tuple[dict[str, Params], dict[str, Losses]]:
+        both = {role: of_role(role, part) for role in run.roles.learning}
+        return {role: each[0] for role, each in both.items()}, {role: each[1] for role, each in both.items()}
+
     if parts == 1:
         return *gradients_of(batch), batch["index"]
 
-    def add(total: Params, part: Batch) -> tuple[Params, Losses]:
+    def add(total: dict[str, Params], part: Batch) -> tuple[dict[str, Params], dict[str, Losses]]:
         gradients, losses = gradients_of(part)
         return jax.tree.map(lambda a, b: a + b / parts, total, gradients), losses
 
     split = split_batch(batch, parts, mesh)
-    total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
+    start = {role: jax.tree.map(jnp.zeros_like, params[role]) for role in run.roles.learning}
+    total, losses = jax.lax.scan(add, start, split)
     flat = jax.tree.map(lambda each: each.reshape(-1), losses)
     return total, flat, split["index"].reshape(-1, 2)
 
@@ -248,65 +173,77 @@ def compiler_options(config: LoopConfig, mesh: Mesh) -> dict[str, str] | None:
     return {"xla_tpu_scoped_vmem_limit_kib": str(config.tpu_operation_kib)}
 
 
-def make_train_step(
-    network: StageNetwork,
-    optimizer: optax.GradientTransformation,
-    config: TrainConfig,
-    mesh: Mesh,
-    state: Any,
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+def _updated(run: Run, state: TrainState, gradients: Mapping[str, Params]) -> TrainState:
+    """The state after all roles that are due took their step."""
+    params, ema, opt_state = dict(state.params), dict(state.ema), dict(state.opt_state)
+    for role in run.roles.learning:
+        own = state.params[role]
+        updates, stepped = run.optimizers[role].update(gradients[role], state.opt_state[role], own)
+        new: dict[str, Any] = {"params": optax.apply_updates(own, updates), "opt_state": stepped}
+        old: dict[str, Any] = {"params": own, "opt_state": state.opt_state[role]}
+        if role in ema:
+            new["ema"] = update_averages(ema[role], new["params"], state.step, run.config.train)
+            old["ema"] = ema[role]
+        if (every := run.roles[role].every) > 1:
+            due = state.step % every == 0
+            new = jax.tree.map(lambda new, old, due=due: jnp.where(due, new, old), new, old)
+        params[role], opt_state[role] = new["params"], new["opt_state"]
+        if role in ema:
+            ema[role] = new["ema"]
+    return TrainState(state.step, params, ema, opt_state)
+
+
+def make_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """Compiles state, batch → state, metrics; the old state's memory is reused.
 
     A step whose loss or gradient is not finite counts as a step but changes nothing else. Once more than
     `max_skipped` (0 where `on_nonfinite` is stop) of them were met, steps leave the state wholly as it is: it stays
     that before the offending step, though with its number, until the host has noticed.
-
-    Args:
-      network: the stage's network.
-      optimizer: as `make_optimizer` gives it.
-      config: the run.
-      mesh: where it runs.
-      state: a state or its shapes.
     """
-    allowed = config.train.max_skipped if config.train.on_nonfinite is OnNonfinite.SKIP else 0
-    rate = learning_rate(config.optimizer, config.train.steps)
+    loop, primary = run.config.train, run.roles.primary
+    allowed = loop.max_skipped if loop.on_nonfinite is OnNonfinite.SKIP else 0
+    optimizer = run.roles[primary].optimizer
+    if optimizer is None:
+        raise AssertionError("the primary role learns")
+    rate = learning_rate(optimizer, loop.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        gradients, losses, index = batch_gradients(network, config, state.params, batch, mesh)
-        squares = jnp.stack([jnp.sum(jnp.square(gradients[name])) for name in sorted(gradients)])
-        loss, grad_norm = losses.loss.mean(), jnp.sqrt(squares.sum())
-        done = updates_done(state.opt_state)
+        gradients, losses, index = batch_gradients(run, state.params, batch, state.step)
+        squares = {
+            role: jnp.stack([jnp.sum(jnp.square(own[name])) for name in sorted(own)])
+            for role, own in gradients.items()
+        }
+        means = {role: each.loss.mean() for role, each in losses.items()}
+        norms = {role: jnp.sqrt(each.sum()) for role, each in squares.items()}
+        done = updates_done(state.opt_state[primary])
         running = state.step - done <= allowed
-        updated = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & running
-
-        def update(state: TrainState) -> TrainState:
-            updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            ema = update_averages(state.ema, params, state.step, config.train)
-            return TrainState(state.step, params, ema, opt_state)
-
-        new = jax.tree.map(lambda new, old: jnp.where(updated, new, old), update(state), state)
+        finite = [jnp.isfinite(means[role]) & jnp.isfinite(norms[role]) for role in run.roles.learning]
+        updated = functools.reduce(jnp.logical_and, finite) & running
+        stepped = _updated(run, state, gradients)
+        new = jax.tree.map(lambda new, old: jnp.where(updated, new, old), stepped, state)
         new = new._replace(step=state.step + running.astype(state.step.dtype))
-        bin_loss, bin_count = bin_losses(losses)
+        bin_loss, bin_count = bin_losses(losses[primary])
         metrics = {
-            "loss": loss,
-            "grad_norm": grad_norm,
+            "loss": means[primary],
+            "grad_norm": norms[primary],
             "learning_rate": jnp.asarray(rate(done), jnp.float32),
             "updated": updated,
-            "skipped": new.step - updates_done(new.opt_state),
+            "skipped": new.step - updates_done(new.opt_state[primary]),
             "bin_loss": bin_loss,
             "bin_count": bin_count,
-            "tensor_squares": squares,
-            "losses": losses.loss,
+            "tensor_squares": jnp.concatenate([squares[role] for role in run.roles.learning]),
+            "losses": losses[primary].loss,
             "index": index,
         }
+        for role in run.roles.learning:
+            if role != primary:
+                metrics |= {f"loss/{role}": means[role], f"grad_norm/{role}": norms[role]}
         return new, metrics
 
-    shardings = state_shardings(state, mesh)
     return jax.jit(
         step,
-        in_shardings=(shardings, batch_sharding(mesh)),
-        out_shardings=(shardings, replicated(mesh)),
+        in_shardings=(run.shardings, batch_sharding(run.mesh)),
+        out_shardings=(run.shardings, replicated(run.mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(config.train, mesh),
+        compiler_options=compiler_options(loop, run.mesh),
     )

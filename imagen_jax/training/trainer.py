@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -23,7 +22,6 @@ from imagen_jax.data.pipeline import (
 )
 from imagen_jax.data.records import KeyIndex
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.parallel.watchdog import Phase, Watchdog
@@ -40,9 +38,11 @@ from imagen_jax.training.init_from import (
     write_record,
 )
 from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
+from imagen_jax.training.objectives import Objective
 from imagen_jax.training.online import OnlineText, TokenizedBatches
+from imagen_jax.training.run import Run
 from imagen_jax.training.run_encoder import data_encoder, resumed_encoder, write_encoder
-from imagen_jax.training.state import TrainState, abstract_state, init_state, make_optimizer, state_of_params
+from imagen_jax.training.state import TrainState
 from imagen_jax.training.train_step import check_accumulation, make_train_step, step_arrays
 from imagen_jax.training.workdir import taken_workdir
 
@@ -194,22 +194,16 @@ def _online_text(config: TrainConfig, mesh: Mesh) -> OnlineText | None:
     )
 
 
-def _start(
-    config: TrainConfig,
-    network: StageNetwork,
-    optimizer: optax.GradientTransformation,
-    workdir: epath.Path,
-    mesh: Mesh,
-    init_from: str | None,
-    encoder: EncoderIdentity | None,
+def start_state(
+    run: Run, workdir: epath.Path, init_from: str | None, encoder: EncoderIdentity | None
 ) -> TrainState:
     """The state of step 0: fresh weights, or those that --init_from names or once named."""
     spec = init_from or recorded_source(workdir)
     if spec is None:
-        return init_state(network, optimizer, config, mesh)
-    params, record = initial_params(spec, config, mesh, encoder)
+        return run.init()
+    params, record = initial_params(spec, run.config, run.mesh, encoder)
     write_record(workdir, record)
-    return state_of_params(params, optimizer, config, mesh)
+    return run.start_from(params)
 
 
 def train(
@@ -222,6 +216,7 @@ def train(
     profile: ProfileSteps | None = None,
     cost: StepCost | None = None,
     wandb_project: str | None = None,
+    objective: Objective | None = None,
 ) -> TrainState:
     """Trains a stage, going on from the newest checkpoint of `workdir` that is intact.
 
@@ -238,6 +233,7 @@ def train(
       profile: steps whose execution is traced.
       cost: of one example's step, for `mfu` in the metrics.
       wandb_project: in Weights & Biases; None: nothing is logged there.
+      objective: what is learned; None: to denoise, as the config says.
 
     Returns:
       The last state.
@@ -264,8 +260,7 @@ def train(
     if init_from is not None and not (workdir / "config.json").exists():
         check_source(init_from, config)
     first, loop = jax.process_index() == 0, config.train
-    network = StageNetwork(config.stage)
-    optimizer = make_optimizer(config.optimizer, loop.steps)
+    run = Run.of(config, mesh, objective)
     keep = Keep(
         newest=loop.keep_checkpoints, every=loop.keep_every, best=loop.keep_best, best_is=loop.best_is
     )
@@ -275,10 +270,9 @@ def train(
     ):
         if on_first(checkpoints.latest_step) is not None:
             check_record(workdir, init_from)
-        abstract = abstract_state(network, optimizer, mesh, loop.ema_decays)
-        found = checkpoints.restore_newest(abstract)
+        found = checkpoints.restore_newest(run.abstract)
         if found is None:
-            state = _start(config, network, optimizer, workdir, mesh, init_from, encoder)
+            state = start_state(run, workdir, init_from, encoder)
             examples = step = 0
         else:
             state, examples, step = found
@@ -287,7 +281,7 @@ def train(
         if first:
             several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
             print(
-                f"{config.stage.name}: {network.parameter_count() / 1e6:.2f} M parameters, "
+                f"{config.stage.name}: {run.network.parameter_count() / 1e6:.2f} M parameters, "
                 f"{len(mesh.devices.flat)} device(s){several}, step {step} of {loop.steps}",
                 flush=True,
             )
@@ -308,21 +302,17 @@ def train(
             training_batches(config, online, examples, share) as batches,
         ):
             guard = watchdog or Watchdog()
-            run = _Run(
-                config, workdir, network, mesh, checkpoints, metrics, online, encoder, profiler, guard, stop
-            )
-            return run.loop(state, step, make_train_step(network, optimizer, config, mesh, abstract), batches)
+            steps = _Loop(run, workdir, checkpoints, metrics, online, encoder, profiler, guard, stop)
+            return steps.run(state, step, make_train_step(run), batches)
 
 
-class _Run:
+class _Loop:
     """The loop and what happens between its steps, in one fixed order: step, look, log, save, stop."""
 
     def __init__(
         self,
-        config: TrainConfig,
+        run: Run,
         workdir: epath.Path,
-        network: StageNetwork,
-        mesh: Mesh,
         checkpoints: Checkpoints,
         metrics: MetricsWriter,
         online: OnlineText | None,
@@ -331,7 +321,8 @@ class _Run:
         watchdog: Watchdog,
         stop: Callable[[int], bool] | None,
     ):
-        self.config, self.workdir, self.network, self.mesh = config, workdir, network, mesh
+        self.of, self.workdir = run, workdir
+        self.config = config = run.config
         self.checkpoints, self.metrics, self.online, self.profiler = checkpoints, metrics, online, profiler
         self.encoder, self.watchdog, self.stop = encoder, watchdog, stop
         self.health = Health(
@@ -347,7 +338,7 @@ class _Run:
         self._said_cut = False
         self._best: float | None = None  # newest value of the metric by which the best checkpoints are kept
 
-    def loop(
+    def run(
         self, state: TrainState, step: int, train_step: Any, batches: Batches | TokenizedBatches
     ) -> TrainState:
         """Steps from `step` + 1 to the last, or until stopped; the last state is saved."""
@@ -394,7 +385,7 @@ class _Run:
         self.watchdog.at(step, Phase.DATA)
         with self.metrics.clock.data():
             batch = next(batches)
-        return device_batch(batch, self.mesh, self.online)
+        return device_batch(batch, self.of.mesh, self.online)
 
     def _check(self, step: int, state: TrainState, values: Mapping[str, jax.Array] | None = None) -> None:
         """Looks whether steps were finite: with `values` at one some steps before, without at all up to this one."""
@@ -409,8 +400,9 @@ class _Run:
         self, step: int, values: Mapping[str, jax.Array], state: TrainState, seen: dict[str, float]
     ) -> None:
         self._check(step, state)
-        scalars = ("loss", "grad_norm", "learning_rate", "skipped")
-        numbers = {name: values[name].item() for name in scalars}
+        scalars = ("loss", "grad_norm", "learning_rate", "skipped", "loss/", "grad_norm/")
+        named = [name for name in values if name in scalars or name.startswith(scalars[-2:])]
+        numbers = {name: values[name].item() for name in named}
         numbers |= self.health.take_bins() | seen
         self._best = numbers.get(self.config.train.best_metric, self._best)
         self.metrics.log(step, numbers)
@@ -443,16 +435,11 @@ class _Run:
         with self.metrics.clock.pause(), self.watchdog.long_work(step):
             if evaluate:
                 self._held_out = self._held_out or self._make_held_out()
-                seen = self._held_out({name: state.ema[name] for name in state.params})
+                seen = self._held_out(state)
             if draw:
                 try:
                     self._grid = self._grid or SampleGrid(
-                        self.config,
-                        self.network,
-                        self.mesh,
-                        self.workdir,
-                        sample_batch(self.config),
-                        self.online,
+                        self.of, self.workdir, sample_batch(self.config), self.online
                     )
                     pictures, scores = self._grid.draw(state)
                 except (
@@ -465,12 +452,10 @@ class _Run:
         return seen
 
     def _make_held_out(self) -> HeldOutLoss:
-        share = data_share(self.mesh)
+        share = data_share(self.of.mesh)
         return HeldOutLoss(
-            self.config,
-            self.network,
-            self.mesh,
+            self.of,
             pipeline_config(self.config),
             lambda pipeline: training_batches(self.config, self.online, 0, share, pipeline),
-            lambda batch: device_batch(batch, self.mesh, self.online),
+            lambda batch: device_batch(batch, self.of.mesh, self.online),
         )

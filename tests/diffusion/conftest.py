@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from imagen_jax.diffusion.samplers import sample
+from imagen_jax.diffusion.loop import sample
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,9 @@ import pytest
 
 from imagen_jax.diffusion.augmentation import NoiseAugmentation
 from imagen_jax.diffusion.grids import NAMED_COUNTS, Grid, GridConfig, spaced_timesteps
-from imagen_jax.diffusion.samplers import Denoised, SamplerConfig, sample
+from imagen_jax.diffusion.loop import sample
+from imagen_jax.diffusion.rules import Denoised
+from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedule, alpha_sigma
 from imagen_jax.diffusion.thresholding import ThresholdConfig, threshold
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion.grids import Grid, GridConfig
-from imagen_jax.diffusion.samplers import Sampler, SamplerConfig, sample
+from imagen_jax.diffusion.loop import sample
+from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule
 
 LOG_SNR = GridConfig(kind=Grid.LOG_SNR)

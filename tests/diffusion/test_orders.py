@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion.grids import Grid, GridConfig
-from imagen_jax.diffusion.samplers import Sampler, SamplerConfig, image_noise
+from imagen_jax.diffusion.loop import image_noise
+from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule
 
 STEPS = (16, 32, 64, 128)
@@ -25,6 +26,7 @@ def exact(plane, keys_of):
         (Sampler.HEUN, Grid.TIME, (1.75, 2.25), 5e-4),
         (Sampler.HEUN, Grid.LOG_SNR, (1.8, 2.25), 2e-3),
         (Sampler.DPMPP, Grid.LOG_SNR, (1.8, 2.2), 1e-3),
+        (Sampler.DPMPP_3M, Grid.LOG_SNR, (2.6, 3.3), 1e-4),
         # The last step, of first order, is longest on this grid, and steps near it differ in length.
         (Sampler.DPMPP, Grid.TIME, (1.5, 2.0), 1e-3),
     ],

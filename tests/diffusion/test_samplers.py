@@ -8,12 +8,8 @@ import numpy as np
 import pytest
 
 from imagen_jax.diffusion.grids import Grid, GridConfig
-from imagen_jax.diffusion.samplers import (
-    Sampler,
-    SamplerConfig,
-    image_noise,
-    sample,
-)
+from imagen_jax.diffusion.loop import image_noise, sample
+from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.diffusion.schedules import CosineSchedule, LinearSchedule, alpha_sigma
 
 MEAN = np.array([0.4, -0.3, 0.1])

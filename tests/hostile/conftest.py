@@ -204,18 +204,16 @@ def _make_run(root):
     """A work directory with one checkpoint, of zeros: drawing weights would be compiled."""
     import jax
 
-    from imagen_jax.models.stage import StageNetwork
     from imagen_jax.parallel.mesh import make_mesh
     from imagen_jax.training.checkpoint import Checkpoints, Keep
     from imagen_jax.training.config import load_config
     from imagen_jax.training.config_file import write_config
-    from imagen_jax.training.state import abstract_state, make_optimizer
+    from imagen_jax.training.run import Run
 
     config, workdir = load_config(str(root / "config.py")), epath.Path(root / "run")
-    optimizer, mesh = make_optimizer(config.optimizer, config.train.steps), make_mesh(config.mesh)
-    abstract = abstract_state(StageNetwork(config.stage), optimizer, mesh, config.train.ema_decays)
     state = jax.tree.map(
-        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract
+        lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding),
+        Run.of(config, make_mesh(config.mesh)).abstract,
     )
     write_config(workdir, config)
     checkpoints = Checkpoints(workdir, keep=Keep())
@@ -368,11 +366,11 @@ def stop(*arguments, **options):
 _WORK = (
     "imagen_jax.sampling.cascade.Imagen.draw",
     "imagen_jax.text.shards.ShardWriter.write",
-    "imagen_jax.training.trainer.init_state",
-    "imagen_jax.training.trainer.state_of_params",
+    "imagen_jax.training.run.Run.init",
+    "imagen_jax.training.run.Run.start_from",
     "imagen_jax.training.trainer.MetricsWriter",
     "imagen_jax.training.export.save_stage",
-    "imagen_jax.convert.deepfloyd.exporting.save_state",
+    "imagen_jax.convert.deepfloyd.importing.save_state",
     "imagen_jax.plan.compile.lower",
     "imagen_jax.plan.compile.make_train_step",
     "imagen_jax.quickstart.make_small_encoder",

@@ -5,16 +5,12 @@ import io
 import json
 import sys
 
-import jax
 import pytest
 from etils import epath
 
-from imagen_jax.cache import save_program
 from imagen_jax.cli import main as cli
 from imagen_jax.errors import UserError
-from imagen_jax.executables import ProgramFile
 from imagen_jax.parallel.watchdog import Life, Phase, Verdict
-from imagen_jax.sampling.programs import stored_params
 from imagen_jax.text.shards import ShardReport
 from imagen_jax.training.metrics import trim_lines
 from tests.cli.verbs import FakeVerb
@@ -57,31 +53,6 @@ def test_the_report_of_a_shard(kind, place):
             continue
         with pytest.raises(UserError, match=field):
             ShardReport.read(epath.Path(file))
-
-
-@pytest.mark.parametrize(
-    "note",
-    [
-        b"",
-        b"x",
-        b"\xff",
-        b"7",
-        b"[]",
-        b"null",
-        b'{"w": 7}',
-        b'{"w": [[2], "no dtype"]}',
-        b'{"w": ["x", "float32"]}',
-    ]
-    + [b"[" * DEEP + b"]" * DEEP],
-    ids=range(10),
-)
-def test_the_note_of_a_stored_program(note, tmp_path):
-    (tmp_path / "programs").mkdir()
-    file = ProgramFile(folder=tmp_path, description="x", devices=(jax.local_devices()[0],), results=())
-    save_program(tmp_path, file.key, len(note).to_bytes(8, "little") + note + b"program")
-    if file.note is not None:
-        with pytest.raises(UserError, match=file.key):
-            stored_params(file)
 
 
 def test_lines_of_metrics_that_are_none(tmp_path):

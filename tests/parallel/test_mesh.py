@@ -24,8 +24,10 @@ from imagen_jax.parallel.mesh import (
     state_shardings,
 )
 from imagen_jax.training.config import DataConfig, LoopConfig, OptimizerConfig, TrainConfig
-from imagen_jax.training.state import TrainState, make_optimizer
-from imagen_jax.training.train_step import batch_gradients, batch_loss, make_train_step
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
+from imagen_jax.training.state import TrainState, from_stored_form, make_optimizer
+from imagen_jax.training.train_step import batch_gradients, make_train_step
 
 BATCH, LENGTH, TEXT_WIDTH = 8, 5, 64
 MESHES = {
@@ -107,11 +109,10 @@ def batch_of(kind, seed=1):
 
 
 def loss_and_gradients(kind, mesh, params):
-    config = run_config(kind)
-    network = StageNetwork(config.stage)
-    shardings = state_shardings(network.abstract_params, mesh)
+    run = Run.of(run_config(kind), mesh)
+    shardings = run.shardings.params[DENOISER]
     gradient = jax.jit(
-        jax.value_and_grad(lambda params, batch: batch_loss(network, config, params, batch, mesh=mesh)),
+        jax.value_and_grad(lambda params, batch: run.losses({DENOISER: params}, batch)[DENOISER].loss.mean()),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(None, shardings),
     )
@@ -167,13 +168,14 @@ def test_gradients_of_weights_gathered_once_do_not_depend_on_the_mesh(kind, data
     train = dataclasses.replace(config.train, accumulate=parts)
     config = dataclasses.replace(config, stage=stage, train=train)
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
-    network = StageNetwork(config.stage)
-    placed = jax.device_put(params, state_shardings(network.abstract_params, mesh))
-    run = jax.jit(lambda params, batch: batch_gradients(network, config, params, batch, mesh))
-    lowered = run.lower(placed, put_batch(batch_of(kind), mesh))
+    run = Run.of(config, mesh)
+    placed = jax.device_put(params, run.shardings.params[DENOISER])
+    call = jax.jit(lambda params, batch: batch_gradients(run, {DENOISER: params}, batch, jnp.asarray(0)))
+    lowered = call.lower(placed, put_batch(batch_of(kind), mesh))
     assert ("reduce_scatter" in lowered.as_text()) == (fsdp > 1)
     gradients, losses, index = lowered.compile()(placed, put_batch(batch_of(kind), mesh))
-    np.testing.assert_allclose(float(losses.loss.mean()), loss, rtol=1e-6)
+    gradients = gradients[DENOISER]
+    np.testing.assert_allclose(float(losses[DENOISER].loss.mean()), loss, rtol=1e-6)
     assert sorted(np.asarray(index)[:, 0].tolist()) == list(range(BATCH))
     for key, gradient in expected.items():
         assert gradients[key].sharding.is_equivalent_to(placed[key].sharding, gradient.ndim), key
@@ -183,16 +185,15 @@ def test_gradients_of_weights_gathered_once_do_not_depend_on_the_mesh(kind, data
 
 
 def one_step(config, mesh, params):
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
+    run = Run.of(config, mesh)
     # Moments that are not zero: the first step of Adam alone is only the gradient's sign.
     opt_state = jax.tree.map(
-        lambda leaf: jnp.full_like(leaf, 0.01) if leaf.ndim else leaf, optimizer.init(params)
+        lambda leaf: jnp.full_like(leaf, 0.01) if leaf.ndim else leaf, run.optimizers[DENOISER].init(params)
     )
     ema = {name: 0.5 * value for name, value in params.items()}
-    state = TrainState(jnp.asarray(0, jnp.int32), params, ema, opt_state)
-    shardings = state_shardings(state, mesh)
-    step = make_train_step(network, optimizer, config, mesh, state)
-    return step(jax.device_put(state, shardings), put_batch(batch_of("sr"), mesh))
+    state = from_stored_form(TrainState(jnp.asarray(0, jnp.int32), params, ema, opt_state), run.abstract)
+    step = make_train_step(run)
+    return step(jax.device_put(state, run.shardings), put_batch(batch_of("sr"), mesh))
 
 
 def test_a_training_step_does_not_depend_on_the_mesh(one_device):
@@ -213,10 +214,10 @@ def test_a_training_step_does_not_depend_on_the_mesh(one_device):
     first = (0.9 * 0.01 + 0.1 * clipped) / (1 - 0.9)
     second = (0.999 * 0.01 + 0.001 * clipped**2) / (1 - 0.999)
     expected = params[name] - 1e-3 * first / (np.sqrt(second) + 1e-8)
-    np.testing.assert_allclose(np.asarray(state.params[name]), expected, atol=1e-6)
+    np.testing.assert_allclose(np.asarray(state.params[DENOISER][name]), expected, atol=1e-6)
     average = 0.5 * params[name] + (1 - (1 + 0) / (10 + 0)) * (expected - 0.5 * params[name])
-    np.testing.assert_allclose(np.asarray(state.ema[name]), average, atol=1e-6)
-    parts = {str(shard.index) for shard in state.params[name].addressable_shards}
+    np.testing.assert_allclose(np.asarray(state.ema[DENOISER][name]), average, atol=1e-6)
+    parts = {str(shard.index) for shard in state.params[DENOISER][name].addressable_shards}
     assert len(parts) == 4
 
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.parity
 
 from imagen_jax.convert.deepfloyd.exporting import export_diffusers  # noqa: E402
 from imagen_jax.convert.deepfloyd.importing import ImportConfig, import_deepfloyd  # noqa: E402
-from imagen_jax.diffusion import samplers  # noqa: E402
+from imagen_jax.diffusion import loop  # noqa: E402
 from imagen_jax.sampling import stage_sampler  # noqa: E402
 from imagen_jax.sampling.cascade import Imagen  # noqa: E402
 from imagen_jax.sampling.programs import ProgramSpec  # noqa: E402
@@ -80,7 +80,7 @@ class Noise:
         for module in ("pipeline_if", "pipeline_if_superresolution"):
             monkeypatch.setattr(f"diffusers.pipelines.deepfloyd_if.{module}.randn_tensor", self.theirs)
         monkeypatch.setattr("diffusers.schedulers.scheduling_ddpm.randn_tensor", self.theirs)
-        for module in (samplers, stage_sampler):
+        for module in (loop, stage_sampler):
             monkeypatch.setattr(module, "image_noise", self.ours)
 
     def begin(self, side, low):

@@ -18,13 +18,13 @@ from imagen_jax.models.configs import SamplingConfig, StageConfig  # noqa: E402
 from imagen_jax.models.layers import upsample_nearest, upsampled_convolution  # noqa: E402
 from imagen_jax.models.network import Attention  # noqa: E402
 from imagen_jax.models.normalisation import moments, position_sums  # noqa: E402
+from imagen_jax.models.stage import StageNetwork  # noqa: E402
 from imagen_jax.models.unet import UNetConfig  # noqa: E402
 from imagen_jax.parallel.mesh import MeshConfig, gather_shard, make_mesh  # noqa: E402
 from imagen_jax.plan.chips import parse_topology  # noqa: E402
 from imagen_jax.plan.compile import slice_devices  # noqa: E402
 from imagen_jax.plan.estimate import estimate  # noqa: E402
 from imagen_jax.sampling import programs  # noqa: E402
-from imagen_jax.sampling.tracing import trace  # noqa: E402
 from imagen_jax.training.config import LoopConfig  # noqa: E402
 from imagen_jax.training.train_step import compiler_options  # noqa: E402
 
@@ -131,7 +131,10 @@ def sampled(kind):
     stage = StageConfig(name="base", resolution=16, network=network, max_text_length=8)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), slice_devices(parse_topology("v5e:2x2")))
     spec = programs.ProgramSpec(stage=stage, sampling=SamplingConfig(), batch=4, mesh=mesh)
-    return "tpu_custom_call" in programs.compile_program(trace(spec)[0], mesh).as_text()
+    return (
+        "tpu_custom_call"
+        in programs.compile_program(programs.trace(spec, StageNetwork(spec.stage)), mesh).as_text()
+    )
 
 
 def main():

@@ -4,19 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.plan.memory import Memory, account, bytes_per_device, out_of_memory_bytes, program_bytes
-from imagen_jax.training.state import abstract_state, init_state, make_optimizer
+from imagen_jax.training.run import Run
 
 
 @pytest.mark.parametrize("mesh_config", [{}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_bytes_are_those_that_lie_on_a_device(mesh_config, make_config):
     config = make_config("sr")
     mesh = make_mesh(MeshConfig(**mesh_config))
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, 4)
-    abstract = abstract_state(network, optimizer, mesh)
-    state = init_state(network, optimizer, config, mesh)
+    run = Run.of(config, mesh)
+    abstract, state = run.abstract, run.init()
     first = jax.devices()[0]
     lying = sum(
         shard.data.nbytes
@@ -35,7 +33,7 @@ def test_a_batch_is_shared_by_the_devices():
 def test_the_parts_of_a_training_program_add_up(make_config):
     config = make_config("base")
     mesh = make_mesh(MeshConfig(data=1, fsdp=8))
-    state = abstract_state(StageNetwork(config.stage), make_optimizer(config.optimizer, 4), mesh)
+    state = Run.of(config, mesh).abstract
     batch = put_batch({"image": np.zeros((8, 8, 8, 3), np.uint8)}, mesh)
     one = 8 * 8 * 3
     total = bytes_per_device(state) + one + 1000 + 50

@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.plan import compile as compile_module
 from imagen_jax.plan import report
@@ -18,7 +17,7 @@ from imagen_jax.plan.network import Collective
 from imagen_jax.plan.report import Plan, to_json, to_text
 from imagen_jax.plan.suggest import suggestions
 from imagen_jax.training.config import load_config
-from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.run import Run
 from imagen_jax.training.trainer import device_batch, training_batches
 
 ESTIMATE = Estimate(
@@ -120,15 +119,15 @@ def refused(make_config):
     def make(activations, available, per_chip=4):
         config = make_config("base", f"data.batch_size={8 * per_chip}")
         mesh = make_mesh(MeshConfig())
-        network = StageNetwork(config.stage)
-        state = abstract_state(network, make_optimizer(config.optimizer, 4), mesh)
+        run = Run.of(config, mesh)
+        state = run.abstract
         batch = training_batch(config, mesh)
         total = bytes_per_device((state, batch)) + activations
         memory = account(state, batch, total=total, program=0, prefetched=False, available=available)
         assert not memory.fits
         compiled = Compiled(
             mesh=mesh,
-            network=network,
+            network=run.network,
             state=state,
             batch=batch,
             program=None,
@@ -159,10 +158,9 @@ def test_a_large_state_asks_for_more_fsdp(refused):
     (line,) = [line for line in suggestions(*arguments) if "--config.mesh.fsdp=" in line]
     fsdp, data = map(int, re.match(r"--config.mesh.fsdp=(\d+) --config.mesh.data=(\d+)", line).groups())
     assert fsdp * data == len(jax.devices()) and fsdp > 1
-    config, topology, compiled, *_ = arguments
+    config, topology, *_ = arguments
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp))
-    spread = abstract_state(compiled.network, make_optimizer(config.optimizer, 4), mesh)
-    assert bytes_per_device(spread) < topology.chip.hbm_bytes
+    assert bytes_per_device(Run.of(config, mesh).abstract) < topology.chip.hbm_bytes
 
 
 def test_chips_with_enough_memory_are_named(refused):

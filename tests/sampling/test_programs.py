@@ -6,22 +6,24 @@ import os
 import subprocess
 import sys
 import time
-import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import imagen_jax.cache as cache_module
-from imagen_jax.cache import VARIABLE, cache_folder, load_program, save_program
+from imagen_jax.cache import VARIABLE, cache_folder, remove_oldest
+from imagen_jax.diffusion.loop import image_noise, sample
+from imagen_jax.diffusion.process import diffuse
+from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
+from imagen_jax.diffusion.schedules import CosineSchedule
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.sampling import opened, tracing
+from imagen_jax.sampling import opened
 from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
-from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
+from imagen_jax.sampling.programs import HookShapes, ProgramSpec, StageProgram, lower, prepare
 from imagen_jax.sampling.stage_sampler import StageSampler
-from imagen_jax.sampling.tracing import lower
 
 GENERATOR = np.random.default_rng(0)
 INPUTS = StageInputs(
@@ -32,120 +34,128 @@ INPUTS = StageInputs(
 
 
 @pytest.fixture
-def cache(tmp_path):
-    return cache_folder(str(tmp_path / "cache"))
-
-
-@pytest.fixture
 def spec(stages):
     return ProgramSpec(stage=stages[0], sampling=stages[0].sampling, batch=2)
 
 
-def run(program, params, *stops):
+def run(program, params, *stops, inputs=INPUTS):
     state, first = program.empty_state(), 0
     for last in stops:
-        state, first = program(params, program.place(INPUTS), state, first, last), last
-    return np.asarray(state[1])
+        state, first = program(params, program.place(inputs), state, first, last), last
+    return np.asarray(state.x0)
 
 
-def test_parts_of_the_way_are_the_whole_way_bit_for_bit(spec, random_params, cache, monkeypatch):
+def test_parts_of_the_way_are_the_whole_way_bit_for_bit(spec, random_params):
     params = jax.device_put(random_params(spec.stage))
-    made = prepare(spec, spec.file(cache))
-    whole = run(made, params, 3)
-    np.testing.assert_array_equal(run(made, params, 1, 2, 3), whole)
+    program = prepare(spec)
+    whole = run(program, params, 3)
+    np.testing.assert_array_equal(run(program, params, 1, 2, 3), whole)
     # The program of the trainer's sample grids is another one, and draws the same.
     sampler = StageSampler(StageNetwork(spec.stage))
     pixels = sampler(params, seeds=INPUTS.seeds, text=INPUTS.text, mask=INPUTS.mask)
     np.testing.assert_allclose(pixels.astype(int), to_pixels(whole).astype(int), atol=1)
-    # From the cache the network is neither built nor traced.
-    monkeypatch.setattr(tracing, "trace", None)
-    again = prepare(spec, spec.file(cache))
-    np.testing.assert_array_equal(run(again, params, 3), whole)
-    assert again.abstract_params.keys() == params.keys()
 
 
-def test_a_program_is_found_by_all_that_decides_it(spec, stages, cache, monkeypatch):
-    quicker = dataclasses.replace(spec.sampling, sampler=dataclasses.replace(spec.sampling.sampler, steps=2))
-    network = dataclasses.replace(spec.stage.network, channels=(8,))
-    others = [
-        dataclasses.replace(spec, batch=3),
-        dataclasses.replace(spec, negative=True),
-        dataclasses.replace(spec, sampling=quicker),
-        dataclasses.replace(spec, stage=dataclasses.replace(spec.stage, network=network)),
-        ProgramSpec(stage=stages[1], sampling=spec.sampling, batch=2),
-    ]
-    keys = {each.file(cache).key for each in [spec, *others]}
-    assert len(keys) == 6
-    # What a stage says of its sampling by default has no say once settings are chosen.
-    same = dataclasses.replace(spec, stage=dataclasses.replace(spec.stage, sampling=quicker))
-    assert same.file(cache).key == spec.file(cache).key
-    monkeypatch.setattr("imagen_jax.cache._code_hash", lambda: "changed")
-    assert spec.file(cache).key not in keys
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Pinned:
+    """Pixels that are known: noised as x_t before each call, and x̂0's own afterwards."""
+
+    known: jax.Array  # (batch, side, side, channels), in [−1, 1]
+    mask: jax.Array  # (batch, side, side, 1), 1 where known
+
+    def before_call(self, x_t, moment):
+        noised = diffuse(
+            self.known, image_noise(moment.keys, 0, x_t.shape[1:]), jnp.broadcast_to(moment.log_snr, len(x_t))
+        )
+        return jnp.where(self.mask > 0, noised, x_t)
+
+    def after_x0(self, x0, moment):
+        return jnp.where(self.mask > 0, self.known, x0)
 
 
-def test_a_damaged_program_is_none(cache):
-    save_program(cache, "name", b"program")
-    assert load_program(cache, "name") == b"program"
-    path = cache / "programs" / "name"
-    path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert load_program(cache, "name") is None and load_program(cache, "other") is None
-    assert [each.name for each in path.parent.iterdir()] == ["name"]
+@pytest.mark.parametrize("kind", [Sampler.DDPM, Sampler.DPMPP_3M])
+def test_hooks_go_through_the_program_and_its_parts(spec, random_params, kind):
+    params = jax.device_put(random_params(spec.stage))
+    known = np.full((2, 8, 8, 3), 0.5, np.float32)
+    mask = np.zeros((2, 8, 8, 1), np.float32)
+    mask[:, :, :4] = 1
+    hook = Pinned(known, mask)
+    sampling = dataclasses.replace(spec.sampling, sampler=SamplerConfig(kind=kind, steps=5))
+    program = prepare(dataclasses.replace(spec, sampling=sampling, hooks=HookShapes.of([hook])))
+    inputs = INPUTS._replace(hooks=(hook,))
+    whole = run(program, params, 5, inputs=inputs)
+    np.testing.assert_array_equal(whole[:, :, :4], 0.5)
+    assert np.abs(whole[:, :, 4:] - 0.5).min() > 0
+    np.testing.assert_array_equal(run(program, params, 1, 2, 4, 5, inputs=inputs), whole)
+    # Another picture of the batch has no say, what is known has.
+    other = dataclasses.replace(hook, known=np.concatenate([known[:1], -known[1:]]))
+    changed = run(program, params, 5, inputs=inputs._replace(hooks=(other,)))
+    np.testing.assert_allclose(changed[0], whole[0], atol=1e-5)
+    assert np.abs(changed[1, :, 4:] - whole[1, :, 4:]).max() > 1e-3
 
 
-def test_a_program_under_another_name_is_none(cache):
-    save_program(cache, "name", b"program")
-    (cache / "programs" / "other").write_bytes((cache / "programs" / "name").read_bytes())
-    assert load_program(cache, "other") is None
+def test_a_hook_at_each_moment_has_random_numbers_of_its_own():
+    """Noise of two hooks at four calls: sixteen unit Gaussians that know nothing of each other."""
+    drawn = []
+
+    class Watch:
+        def before_call(self, x_t, moment):
+            noise = image_noise(moment.keys, 0, (4096,))
+            jax.debug.callback(
+                lambda *each: drawn.append([np.asarray(a) for a in each]), noise, moment.log_snr
+            )
+            return x_t
+
+        def after_x0(self, x0, moment):
+            return x0
+
+    keys = jax.vmap(jax.random.key)(jnp.arange(2, dtype=jnp.uint32))
+    config = SamplerConfig(steps=4)
+    sample(
+        lambda x_t, *_: 0.1 * x_t,
+        keys=keys,
+        shape=(3,),
+        schedule=CosineSchedule(),
+        config=config,
+        hooks=(Watch(), Watch()),
+    )
+    jax.effects_barrier()
+    assert len(drawn) == 8
+    np.testing.assert_allclose(
+        sorted({float(level) for _, level in drawn}), config.log_snrs(CosineSchedule()), rtol=1e-5
+    )
+    noise = np.concatenate([each for each, _ in drawn])
+    correlation = np.corrcoef(noise)
+    assert np.abs(correlation - np.eye(16)).max() < 5 / np.sqrt(4096)
 
 
-def test_programs_that_were_used_longest_ago_make_room(cache, monkeypatch):
-    monkeypatch.setattr(cache_module, "MAX_PROGRAMS", 3)
-    folder = cache / "programs"
-    (folder / "folder").mkdir()
-
-    def save(name, size, age):
-        save_program(cache, name, bytes(size))
+def test_files_that_were_used_longest_ago_make_room(tmp_path):
+    folder = tmp_path / "xla"
+    (folder / "folder").mkdir(parents=True)
+    for name, size, age in (("a", 10, 400), ("b", 30, 300), ("c", 20, 200), ("d", 1000, 100)):
+        (folder / name).write_bytes(bytes(size))
         os.utime(folder / name, (time.time() - age,) * 2)
-
-    def kept():
-        return sorted(path.name for path in folder.iterdir() if path.is_file())
-
-    for name, age in (("a", 400), ("b", 300), ("c", 200)):
-        save(name, 10, age)
-    assert load_program(cache, "a") == bytes(10)  # used now
-    save("d", 10, 100)
-    assert kept() == ["a", "c", "d"]
-    monkeypatch.setattr(cache_module, "MAX_BYTES", 3 * 42 + 8)
-    save("e", 50, 50)
-    assert kept() == ["a", "e"] and load_program(cache, "e") == bytes(50)
-    save_program(cache, "large", bytes(1000))
-    assert kept() == ["a", "e"]  # what is too large by itself drives nothing out
-    cache_module.remove_oldest(cache / "missing", most_bytes=0)
+    os.utime(folder / "a")  # used now
+    remove_oldest(folder, most_bytes=45)
+    # What is too large by itself drives nothing out.
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "c", "folder"]
+    remove_oldest(tmp_path / "missing", most_bytes=0)
 
 
-def test_memory_holds_the_programs_that_were_used_last(stages, cache, model_folder, monkeypatch):
-    """Others are read or compiled again when they are wanted, also those that were read ahead for nothing."""
+def test_memory_holds_the_programs_that_were_used_last(stages, model_folder, monkeypatch):
     prepared = []
-
-    def program(spec, file):
-        return StageProgram(spec, {}, print)
-
     monkeypatch.setattr(opened, "MAX_PROGRAMS", 2)
-    monkeypatch.setattr(opened, "prepare", lambda *given: prepared.append(given[0].batch) or program(*given))
-    monkeypatch.setattr(opened, "load_program", program)
-    monkeypatch.setattr(opened, "program_file", lambda spec, cache: types.SimpleNamespace(note={}))
-    monkeypatch.setattr(opened, "stored_params", lambda file: {})
-    open_stages = opened.OpenStages(ModelFolder(model_folder), cache)
+    monkeypatch.setattr(
+        opened, "prepare", lambda spec: prepared.append(spec.batch) or StageProgram(spec, {}, print)
+    )
+    open_stages = opened.OpenStages(ModelFolder(model_folder))
     monkeypatch.setattr(open_stages._folder, "params", lambda *_: {})
     specs = [ProgramSpec(stage=stages[0], sampling=stages[0].sampling, batch=i) for i in range(1, 40)]
     for number in (0, 1, 0, 2, 0, 1):
         open_stages.get(specs[number])
     assert prepared == [1, 2, 3, 2]
-    for spec in specs:
-        open_stages.ahead(spec)
-    assert len(open_stages._programs) == len(open_stages._coming_programs) == 2
-    open_stages.get(specs[-1])
-    assert prepared == [1, 2, 3, 2]  # it was there, read ahead
+    assert len(open_stages._programs) == 2
 
 
 def test_where_the_cache_lies(tmp_path, monkeypatch):
@@ -172,13 +182,11 @@ CODE = """
 import json, sys
 import jax
 from imagen_jax.cli.main import main
-counts = {"traced": 0, "compiled": 0}
-names = {"jaxpr_trace_duration": "traced", "backend_compile_duration": "compiled"}
-def count(event, *_, **__):
-    name = names.get(event.rsplit("/", 1)[-1])
-    if name is not None:
-        counts[name] += 1
-jax.monitoring.register_event_duration_secs_listener(count)
+counts = {"hits": 0, "misses": 0}
+def count(event, **__):
+    if event.startswith("/jax/compilation_cache/cache_"):
+        counts[event.rsplit("_", 1)[-1]] += 1
+jax.monitoring.register_event_listener(count)
 code = main(sys.argv[1:])
 print(json.dumps(counts))
 sys.exit(code)
@@ -200,7 +208,7 @@ def test_a_second_process_compiles_nothing(model_folder, tmp_path, subprocess_en
         )
         assert done.returncode == 0, done.stderr
         counts.append(json.loads(done.stdout.splitlines()[-1]))
-    assert counts[0]["traced"] >= 3 and counts[0]["compiled"] >= 3
-    # The text encoder and both stages are run as they were compiled.
-    assert counts[1] == {"traced": 0, "compiled": 0}
+    assert counts[0]["misses"] >= 3
+    # The text encoder and both stages, and whatever else there was.
+    assert counts[1]["misses"] == 0 and counts[1]["hits"] >= 3
     assert not [path for path in model_folder.rglob("*") if "cache" in path.name]

@@ -37,7 +37,7 @@ def programs_once(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    assert len(list((folder / "programs").iterdir())) > 2
+    assert len(list((folder / "xla").iterdir())) > 2
 
 
 @pytest.fixture

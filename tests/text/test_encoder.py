@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from etils import epath
 
-from imagen_jax.cache import cache_folder
 from imagen_jax.data.pipeline import _pad_texts
 from imagen_jax.errors import UserError
 from imagen_jax.text import encoder as encoder_module
@@ -104,22 +103,6 @@ def test_few_shapes_are_compiled(folder):
     for n in (1, 2, 5, 600, 700, 1300):
         encoder.encode(CAPTIONS[:n])
     assert encoder._encode._cache_size() <= 4  # 1, 8, 32 and 128 rows of one length
-
-
-def test_a_stored_program_gives_the_same_embeddings_without_the_network(folder, tmp_path, monkeypatch):
-    cache = cache_folder(str(tmp_path / "cache"))
-    captions = [CAPTIONS[0], "a"]
-    plain = TextEncoder.load(folder).encode(captions)
-    first = TextEncoder.load(folder, cache=cache).encode(captions)
-    stored = [path.name for path in (cache / "programs").iterdir()]
-    assert stored
-    # From the cache the network is not built.
-    monkeypatch.setattr("imagen_jax.models.t5.encode", None)
-    again = TextEncoder.load(folder, cache=cache).encode(captions)
-    for a, b, c in zip(plain, first, again):
-        np.testing.assert_allclose(a, b, atol=1e-6)
-        np.testing.assert_array_equal(b, c)
-    assert sorted(stored) == sorted(path.name for path in (cache / "programs").iterdir())
 
 
 def caption_lengths(count, seed=0):

@@ -29,7 +29,7 @@ def state_of(seed):
     }
     ema = {name: value + 1 for name, value in params.items()}
     moments = {"mu": params["kernel"] * 0.5, "count": jnp.asarray(seed, jnp.int32)}
-    return TrainState(jnp.asarray(seed, jnp.int32), params, ema, moments)
+    return TrainState(jnp.asarray(seed, jnp.int32), {"d": params}, {"d": ema}, {"d": moments})
 
 
 def abstract(state, shardings=None):

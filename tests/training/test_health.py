@@ -11,14 +11,14 @@ from etils import epath
 from imagen_jax.cli.main import main
 from imagen_jax.data import pipeline
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.checkpoint import Checkpoints, Keep
 from imagen_jax.training.config_file import write_config
 from imagen_jax.training.health import LAG, bin_name, load_batch, reproduce, save_batch
 from imagen_jax.training.online import OnlineText
-from imagen_jax.training.state import abstract_state, init_state, make_optimizer
-from imagen_jax.training.train_step import example_losses, step_arrays
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
+from imagen_jax.training.train_step import step_arrays
 from imagen_jax.training.trainer import train, whole_batch
 from tests.hostile.mutations import FILE_KINDS
 
@@ -43,9 +43,8 @@ def bad_key(make_config, monkeypatch):
 
 
 def state_at(workdir, step, config):
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
     checkpoints = Checkpoints(workdir)
-    abstract = abstract_state(network, optimizer, make_mesh(MeshConfig(), jax.devices()[:1]))
+    abstract = Run.of(config, make_mesh(MeshConfig(), jax.devices()[:1])).abstract
     state, examples = checkpoints.restore(step, abstract)
     checkpoints.close()
     assert examples == step * config.data.batch_size
@@ -113,11 +112,11 @@ def test_a_step_with_padded_text_is_reproduced(make_config, text_encoder, tmp_pa
     online = OnlineText.load(text_encoder, dtype="float32", max_length=length, mesh=mesh, padded=True)
     batch = whole_batch(config, online, 1)
     assert "null_text" in batch and "caption" in batch
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
-    state = init_state(network, optimizer, config, mesh)
+    run = Run.of(config, mesh)
+    state = run.init()
     # Biases of a fresh network's output are zero, and so is all that the text says.
-    state = state._replace(params={name: value + 0.01 for name, value in state.params.items()})
-    losses = jax.jit(lambda params, arrays: example_losses(network, config, params, arrays).loss.mean())
+    state = state._replace(params=jax.tree.map(lambda value: value + 0.01, state.params))
+    losses = jax.jit(lambda params, arrays: run.losses(params, arrays)[DENOISER].loss.mean())
     expected = losses(state.params, step_arrays(batch))
     dropped = losses(state.params, {**step_arrays(batch), "null_text": batch["null_text"][..., ::-1]})
     assert abs(expected - dropped) > 1e-5  # the null text has a say

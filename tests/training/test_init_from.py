@@ -8,7 +8,6 @@ import pytest
 from etils import epath
 
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.checkpoint import Checkpoints, Keep
 from imagen_jax.training.config import Scorer
@@ -16,7 +15,9 @@ from imagen_jax.training.config_file import write_config
 from imagen_jax.training.export import export
 from imagen_jax.training.held_out import check_scorer
 from imagen_jax.training.init_from import check_record, initial_params, write_record
-from imagen_jax.training.state import TrainState, make_optimizer, start_ema, state_of_params
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
+from imagen_jax.training.state import TrainState, from_stored_form, start_ema, stored_form
 
 
 @pytest.fixture(scope="module")
@@ -24,16 +25,18 @@ def source(make_config, tmp_path_factory):
     """A work directory whose weights are all 1, their average 2 and their average with 0.5 is 3."""
     workdir = epath.Path(tmp_path_factory.mktemp("runs") / "source")
     config = make_config("base", "train.ema_decays=[0.5]")
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
+    run = Run.of(config, make_mesh(MeshConfig()))
 
     def filled(value):
         return {
-            name: np.full(each.shape, value, np.float32) for name, each in network.abstract_params.items()
+            name: np.full(each.shape, value, np.float32) for name, each in run.network.abstract_params.items()
         }
 
     ema = filled(2.0) | {k: v for k, v in start_ema(filled(3.0), (0.5,)).items() if k.endswith("@0.5")}
     params = filled(1.0)
-    state = TrainState(np.zeros((), np.int32) + 7, params, ema, jax.jit(optimizer.init)(params))
+    opt_state = jax.jit(run.optimizers[DENOISER].init)(params)
+    stored = TrainState(np.zeros((), np.int32) + 7, params, ema, opt_state)
+    state = from_stored_form(stored, run.abstract)
     write_config(workdir, config)
     checkpoints = Checkpoints(workdir, keep=Keep())
     checkpoints.save(7, jax.tree.map(jax.numpy.asarray, state), examples=56, config=config)
@@ -54,8 +57,7 @@ def test_weights_of_a_run(source, make_config, suffix, value):
     assert record["changed"] == ["config.stage.schedule.shift: 0.0 → 1.5"]
     assert record["weights"].startswith("step 7, average ")
     if not suffix:
-        mesh = make_mesh(MeshConfig())
-        state = state_of_params(params, make_optimizer(config.optimizer, 4), config, mesh)
+        state = stored_form(Run.of(config, make_mesh(MeshConfig())).start_from(params))
         assert int(state.step) == 0 and value_of(state.params) == value_of(state.ema) == value
 
 

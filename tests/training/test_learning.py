@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.training.config import LoopConfig
-from imagen_jax.training.state import TrainState, ema_name, ema_of, init_state, make_optimizer, updates_done
+from imagen_jax.training.objectives import Losses
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
+from imagen_jax.training.state import TrainState, ema_name, updates_done
 from imagen_jax.training.train_step import (
     LOG_SNR_EDGES,
-    Losses,
     batch_gradients,
     bin_losses,
     check_accumulation,
@@ -51,12 +52,11 @@ def trained(make_config):
         )
         mesh = make_mesh(MeshConfig(data=2, fsdp=2), jax.devices()[:4])
         check_accumulation(config, mesh)
-        network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, 4)
-        state = init_state(network, optimizer, config, mesh)
-        gradients = jax.jit(lambda p, b, c=config, n=network, m=mesh: batch_gradients(n, c, p, b, m)[0])
+        run = Run.of(config, mesh)
+        state = run.init()
+        gradients = jax.jit(lambda p, b, run=run: batch_gradients(run, p, b, jnp.asarray(0))[0][DENOISER])
         found = jax.device_get(gradients(state.params, put_batch(examples(0), mesh)))
-        step = make_train_step(network, optimizer, config, mesh, state)
-        made[parts] = (config, mesh, step, state, found)
+        made[parts] = (run, mesh, make_train_step(run), state, found)
     return made
 
 
@@ -78,9 +78,10 @@ def test_parts_hold_examples_of_every_device(trained):
 
 
 def test_steps_average_with_every_decay_and_freeze_after_a_bad_one(trained):
-    config, mesh, step, state, _ = trained[4]
+    run, mesh, step, state, _ = trained[4]
     averages = {
-        decay: {k: np.asarray(v, np.float64) for k, v in state.params.items()} for decay in (0.9, *DECAYS)
+        decay: {k: np.asarray(v, np.float64) for k, v in state.params[DENOISER].items()}
+        for decay in (0.9, *DECAYS)
     }
     for number in range(3):
         state, metrics = step(state, put_batch(examples(number), mesh))
@@ -95,13 +96,13 @@ def test_steps_average_with_every_decay_and_freeze_after_a_bad_one(trained):
         assert np.sum(metrics["bin_count"]) == BATCH
         for decay, average in averages.items():
             d = min(decay, (1 + number) / (10 + number))
-            for name, value in state.params.items():
+            for name, value in state.params[DENOISER].items():
                 average[name] = d * average[name] + (1 - d) * np.asarray(value, np.float64)
     for decay, average in averages.items():
-        for name, value in ema_of(state, config.train, decay).items():
+        for name, value in run.average(state, decay).items():
             np.testing.assert_allclose(np.asarray(value), average[name], atol=1e-6, err_msg=f"{decay} {name}")
     with pytest.raises(ValueError, match=r"no average with decay 0\.7: the run keeps 0\.9, 0\.5, 0\.0"):
-        ema_of(state, config.train, 0.7)
+        run.average(state, 0.7)
 
     good = jax.device_get(state)
     bad = examples(3)
@@ -113,7 +114,7 @@ def test_steps_average_with_every_decay_and_freeze_after_a_bad_one(trained):
         if number == 0:
             index, losses = np.asarray(metrics["index"])[:, 0], np.asarray(metrics["losses"])
             assert index[~np.isfinite(losses)].tolist() == [5]
-    assert int(state.step) == 4 and int(updates_done(state.opt_state)) == 3
+    assert int(state.step) == 4 and int(updates_done(state.opt_state[DENOISER])) == 3
     for field in ("params", "ema", "opt_state"):
         before, after = jax.tree.leaves(getattr(good, field)), jax.tree.leaves(getattr(state, field))
         assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True)), field

@@ -11,12 +11,11 @@ import pytest
 
 from imagen_jax.data.pipeline import TextCount, open_batches
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.training.metrics import MetricsWriter
 from imagen_jax.training.online import OnlineText, TokenizedBatches
-from imagen_jax.training.state import init_state, make_optimizer
+from imagen_jax.training.run import Run
 from imagen_jax.training.train_step import make_train_step
 from imagen_jax.training.trainer import (
     _Run,
@@ -115,10 +114,9 @@ def runs(config, text_encoder):
     """Losses and texts of the same steps, by where the text comes from; one program is compiled for all."""
     run = config()
     mesh = make_mesh(run.mesh)
-    network, optimizer = StageNetwork(run.stage), make_optimizer(run.optimizer, STEPS)
-    start = init_state(network, optimizer, run, mesh)
+    start = Run.of(run, mesh).init()
     host, shardings = jax.device_get(start), jax.tree.map(lambda leaf: leaf.sharding, start)
-    step = make_train_step(network, optimizer, run, mesh, start)
+    step = make_train_step(Run.of(run, mesh))
     encoder = OnlineText.load(text_encoder, dtype="float32", max_length=LENGTH, mesh=mesh)
     losses, texts = {}, {}
     for name, online in (("stored", None), ("online", encoder), ("rounded", encoder)):

@@ -7,7 +7,8 @@ import pytest
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import check_batch_size, make_mesh
 from imagen_jax.training.config import load_config
-from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
 from imagen_jax.training.train_step import make_train_step
 from imagen_jax.training.trainer import device_batch
 
@@ -47,14 +48,14 @@ def batch_of(config, step):
     return batch
 
 
-def state_of(network, optimizer, mesh):
-    """A state in the place of a run's first; `init_state` would take most of the time to compile."""
+def state_of(run):
+    """A state in the place of a run's first; `run.init` would take most of the time to compile."""
     generator = np.random.default_rng(0)
-    abstract = abstract_state(network, optimizer, mesh)
-    params = {
-        name: jax.device_put(0.1 * generator.standard_normal(leaf.shape, np.float32), leaf.sharding)
-        for name, leaf in abstract.params.items()
-    }
+    abstract = run.abstract
+    params = jax.tree.map(
+        lambda leaf: jax.device_put(0.1 * generator.standard_normal(leaf.shape, np.float32), leaf.sharding),
+        abstract.params,
+    )
     rest = jax.tree.map(
         lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding), abstract
     )
@@ -77,10 +78,10 @@ def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimi
     mesh = make_mesh(config.mesh)
     assert mesh.shape["fsdp"] == 8
     check_batch_size(config.data.batch_size, mesh, "batch_size")
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
-    state = state_of(network, optimizer, mesh)
-    before = {name: np.asarray(value) for name, value in state.params.items()}
-    train_step = make_train_step(network, optimizer, config, mesh, state)
+    run = Run.of(config, mesh)
+    state = state_of(run)
+    before = {name: np.asarray(value) for name, value in state.params[DENOISER].items()}
+    train_step = make_train_step(run)
     compiled: list[str] = []
     losses = []
     for step in range(20):
@@ -93,7 +94,11 @@ def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimi
         losses.append(float(metrics["loss"]))
     assert compiled == []
     assert int(state.step) == 20 and np.isfinite(losses).all()
-    moved = [name for name, value in before.items() if not np.array_equal(value, state.params[name])]
+    moved = [
+        name for name, value in before.items() if not np.array_equal(value, state.params[DENOISER][name])
+    ]
     assert len(moved) > 0.9 * len(before)
-    kernel = state.params["up.0.stack.blocks.0.conv1.kernel" if stage == "sr1024" else "conv_in.kernel"]
+    kernel = state.params[DENOISER][
+        "up.0.stack.blocks.0.conv1.kernel" if stage == "sr1024" else "conv_in.kernel"
+    ]
     assert kernel.dtype == np.float32

@@ -19,10 +19,9 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.checkpoint import Checkpoints
-from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.run import Run
 
 ROOT = Path(__file__).parents[2]
 STEPS = 60
@@ -213,9 +212,8 @@ def is_saving(workdir):
 def final_arrays(workdir, config):
     checkpoints = Checkpoints(workdir)
     assert checkpoints.latest_step() == STEPS
-    optimizer = make_optimizer(config.optimizer, STEPS)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    state, examples = checkpoints.restore(STEPS, abstract_state(StageNetwork(config.stage), optimizer, mesh))
+    state, examples = checkpoints.restore(STEPS, Run.of(config, mesh).abstract)
     checkpoints.close()
     assert examples == STEPS * config.data.batch_size
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}

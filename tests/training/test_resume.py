@@ -11,10 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.checkpoint import Checkpoints
-from imagen_jax.training.state import abstract_state, make_optimizer
+from imagen_jax.training.run import Run
 
 STEPS = 30
 SAVE_EVERY = 7
@@ -94,11 +93,9 @@ def kill_when(condition, arguments, env, *, last, held=None):
 def final_state(workdir, config):
     """All arrays of the last checkpoint, by name."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
     checkpoints = Checkpoints(workdir)
     assert checkpoints.latest_step() == STEPS
-    abstract = abstract_state(StageNetwork(config.stage), optimizer, mesh)
-    state, examples = checkpoints.restore(STEPS, abstract)
+    state, examples = checkpoints.restore(STEPS, Run.of(config, mesh).abstract)
     checkpoints.close()
     assert examples == STEPS * config.data.batch_size
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(state)}

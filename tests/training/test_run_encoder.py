@@ -14,7 +14,6 @@ from imagen_jax.config import to_dict
 from imagen_jax.data.pipeline import record_count
 from imagen_jax.data.records import write_key_index
 from imagen_jax.errors import UserError
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.sampling import identity as sampling_identity
 from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.model_folder import ModelFolder
@@ -24,8 +23,8 @@ from imagen_jax.training.checkpoint import Checkpoints, Keep
 from imagen_jax.training.config_file import write_config
 from imagen_jax.training.export import export
 from imagen_jax.training.init_from import initial_params
+from imagen_jax.training.run import Run
 from imagen_jax.training.run_encoder import FILE, data_encoder, recorded_encoder, write_encoder
-from imagen_jax.training.state import TrainState, make_optimizer
 from imagen_jax.training.trainer import train
 
 
@@ -73,9 +72,10 @@ def run_of(make_config, tmp_path_factory):
     @functools.cache
     def state(variant):
         config = make_config(variant)
-        network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, config.train.steps)
-        params = {name: jax.numpy.ones(each.shape) for name, each in network.abstract_params.items()}
-        return TrainState(jax.numpy.int32(4), params, params, optimizer.init(params))
+        run = Run.of(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+        return run.start_from(
+            {name: jax.numpy.ones(each.shape) for name, each in run.network.abstract_params.items()}
+        )._replace(step=jax.numpy.int32(4))
 
     def make(identity, variant="base"):
         workdir, config = epath.Path(tmp_path_factory.mktemp("runs")), make_config(variant)

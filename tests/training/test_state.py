@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.config import Decay, OptimizerConfig
-from imagen_jax.training.state import abstract_state, init_state, learning_rate, make_optimizer, state_bytes
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
+from imagen_jax.training.state import learning_rate, make_optimizer, state_bytes
 
 
 @pytest.mark.parametrize("decay", list(Decay))
@@ -46,16 +47,15 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 def test_a_fresh_state_is_what_its_abstract_form_says(make_config):
     config, mesh = make_config("base"), make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    network, optimizer = StageNetwork(config.stage), make_optimizer(config.optimizer, 4)
-    state = init_state(network, optimizer, config, mesh)
-    abstract = abstract_state(network, optimizer, mesh)
+    run = Run.of(config, mesh)
+    state, abstract = run.init(), run.abstract
     assert jax.tree.structure(state) == jax.tree.structure(abstract)
     for leaf, shape in zip(jax.tree.leaves(state), jax.tree.leaves(abstract)):
         assert (leaf.shape, leaf.dtype) == (shape.shape, shape.dtype)
         assert leaf.sharding.is_equivalent_to(shape.sharding, leaf.ndim)
     assert int(state.step) == 0
-    for name, value in state.params.items():
-        assert np.array_equal(value, state.ema[name])
+    for name, value in state.params[DENOISER].items():
+        assert np.array_equal(value, state.ema[DENOISER][name])
         assert value.dtype == jnp.float32
     assert state_bytes(state) == sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     assert state_bytes(abstract) == state_bytes(state)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,10 @@ from imagen_jax.diffusion.process import diffuse
 from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerConfig
-from imagen_jax.training.state import init_state, make_optimizer
-from imagen_jax.training.train_step import (
-    batch_loss,
-    compiler_options,
-    draw,
-    ema_update,
-    make_train_step,
-    split_index,
-)
+from imagen_jax.training.objectives import draw, example_keys
+from imagen_jax.training.roles import DENOISER
+from imagen_jax.training.run import Run
+from imagen_jax.training.train_step import compiler_options, ema_update, make_train_step, split_index
 
 SHAPE, LOW_SHAPE = (4, 4, 3), (2, 2, 3)
 LENGTH, TEXT_WIDTH = 6, 16
@@ -26,7 +22,7 @@ LENGTH, TEXT_WIDTH = 6, 16
 
 def draws_of(*indices, seed=0):
     index = jnp.asarray(split_index(np.asarray(indices, np.int64)))
-    return jax.tree.map(np.asarray, draw(jax.random.key(seed), index, SHAPE, LOW_SHAPE))
+    return jax.tree.map(np.asarray, draw(example_keys(seed, index), SHAPE, LOW_SHAPE))
 
 
 def test_split_index_keeps_all_64_bits():
@@ -103,12 +99,17 @@ def noisy_params(network, seed=0):
     }
 
 
+def loss_of(config):
+    """The compiled mean loss of a batch under given parameters."""
+    run = Run.of(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return jax.jit(lambda params, batch: run.losses({DENOISER: params}, batch)[DENOISER].loss.mean())
+
+
 @pytest.mark.parametrize("variant", ["base", "sr"])
 def test_the_loss_of_a_batch_is_the_mean_of_its_examples(variant, make_config):
     config = make_config(variant, "train.text_dropout=0.5")
-    network = StageNetwork(config.stage)
-    params = noisy_params(network)
-    loss = jax.jit(lambda batch: batch_loss(network, config, params, batch))
+    params = noisy_params(StageNetwork(config.stage))
+    loss = functools.partial(loss_of(config), params)
     indices = [4, 9, 2**33 + 4, 10]
     losses = [float(loss(batch_of(config, [index]))) for index in indices]
     assert len(set(losses)) == 4
@@ -121,7 +122,7 @@ def test_the_loss_is_put_together_from_its_parts(make_config):
     network = StageNetwork(config.stage)
     batch = {name: jnp.asarray(each) for name, each in batch_of(config, range(8)).items()}
     params = noisy_params(network)
-    draws = draw(jax.random.key(config.seed), batch["index"], (16, 16, 3), (8, 8, 3))
+    draws = draw(example_keys(config.seed, batch["index"]), (16, 16, 3), (8, 8, 3))
     dropped = np.asarray(draws.drop) < 0.5
     assert 0 < dropped.sum() < 8
     x0, low_res = unit_pictures(batch["image"]), unit_pictures(batch["low_res"])
@@ -142,11 +143,14 @@ def test_the_loss_is_put_together_from_its_parts(make_config):
         prediction=config.stage.prediction,
         config=config.loss,
     )
-    loss = jax.jit(lambda config: batch_loss(network, config, params, batch), static_argnums=0)
-    np.testing.assert_allclose(float(loss(config)), float(losses.mean()), rtol=2e-3)
+
+    def loss(config):
+        return float(loss_of(config)(params, batch))
+
+    np.testing.assert_allclose(loss(config), float(losses.mean()), rtol=2e-3)
     with_text = dataclasses.replace(config, train=LoopConfig(steps=1, text_dropout=0.0))
     without = dataclasses.replace(config, train=LoopConfig(steps=1, text_dropout=1.0))
-    assert len({float(loss(each)) for each in (config, with_text, without)}) == 3
+    assert len({loss(each) for each in (config, with_text, without)}) == 3
 
 
 def test_ema_update_has_its_closed_form():
@@ -167,10 +171,10 @@ def test_each_optimizer_lowers_the_loss(kind, make_config):
     optimizing = OptimizerConfig(kind=kind, learning_rate=3e-3, warmup_steps=0, decay=Decay.CONSTANT)
     config = dataclasses.replace(config, optimizer=optimizing)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    network, optimizer = StageNetwork(config.stage), make_optimizer(optimizing, 30)
-    state = init_state(network, optimizer, config, mesh)
-    before = jax.tree.map(np.asarray, state.params)
-    step = make_train_step(network, optimizer, config, mesh, state)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=30))
+    run = Run.of(config, mesh)
+    state, step = run.init(), make_train_step(run)
+    before = jax.tree.map(np.asarray, state.params[DENOISER])
     batch, losses = put_batch(batch_of(config, range(8)), mesh), []
     for _ in range(30):
         state, metrics = step(state, batch)
@@ -178,5 +182,7 @@ def test_each_optimizer_lowers_the_loss(kind, make_config):
         assert float(metrics["grad_norm"]) > 0
     assert np.isfinite(losses).all() and losses[-1] < 0.95 * losses[0]
     assert int(state.step) == 30
-    moved = [name for name, value in before.items() if not np.array_equal(value, state.params[name])]
+    moved = [
+        name for name, value in before.items() if not np.array_equal(value, state.params[DENOISER][name])
+    ]
     assert "conv_in.kernel" in moved and len(moved) > 0.9 * len(before)
