@@ -30,6 +30,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from imagen_jax.data import records
 from imagen_jax.data.pipeline import PipelineConfig, open_batches
 from imagen_jax.data.tfrecord import TFRecordWriter, index_offsets
+from imagen_jax.sizes import Size
 
 SIDE, CROP, WIDTH, LENGTH = 256, 64, 512, 128
 NAME, SPLIT = "bench", "train"
@@ -138,7 +139,7 @@ def main() -> None:
         config = PipelineConfig(
             path=folder,
             split=SPLIT,
-            resolution=SIDE,
+            size=Size(SIDE, SIDE),
             crop=CROP,
             max_text_length=LENGTH,
             batch_size=args.batch_size,

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from imagen_jax.data.pictures import decode_picture, resize_square
+from imagen_jax.data.pictures import decode_picture, resize
 from imagen_jax.data.pipeline import RecordSource, record_count
 from imagen_jax.data.records import parse
 from imagen_jax.evaluation.nearest import nearest
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, use_cpu_devices
 from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.pictures import grid, save_png
+from imagen_jax.sizes import Size
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     side = model.stages[-1].resolution
     made = model.pictures([record.caption for record in records], seed=args.seed, progress=True)
     samples = np.stack([picture.pixels for picture in made])
-    references = np.stack([resize_square(decode_picture(record.image), side) for record in records])
+    references = np.stack([resize(decode_picture(record.image), Size(side, side)) for record in records])
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     save_png(out / "samples.png", grid(list(samples[:16]), columns=4))

@@ -11,6 +11,7 @@ from imagen_jax.evaluation import oracle
 from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.quickstart import held_out_captions
 from imagen_jax.sampling.cascade import Imagen
+from imagen_jax.sampling.drawing import Drawing
 
 CHUNK = 64
 ATTRIBUTES = ("background", "colour", "size", "shape")
@@ -34,7 +35,7 @@ def findings(
     found = np.load(path) if path.exists() else np.zeros((0, len(ATTRIBUTES)), bool)
     path.parent.mkdir(parents=True, exist_ok=True)
     for chunk in _chunks(len(found), captions):
-        made = model.draw(chunk, batch_size=CHUNK, sampling=sampling)
+        made = model.draw(Drawing(wanted=tuple(chunk), sampling=sampling or {}), batch_size=CHUNK)
         checks = [oracle.check(picture.pixels, picture.prompt) for picture in made]
         found = np.concatenate([found, [[each[name] for name in ATTRIBUTES] for each in checks]])
         np.save(path, found)

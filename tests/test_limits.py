@@ -22,7 +22,7 @@ from imagen_jax.models.levels import LevelsConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.t5 import T5Config
 from imagen_jax.models.unet import UNetConfig
-from imagen_jax.sampling.cascade import wanted_pictures
+from imagen_jax.sampling.drawing import wanted_pictures
 from imagen_jax.sampling.overrides import override_all, parse_overrides
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.training.config import load_config

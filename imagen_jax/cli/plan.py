@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLE
     parser.usage = (
         "%(prog)s --config=FILE[:variant] --topology=CHIP:SHAPE [--program=train|sample] [--batch_size=N]\n"
-        "       [--rows=N] [--json=FILE] [--config.some.field=value ...]"
+        "       [--rows=N] [--size=WxH] [--json=FILE] [--config.some.field=value ...]"
     )
     parser.add_argument(
         "--config",
@@ -39,6 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         help="with --program=sample: devices over which the rows of a picture are split, of the mesh's data (1)",
+    )
+    parser.add_argument(
+        "--size", metavar="WIDTHxHEIGHT", help="of the stage's pictures; default: the config's data.size"
     )
     parser.add_argument("--json", metavar="FILE", help="also writes the numbers here")
 
@@ -66,12 +69,20 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
     from imagen_jax.files import write_text
     from imagen_jax.plan.compile import Program
     from imagen_jax.plan.report import make_plan, to_json, to_text
+    from imagen_jax.sizes import parse_size
     from imagen_jax.training.config import load_config
 
     config = load_config(args.config, overrides)
     if args.batch_size is not None:
         data = dataclasses.replace(config.data, batch_size=args.batch_size)
         config = dataclasses.replace(config, data=data)
+    if args.size is not None:
+        size = parse_size(args.size, "--size")
+        try:
+            data = dataclasses.replace(config.data, size=(size.width, size.height))
+            config = dataclasses.replace(config, data=data)
+        except ValueError as error:
+            raise UserError(f"--size {args.size}: {error}") from error
     plan = make_plan(config, topology, Program(args.program), rows=args.rows, progress=True)
     print(to_text(plan))
     if args.json is not None:

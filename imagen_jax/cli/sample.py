@@ -16,9 +16,12 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from imagen_jax.models.configs import SamplingConfig
-    from imagen_jax.sampling.cascade import Imagen, Preview
+    from imagen_jax.sampling.batches import Preview
+    from imagen_jax.sampling.cascade import Imagen
+    from imagen_jax.sampling.drawing import Drawing
     from imagen_jax.sampling.output import Place
     from imagen_jax.sampling.record import PictureRecord
+    from imagen_jax.sizes import Size
 
 _PROMPTS_BYTES = 64 * 2**20  # of a list of prompts
 _BREAKS = re.compile("[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
@@ -57,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=16, help="pictures drawn at a time (default 16)")
     parser.add_argument("--until", type=int, metavar="PIXELS", help="stop at the stage of this picture size")
     parser.add_argument(
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        help="of the pictures of the last stage drawn; default: its own, square",
+    )
+    parser.add_argument(
         "--preview", action="store_true", help="keep OUT/preview.png up to date with the batch as it forms"
     )
     parser.add_argument("--negative_prompt", help="what guidance leads away from, in every guided stage")
@@ -82,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_sampling_flags(group: Any) -> None:
-    group.add_argument("--sampler", help="ddpm, ddim, dpmpp, dpmpp_sde or heun")
+    group.add_argument("--sampler", help="ddpm, ddim, dpmpp, dpmpp_sde, dpmpp_3m or heun")
     group.add_argument(
         "--steps", help="network steps, of one network call each (heun: two, and one in the last: 2*STEPS-1)"
     )
@@ -275,52 +283,60 @@ def run(args: argparse.Namespace) -> int:
     if negative is None and like is not None:
         negative = like.negative_prompt
 
-    from imagen_jax.sampling.cascade import Imagen, wanted_pictures
+    from imagen_jax.sampling.cascade import Imagen
+    from imagen_jax.sampling.drawing import Drawing, wanted_pictures
     from imagen_jax.sampling.model_folder import ModelFolder
 
     wanted = wanted_pictures(prompts, seed, args.num_images)
     if args.batch_size < 1:
         raise UserError(f"--batch_size {args.batch_size}: at least 1")
-    rows = _rows(args.rows, [stage.name for stage in ModelFolder(folder).stages])
+    size, opened = _size(args, like), ModelFolder(folder)
+    rows = _rows(args.rows, [stage.name for stage in opened.stages])
     mesh = _mesh(args, len(wanted), max(rows.values(), default=1))
-    model = Imagen.load(folder, mesh=mesh, rows=rows, free_stages=args.free_stages, cache=args.cache)
+    model = Imagen.load(opened, mesh=mesh, rows=rows, free_stages=args.free_stages, cache=args.cache)
     sampling, until = _settings(args, model, like)
-    options: Any = {"negative_prompt": negative, "sampling": sampling, "until": until}
-    _draw(args, model, wanted, like, options)
+    drawing = Drawing(wanted=wanted, negative_prompt=negative, sampling=sampling, until=until, size=size)
+    _draw(args, model, drawing, like)
     return 0
+
+
+def _size(args: argparse.Namespace, like: "PictureRecord | None") -> "Size | None":
+    """Of the pictures; of those --like unless they stop elsewhere."""
+    from imagen_jax.sizes import Size, parse_size
+
+    if args.size is not None:
+        return parse_size(args.size, "--size")
+    if like is None or like.size is None or args.until is not None:
+        return None
+    width, height = like.size
+    return Size(height, width)
 
 
 def _draw(
     args: argparse.Namespace,
     model: "Imagen",
-    wanted: list[tuple[str, int]],
+    drawing: "Drawing",
     like: "PictureRecord | None",
-    options: Any,
 ) -> None:
     """Draws what is missing in --out and writes the overviews."""
     from imagen_jax.files import make_folder
     from imagen_jax.sampling import output
 
     # Checked before the folder is made.
-    records = [model.record(prompt, seed, **options) for prompt, seed in wanted]
-    model.check(batch_size=args.batch_size, **options)
-    for warning in model.text_warnings([prompt for prompt, _ in wanted], **options):
+    model.check(drawing, batch_size=args.batch_size)
+    records = [model.record(drawing, number) for number in range(len(drawing.wanted))]
+    for warning in model.text_warnings(drawing):
         print(f"warning: {warning}", file=sys.stderr)
     out = make_folder(args.out)
     places = [output.find_place(out, i // args.num_images, record) for i, record in enumerate(records)]
     _say_what_is_there(places, like)
-    missing = [place for place in places if not place.there]
+    numbers = [number for number, place in enumerate(places) if not place.there]
+    missing = [places[number] for number in numbers]
     preview = _previewer(out / "preview.png") if args.preview else None
-    made = model.draw(
-        [(place.record.prompt, place.record.seed) for place in missing],
-        batch_size=args.batch_size,
-        progress=True,
-        preview=preview,
-        **options,
-    )
+    pictures = model.draw(drawing.part(numbers), batch_size=args.batch_size, progress=True, preview=preview)
     written, fault = set[int](), None
     try:
-        for picture in made:
+        for picture in pictures:
             output.save_picture(missing[picture.index], picture.pixels)
             written.add(picture.index)
     except UserError as error:

@@ -189,7 +189,7 @@ def _step_cost(config: "TrainConfig") -> "StepCost | None":
         return None
     stage = config.stage
     # The backward pass has two products for each of the forward's; what is computed again does not count.
-    flops = 3 * forward_flops(StageNetwork(stage), side=stage.crop or stage.resolution)
+    flops = 3 * forward_flops(StageNetwork(stage), size=config.step_size)
     return StepCost(flops=float(flops), peak_flops=peak)
 
 

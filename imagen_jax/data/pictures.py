@@ -5,6 +5,7 @@ import re
 import struct
 import warnings
 import zlib
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from imagen_jax.data.picture_colours import needs_conversion, rgb_on_white
 from imagen_jax.data.picture_kinds import register_heif
+from imagen_jax.sizes import Size
 
 register_heif()
 
@@ -102,6 +104,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_FIRST_SIDEWAYS = 5  # orientations from here on exchange height and width
 _XMP_ORIENTATION = re.compile(rb"""tiff:Orientation\s*(?:=\s*["']|>)\s*([1-8])""")
 
 
@@ -169,8 +172,8 @@ def _colour_jpeg(data: bytes) -> tuple[tuple[int, int], bool] | None:
     return None
 
 
-def decode_exact(data: bytes, side: int) -> UInt8[np.ndarray, "height width 3"] | None:
-    """Decodes a colour JPEG whose shorter side is what is wanted, with OpenCV: the pixels of `decode_picture`.
+def decode_exact(data: bytes, size: Size) -> UInt8[np.ndarray, "height width 3"] | None:
+    """Decodes a colour JPEG that is only to be cut, with OpenCV: the pixels of `decode_picture`.
 
     Such a picture is only cut, never resized, and decoding it is most of an input pipeline's work. Pillow needs
     half as long again, and longer still to hand the pixels over. Profile and orientation are those that Pillow
@@ -178,14 +181,16 @@ def decode_exact(data: bytes, side: int) -> UInt8[np.ndarray, "height width 3"] 
 
     Args:
       data: an encoded picture.
-      side: shorter side, in pixels, that it has to have.
+      size: to which it is to be cut: it has one of its sides, and the other at least.
 
     Returns:
       values from 0 to 255, turned as EXIF or XMP says; None for any other picture, for one whose colours have to
       be converted and for one that OpenCV refuses, about which Pillow has more to say.
     """
     found = _colour_jpeg(data)
-    if found is None or min(found[0]) != side or found[0][0] * found[0][1] > MAX_PIXELS:
+    if found is None or found[0][0] * found[0][1] > MAX_PIXELS:
+        return None
+    if not (_only_cut(found[0], size) or _only_cut(found[0][::-1], size)):
         return None
     orientation = 1
     if found[1]:
@@ -193,6 +198,9 @@ def decode_exact(data: bytes, side: int) -> UInt8[np.ndarray, "height width 3"] 
             if needs_conversion(opened):
                 return None
             orientation = _orientation(opened)
+    shape = found[0] if orientation < _FIRST_SIDEWAYS else found[0][::-1]
+    if not _only_cut(shape, size):
+        return None
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         decoded: np.ndarray | None = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
@@ -227,17 +235,23 @@ def shorter_side(data: bytes) -> int:
         return min(opened.size)
 
 
-def resize_square(
-    picture: Image.Image | UInt8[np.ndarray, "height width 3"],
-    resolution: int,
-    part: tuple[int, int, int] | None = None,
-) -> UInt8[np.ndarray, "side side 3"]:
-    """The largest centred square of a picture at another resolution, antialiased (bicubic).
+class Part(NamedTuple):
+    """What is wanted of a resized picture, in its pixels."""
+
+    top: int
+    left: int
+    size: Size
+
+
+def resize(
+    picture: Image.Image | UInt8[np.ndarray, "height width 3"], size: Size, part: Part | None = None
+) -> UInt8[np.ndarray, "height2 width2 3"]:
+    """The largest centred part of a picture that has the shape of `size`, at that size, antialiased (bicubic).
 
     Args:
       picture: RGB, any size; of Pillow or as an array.
-      resolution: side of the square in pixels.
-      part: (top, left, size) in pixels of the resized square, what is wanted of it; None: all.
+      size: of the result.
+      part: what is wanted of it; None: all.
 
     Returns:
       values from 0 to 255.
@@ -246,17 +260,40 @@ def resize_square(
         height, width, _ = picture.shape
     else:
         width, height = picture.size
-    side = min(width, height)
-    left, top = (width - side) // 2, (height - side) // 2
-    y, x, size = part or (0, 0, resolution)
-    if side == resolution:
+    y, x, (rows, columns) = part or Part(0, 0, size)
+    if _only_cut((height, width), size):
+        top, left = (height - size.height) // 2 + y, (width - size.width) // 2 + x
         if isinstance(picture, np.ndarray):
-            return picture[top + y : top + y + size, left + x : left + x + size].copy()
+            return picture[top : top + rows, left : left + columns].copy()
         # Cut before it is copied out of Pillow, which for all of a picture takes half as long as decoding.
-        return np.asarray(picture.crop((left + x, top + y, left + x + size, top + y + size)))
+        return np.asarray(picture.crop((left, top, left + columns, top + rows)))
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(picture)
-    box = (left, top, left + side, top + side)
     # Far too large pictures are first reduced by a whole factor (averaging), which costs no quality at 3.
-    resized = picture.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    return np.asarray(resized)[y : y + size, x : x + size]
+    resized = picture.resize(
+        (size.width, size.height),
+        Image.Resampling.BICUBIC,
+        box=_largest_box(height, width, size),
+        reducing_gap=3.0,
+    )
+    return np.asarray(resized)[y : y + rows, x : x + columns]
+
+
+def _only_cut(picture: tuple[int, int], size: Size) -> bool:
+    """Whether a picture of that height and width has one side of `size`, and the other at least."""
+    shrunk = [whole / wanted for whole, wanted in zip(picture, size)]
+    return min(shrunk) == 1.0
+
+
+def _largest_box(height: int, width: int, size: Size) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the largest centred part that has the shape of `size`."""
+    if size.height == size.width:
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2  # whole pixels
+        return float(left), float(top), float(left + side), float(top + side)
+    # Fractions of pixels, so that nothing is stretched.
+    shrunk = min(height / size.height, width / size.width)
+    tall, wide = size.height * shrunk, size.width * shrunk
+    left_edge, upper_edge = (width - wide) / 2, (height - tall) / 2
+    right_edge, lower_edge = min(float(width), left_edge + wide), min(float(height), upper_edge + tall)
+    return left_edge, upper_edge, right_edge, lower_edge

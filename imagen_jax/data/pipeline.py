@@ -26,8 +26,9 @@ from imagen_jax.data.embeddings import cut_embedding
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_BATCH, MAX_SIDE, MAX_TEXT_LENGTH, MAX_THREADS, check_numbers
+from imagen_jax.sizes import Size
 
-# image uint8 (b, R, R, 3); low_res uint8 (b, r, r, 3) if asked for; text bfloat16 (b, L, d);
+# image uint8 (b, H, W, 3); low_res uint8 (b, h, w, 3) if asked for; text bfloat16 (b, L, d);
 # text_mask bool (b, L); index int64 (b,); key str (b,); caption list[str] of b, if asked for
 Batch = dict[str, Any]
 
@@ -50,8 +51,10 @@ class PipelineConfig:
 
     path: str  # record folder, local or cloud
     split: str
-    resolution: int  # side of the pictures, pixels
-    low_resolution: int | None = None  # side of the low-resolution pictures, pixels; None: there are none
+    size: Size  # of the pictures
+    scale: int | None = (
+        None  # pixels of a picture per low-resolution pixel, along a side; None: there are none
+    )
     crop: int | None = None  # side of a random crop of the picture, pixels; None: the whole picture
     max_text_length: int  # tokens; shorter texts are padded, longer ones cut (`cut_embedding`)
     batch_size: int  # examples, over all processes
@@ -63,12 +66,12 @@ class PipelineConfig:
 
     def __post_init__(self):
         """Checks the numbers against each other."""
-        for field in ("resolution", "max_text_length", "batch_size", "num_threads", "prefetch"):
+        for field in ("max_text_length", "batch_size", "num_threads", "prefetch"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} must be at least 1, got {getattr(self, field)}")
         check_numbers(
             self,
-            **dict.fromkeys(("resolution", "low_resolution", "crop"), MAX_SIDE),
+            **dict.fromkeys(("size", "scale", "crop"), MAX_SIDE),
             max_text_length=MAX_TEXT_LENGTH,
             batch_size=MAX_BATCH,
             num_threads=MAX_THREADS,
@@ -77,19 +80,24 @@ class PipelineConfig:
         )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be from 0 to 2**32 - 1, got {self.seed}")
-        if self.low_resolution is not None and (
-            self.low_resolution < 1 or self.resolution % self.low_resolution
-        ):
-            raise ValueError(f"low_resolution {self.low_resolution} does not divide {self.resolution}")
-        if self.crop is not None and not (0 < self.crop <= self.resolution and self.crop % self.scale == 0):
+        if min(self.size) < 1:
+            raise ValueError(f"size must be at least 1 pixel a side, got {self.size}")
+        if self.scale is not None and (self.scale < 1 or self.size.scaled(1, self.scale) is None):
+            raise ValueError(f"scale {self.scale} does not divide {self.size}")
+        if self.crop is not None and not (0 < self.crop <= min(self.size) and self.crop % self.grain == 0):
             raise ValueError(
-                f"crop must be a multiple of {self.scale} of at most {self.resolution}, got {self.crop}"
+                f"crop must be a multiple of {self.grain} of at most {min(self.size)}, got {self.crop}"
             )
 
     @property
-    def scale(self) -> int:
-        """Pixels of the picture per low-resolution pixel, along one side."""
-        return 1 if self.low_resolution is None else self.resolution // self.low_resolution
+    def grain(self) -> int:
+        """Pixels in which crops are placed: whole low-resolution ones, so that both of a pair show the same."""
+        return self.scale or 1
+
+    @property
+    def seen(self) -> Size:
+        """Of the crops, or of whole pictures."""
+        return self.size if self.crop is None else Size(self.crop, self.crop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,36 +215,35 @@ def _pad_texts(
 
 
 def _random_view(config: PipelineConfig, index: int) -> tuple[bool, int, int]:
-    """Whether example `index` is mirrored, and its crop's place in low-resolution pixels: top, left.
-
-    Whole low-resolution pixels, so that the two crops of a pair show exactly the same.
-    """
+    """Whether example `index` is mirrored, and its crop's place in units of `grain` pixels: top, left."""
     # A hash is a counter-based generator too, and ten times as quick as setting up one of NumPy's.
     digest = hashlib.blake2b(struct.pack("<QQ", config.seed, index), digest_size=24).digest()
     flip, top, left = struct.unpack("<QQQ", digest)
-    places = (config.resolution - (config.crop or config.resolution)) // config.scale + 1
-    return config.flip and flip % 2 == 1, top % places, left % places
+    rows, columns = ((whole - seen) // config.grain + 1 for whole, seen in zip(config.size, config.seen))
+    return config.flip and flip % 2 == 1, top % rows, left % columns
 
 
 class PictureCount:
     """How many pictures were decoded, and how many of them were far too small; counted by several threads.
 
     Args:
-      resolution: side in pixels that they get.
+      size: that they get.
     """
 
-    def __init__(self, resolution: int):
+    def __init__(self, size: Size):
         self._lock = threading.Lock()
-        self._resolution = resolution
+        self._size = size
         self._warned = False
         self.decoded = 0
         self.enlarged = 0  # more than twice, along one side
 
-    def add(self, side: int) -> None:
-        """Counts a picture whose shorter side is `side` pixels."""
+    def add(self, height: int, width: int) -> None:
+        """Counts a picture."""
         with self._lock:
             self.decoded += 1
-            self.enlarged += side * _MAX_ENLARGEMENT < self._resolution
+            # Of the largest part of it that has the shape wanted, see `pictures.resize`.
+            shrunk = min(height / self._size.height, width / self._size.width)
+            self.enlarged += shrunk * _MAX_ENLARGEMENT < 1
 
     @property
     def enlarged_share(self) -> float:
@@ -246,7 +253,7 @@ class PictureCount:
 
     def warning(self) -> str | None:
         """One line, once, if more than a hundredth of the pictures are enlarged."""
-        share, side = self.enlarged_share, self._resolution
+        share, side = self.enlarged_share, min(self._size)
         if self._warned or share <= _MAX_ENLARGED:
             return None
         self._warned = True
@@ -281,18 +288,17 @@ class _MakeExample:
         if self._joined is not None:
             texts, encoder = self._joined.find(record.key, stored.where), self._joined.encoder
         try:
-            exact = pictures.decode_exact(record.image, config.resolution)
-            decoded = pictures.decode_picture(record.image, config.resolution) if exact is None else exact
+            exact = pictures.decode_exact(record.image, config.size)
+            decoded = pictures.decode_picture(record.image, max(config.size)) if exact is None else exact
         except pictures.DECODE_ERRORS as error:
             reason = pictures.fault_text(error)
             raise UserError(
                 f"{stored.where}: picture of {record.key!r} does not decode ({reason})"
             ) from error
         # What was decoded at a fraction of its size is more than large enough.
-        size = decoded.shape[:2] if isinstance(decoded, np.ndarray) else decoded.size
-        self._count.add(min(size))
+        height, width = decoded.shape[:2] if isinstance(decoded, np.ndarray) else decoded.size[::-1]
+        self._count.add(height, width)
         mirror, top, left = _random_view(config, index)
-        side = config.crop or config.resolution
         try:
             embedding = texts.embedding(encoder.block_size)
         except ValueError as error:
@@ -300,13 +306,13 @@ class _MakeExample:
         example = {"embedding": embedding, "index": np.int64(index), "key": record.key}
         if self._captions:
             example["caption"] = texts.caption
-        part = (top * config.scale, left * config.scale, side)
         columns = slice(None, None, -1 if mirror else 1)
-        example["image"] = pictures.resize_square(decoded, config.resolution, part)[:, columns]
-        if config.low_resolution is not None:
+        part = pictures.Part(top * config.grain, left * config.grain, config.seen)
+        example["image"] = pictures.resize(decoded, config.size, part)[:, columns]
+        if config.scale is not None:
             # From the original, as the stage below saw it, not from the resized picture.
-            part = (top, left, side // config.scale)
-            example["low_res"] = pictures.resize_square(decoded, config.low_resolution, part)[:, columns]
+            low, seen = config.size.over(config.scale), config.seen.over(config.scale)
+            example["low_res"] = pictures.resize(decoded, low, pictures.Part(top, left, seen))[:, columns]
         return example
 
 
@@ -420,7 +426,7 @@ def open_batches(
     dataset = grain.MapDataset.source(source)
     if config.shuffle:
         dataset = dataset.shuffle(config.seed)
-    count = PictureCount(config.resolution)
+    count = PictureCount(config.size)
     make = _MakeExample(config, source.encoder, joined, captions, count)
     dataset = dataset.repeat().map_with_index(make)
     chunk = max(size for size in range(1, _CHUNK + 1) if local_batch % size == 0)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -43,12 +44,12 @@ class NoiseAugmentation:
         return self.schedule.log_snr(aug_level)
 
     def prepare(
-        self, low_res: Float[Array, "batch height width channels"], side: int
+        self, low_res: Float[Array, "batch height width channels"], size: Sequence[int]
     ) -> Float[Array, "batch height2 width2 channels"]:
-        """The picture to which the noise is added, of `side` pixels where it is enlarged before."""
+        """The picture to which the noise is added, of that height and width where it is enlarged before."""
         if not self.enlarge:
             return low_res
-        for axis in (1, 2):
+        for axis, side in enumerate(size, start=1):
             low_res = _enlarge_axis(low_res, axis, side)
         return low_res
 

@@ -11,6 +11,7 @@ from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedul
 from imagen_jax.diffusion.thresholding import ThresholdConfig
 from imagen_jax.limits import MAX_GUIDANCE, MAX_NAME, MAX_SIDE, MAX_TEXT_LENGTH, check_numbers
 from imagen_jax.models.kinds import AnyNetworkConfig
+from imagen_jax.sizes import Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class StageConfig:
     """Everything about a stage that its weights depend on, and its sampling defaults."""
 
     name: str  # such as "base64"; the stage's folder in a model folder
-    resolution: int  # pixels, side of the pictures it makes
+    resolution: int  # pixels, nominal: side of the square pictures it makes unless told otherwise
     network: AnyNetworkConfig
     low_resolution: int | None = None  # pixels, side of the pictures it enlarges; None: a base stage
     crop: int | None = None  # pixels, side of the crops it trains on; None: whole pictures
@@ -75,3 +76,22 @@ class StageConfig:
                 f"low_resolution {low} and network.low_res_channels {self.network.low_res_channels} disagree: "
                 "a super-resolution stage has both, a base stage neither (null and 0)"
             )
+
+    @property
+    def size(self) -> Size:
+        """Of its pictures unless told otherwise: square."""
+        return Size(self.resolution, self.resolution)
+
+    def check_size(self, size: Size) -> None:
+        """Raises ValueError unless the stage can draw, or learn from, pictures of this size."""
+        multiple = self.network.side_multiple
+        if size.scaled(1, self.scale) is None or any(side < 1 or side % multiple for side in size):
+            raise ValueError(
+                f"stage {self.name!r} has sides that are multiples of {multiple} pixels"
+                f"{'' if self.low_resolution is None else f' and of {self.scale}'}, got {size}"
+            )
+
+    @property
+    def scale(self) -> int:
+        """By which it enlarges its low-resolution input; 1 of a base stage."""
+        return 1 if self.low_resolution is None else self.resolution // self.low_resolution

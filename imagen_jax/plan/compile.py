@@ -74,10 +74,9 @@ def training_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
     """Shapes of what a training step reads, as `training.trainer.device_batch` puts it on the mesh."""
     stage, n = config.stage, config.data.batch_size
     online32 = config.data.text_encoder is not None and config.data.text_dtype is TextDtype.FLOAT32
-    side = stage.crop or stage.resolution
-    channels = stage.network.image_channels
+    size, channels = config.step_size, stage.network.image_channels
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "image": ((n, side, side, channels), jnp.uint8),
+        "image": ((n, *size, channels), jnp.uint8),
         "text": (
             (n, stage.max_text_length, stage.network.text_width),
             jnp.float32 if online32 else jnp.bfloat16,
@@ -88,8 +87,7 @@ def training_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
     if stage.padded_text:
         shapes["null_text"] = (shapes["text"][0], jnp.float32)
     if stage.low_resolution is not None:
-        low = side * stage.low_resolution // stage.resolution
-        shapes["low_res"] = ((n, low, low, channels), jnp.uint8)
+        shapes["low_res"] = ((n, *size.over(stage.scale), channels), jnp.uint8)
     sharding = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
@@ -144,6 +142,7 @@ def compile_stage(
                 batch=config.data.batch_size,
                 negative=config.stage.padded_text,  # where the null text is a caption like any other
                 mesh=mesh,
+                size=config.size,
             )
             shardings = spec.shardings(network.abstract_params)
             if shardings is None:

@@ -15,25 +15,25 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.sizes import Size
 
 
-def forward_flops(network: StageNetwork, *, side: int | None = None) -> int:
+def forward_flops(network: StageNetwork, *, size: Size | None = None) -> int:
     """FLOPs of one call of a stage's network on one picture, text attention included.
 
     Args:
       network: the stage's network; nothing of it is computed.
-      side: pixels, of the picture; None: the stage's resolution.
+      size: of the picture; None: the stage's own.
     """
     stage = network.config
-    side = stage.resolution if side is None else side
-    picture = jax.ShapeDtypeStruct((1, side, side, stage.network.image_channels), jnp.float32)
+    size = size or stage.size
+    picture = jax.ShapeDtypeStruct((1, *size, stage.network.image_channels), jnp.float32)
     level = jax.ShapeDtypeStruct((1,), jnp.float32)
     text = jax.ShapeDtypeStruct((1, stage.max_text_length, stage.network.text_width), jnp.float32)
     mask = jax.ShapeDtypeStruct((1, stage.max_text_length), jnp.bool_)
     low = {}
     if stage.low_resolution is not None:
-        low_side = side * stage.low_resolution // stage.resolution
-        shape = (1, low_side, low_side, stage.network.low_res_channels)
+        shape = (1, *size.over(stage.scale), stage.network.low_res_channels)
         low = {"low_res": jax.ShapeDtypeStruct(shape, jnp.float32), "aug_log_snr": level}
     traced = jax.make_jaxpr(network.apply)(network.abstract_params, picture, level, text, mask, **low)
     return jaxpr_flops(traced.jaxpr)

@@ -101,7 +101,7 @@ def make_plan(
         batch_size=config.data.batch_size,
         params=compiled.network.parameter_count(),
         memory=memory,
-        forward_flops=forward_flops(compiled.network, side=stage.crop if train else None),
+        forward_flops=forward_flops(compiled.network, size=config.step_size if train else config.size),
         calls_per_image=3 if train else calls * (1 if stage.sampling.guidance_weight == 1.0 else 2),
         network_steps=calls,
         estimate=found,

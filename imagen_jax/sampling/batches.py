@@ -23,7 +23,15 @@ class Preview:
     stage: str
     call: int  # network calls made
     calls: int  # of so many
-    pixels: np.ndarray  # uint8 (pictures, side, side, 3): x̂0 of the last call
+    pixels: np.ndarray  # uint8 (pictures, height, width, 3): x̂0 of the last call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """Who looks on."""
+
+    progress: bool = False  # whether progress bars are shown
+    preview: Callable[[Preview], None] | None = None  # called every half second with x̂0 as it forms
 
 
 def run_batch(
@@ -34,7 +42,7 @@ def run_batch(
     *,
     progress: tqdm,
     preview: Callable[[Preview], None] | None,
-) -> Float[np.ndarray, "count side side channels"]:
+) -> Float[np.ndarray, "count height width channels"]:
     """One batch from noise to x0: in one call, or in several where somebody watches. The result is the same.
 
     Args:

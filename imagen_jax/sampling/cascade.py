@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypedDict, Unpack
 
-import jax
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float
 from PIL import Image
 from tqdm import tqdm
 
@@ -19,23 +16,21 @@ from imagen_jax.cache import cache_folder, enable_compilation_cache
 from imagen_jax.config import nearest
 from imagen_jax.data.encoder_identity import warn_unknown_encoder
 from imagen_jax.errors import UserError
-from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, shown
+from imagen_jax.limits import MAX_BATCH, shown
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.parallel.spatial import split_rows
-from imagen_jax.sampling.batches import Preview, first_not_finite, run_batch
+from imagen_jax.sampling import memory
+from imagen_jax.sampling.batches import Preview, Watcher
+from imagen_jax.sampling.drawing import Drawing, StagePlan
 from imagen_jax.sampling.identity import check_encoder, encoder_identity, stage_identity
-from imagen_jax.sampling.inputs import StageInputs, not_finite, to_pixels
+from imagen_jax.sampling.inputs import to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.opened import OpenStages
-from imagen_jax.sampling.programs import ProgramSpec
-from imagen_jax.sampling.prompts import PromptEncoder, check_prompt, prompt_warnings
+from imagen_jax.sampling.prompts import PromptEncoder, prompt_warnings
 from imagen_jax.sampling.record import PictureRecord, StageRecord
+from imagen_jax.sampling.stage_run import StageRun, program_spec
+from imagen_jax.sizes import Size
 from imagen_jax.text.encoder import TextEncoder
-
-# Share of a device's memory beyond which weights that are not in use are freed: the rest is for activations.
-_WEIGHTS_SHARE = 0.5
-# Batches that go through a stage before the next stage's turn, where weights are read anew at each turn.
-_BATCHES_A_TURN = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,60 +40,36 @@ class Picture:
     prompt: str
     seed: int
     index: int  # in what was wanted
-    pixels: np.ndarray  # uint8 (side, side, 3)
-    x0: np.ndarray | None = None  # float32 (side, side, 3) in [−1, 1], if it was asked for
+    pixels: np.ndarray  # uint8 (height, width, 3)
+    x0: np.ndarray | None = None  # float32 (height, width, 3) in [−1, 1], if it was asked for
 
     def image(self) -> Image.Image:
         """As a PIL image."""
         return Image.fromarray(self.pixels)
 
 
-class Options(TypedDict, total=False):
-    """What `Imagen.draw` takes beside the pictures wanted; see there."""
+class DrawOptions(TypedDict, total=False):
+    """How `Imagen.draw` goes about it: nothing of it changes a picture; see there."""
 
     batch_size: int
+    keep_x0: bool
+    progress: bool
+    preview: Callable[[Preview], None] | None
+
+
+class Options(DrawOptions, total=False):
+    """What `Imagen.pictures` takes beside prompts and seeds: fields of `Drawing`, and how to go about it."""
+
     negative_prompt: str | None
     sampling: Mapping[str, SamplingConfig] | None
     until: int | None
-    keep_x0: bool
-    progress: bool
-    preview: Callable[[Preview], None] | None
+    size: Size | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Job:
-    """Checked options of a call."""
-
-    batch_size: int
-    stages: tuple[StageConfig, ...]
-    sampling: Mapping[str, SamplingConfig]  # of each of these stages
-    negative_prompt: str | None
-    keep_x0: bool
-    progress: bool
-    preview: Callable[[Preview], None] | None
-
-
-def wanted_pictures(prompts: Sequence[str], seed: int, num_images: int) -> list[tuple[str, int]]:
-    """(prompt, seed) of every picture: all of the first prompt, then all of the second, and so on.
-
-    Raises:
-      UserError: if there is no prompt, or a number is out of range.
-    """
-    if isinstance(prompts, str):  # a sequence of letters, which nobody means
-        raise UserError(f"prompts must be a list of captions, got the string {prompts!r}")
-    if not prompts:
-        raise UserError("there is no prompt to make a picture of")
-    if num_images < 1:
-        raise UserError(f"num_images must be at least 1, got {num_images}")
-    if num_images * len(prompts) > MAX_PICTURES:
-        raise UserError(
-            f"num_images {shown(num_images)} of {len(prompts)} prompts: more than {MAX_PICTURES} pictures at once"
-        )
-    if seed < 0 or seed + num_images - 1 > MAX_SEED:
-        raise UserError(
-            f"seeds must lie in 0 … {MAX_SEED}, got {shown(seed)} … {shown(seed + num_images - 1)}"
-        )
-    return [(prompt, seed + j) for prompt in prompts for j in range(num_images)]
+def _split(options: Options) -> tuple[dict, DrawOptions]:
+    """Fields of a drawing, and how to go about it."""
+    how = {name: options[name] for name in DrawOptions.__annotations__ if name in options}  # type: ignore[literal-required]
+    return {name: value for name, value in options.items() if name not in how}, how  # type: ignore[return-value]
 
 
 class Imagen:
@@ -130,13 +101,14 @@ class Imagen:
         self.prompt_encoder = PromptEncoder(encoder, load_encoder)
         self._free_stages = free_stages
         self._encoder_unknown = folder.index.encoder is None  # and nobody has been told so
-        self._meshes = _stage_meshes(folder, mesh, rows or {})
+        self._rows = dict(rows or {})
+        self._meshes = _stage_meshes(folder, mesh, self._rows)
         self._opened = OpenStages(folder)
 
     @classmethod
     def load(
         cls,
-        model: epath.PathLike,
+        model: epath.PathLike | ModelFolder,
         *,
         mesh: Mesh | None = None,
         rows: Mapping[str, int] | None = None,
@@ -146,7 +118,7 @@ class Imagen:
         """Opens a model folder.
 
         Args:
-          model: the folder.
+          model: the folder, or what is opened of it already.
           mesh: over which weights and batches are spread; None: one device.
           rows: by stage name, over how many devices each picture's rows are split; 1 where not named.
           free_stages: whether weights leave memory when their stage has had its turn; None: if all together
@@ -158,7 +130,7 @@ class Imagen:
           UserError: if the folder or its text encoder is missing or broken, naming it, or that is another than the
             stages were trained with.
         """
-        folder = ModelFolder(model)
+        folder = model if isinstance(model, ModelFolder) else ModelFolder(model)
         folder.check_weights()
         enable_compilation_cache(cache_folder(cache))
 
@@ -212,7 +184,7 @@ class Imagen:
           prompts: captions.
           seed: image j of every prompt has seed + j, and depends on that and its prompt only.
           num_images: pictures of each prompt.
-          **options: see `draw`.
+          **options: fields of `Drawing`, and what `draw` takes.
 
         Raises:
           UserError: if there is no prompt, or as `draw`.
@@ -220,256 +192,166 @@ class Imagen:
         Warns:
           CutTextWarning, UnknownTokensWarning: see `text_warnings`.
         """
-        wanted = wanted_pictures(prompts, seed, num_images)
-        for warning in self.text_warnings(prompts, **options):
+        fields, how = _split(options)
+        drawing = Drawing.of(prompts, seed=seed, num_images=num_images, **fields)
+        for warning in self.text_warnings(drawing):
             warnings.warn(warning, stacklevel=2)
-        return list(self.draw(wanted, **options))
+        return list(self.draw(drawing, **how))
 
-    def draw(self, wanted: Sequence[tuple[str, int]], **options: Unpack[Options]) -> Iterator[Picture]:
-        """Pictures of (prompt, seed) pairs, in this order, each as soon as its group is done.
-
-        Args:
-          wanted: prompts and seeds.
-          **options: batch_size: pictures drawn at a time (16); the last batch is filled up, so that nothing is
-            compiled twice. negative_prompt: what guidance leads away from, for every picture, instead of the
-            null text; stages that are not guided do not see it. sampling: by stage name, how to sample it;
-            stages left out use their own settings. until: side in pixels of the stage to stop at. keep_x0:
-            whether pictures also come as floating-point numbers. progress: whether to show progress bars.
-            preview: called every half second with x̂0 as it forms.
-
-        Raises:
-          UserError: if a number is out of range, a prompt is no text, `sampling` or `until` names no stage, or a
-            negative prompt is given while no stage is guided. After all other pictures: some are not finite; names
-            stage, network call and prompt of the first.
-        """
-        for prompt, _ in wanted:
-            check_prompt(prompt)
-        job = self._job(**options)  # checked here and not when the first picture is asked for
-        if self._encoder_unknown:
-            warn_unknown_encoder(f"the stages of {self.folder.path} do")
-            self._encoder_unknown = False
-        return self._draw(list(wanted), job)
-
-    def text_warnings(self, prompts: Sequence[str], **options: Unpack[Options]) -> list[UserWarning]:
-        """What of the prompts, the negative one included, the stages do not see (`prompt_warnings`).
-
-        Options are those of `draw`, which itself says nothing.
-        """
-        job = self._job(**options)
-        negative = [] if job.negative_prompt is None else [job.negative_prompt]
-        return prompt_warnings(self.prompt_encoder.tokenizer, [*prompts, *negative], job.stages)
-
-    def check(self, **options: Unpack[Options]) -> None:
-        """Raises what `draw` would raise for these options."""
-        self._job(**options)
-
-    def _job(
+    def draw(
         self,
+        drawing: Drawing,
         *,
         batch_size: int = 16,
-        negative_prompt: str | None = None,
-        sampling: Mapping[str, SamplingConfig] | None = None,
-        until: int | None = None,
         keep_x0: bool = False,
         progress: bool = False,
         preview: Callable[[Preview], None] | None = None,
-    ) -> _Job:
-        if negative_prompt is not None:
-            check_prompt(negative_prompt, "negative prompt")
-        known = [stage.name for stage in self.stages]
-        for name in sampling or {}:
-            if name not in known:
-                raise UserError(
-                    f"{self.folder.path}: there is no stage {name!r} to sample{nearest(name, known)}"
-                )
+    ) -> Iterator[Picture]:
+        """The pictures of a drawing, in its order, each as soon as its group is done.
+
+        Args:
+          drawing: what is wanted.
+          batch_size: pictures drawn at a time; the last batch is filled up, so that nothing is compiled twice.
+          keep_x0: whether pictures also come as floating-point numbers.
+          progress: whether to show progress bars.
+          preview: called every half second with x̂0 as it forms.
+
+        Raises:
+          UserError: `Drawing.plan`, or batch_size is out of range. After all other pictures: some are not finite;
+            names stage, network call and prompt of the first.
+        """
+        plans = self.check(drawing, batch_size=batch_size)  # here and not when the first picture is asked for
+        if self._encoder_unknown:
+            warn_unknown_encoder(f"the stages of {self.folder.path} do")
+            self._encoder_unknown = False
+        watcher = Watcher(progress=progress, preview=preview)
+        return self._draw(drawing, plans, batch_size, watcher, keep_x0)
+
+    def check(self, drawing: Drawing, *, batch_size: int = 16) -> tuple[StagePlan, ...]:
+        """What each stage has to do; raises what `draw` would raise."""
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}")
         if batch_size > MAX_BATCH:
             raise UserError(f"batch_size must be at most {MAX_BATCH}, got {shown(batch_size)}")
-        stages = self.stages_until(until)
-        chosen = {stage.name: (sampling or {}).get(stage.name, stage.sampling) for stage in stages}
-        if negative_prompt is not None and all(each.guidance_weight == 1.0 for each in chosen.values()):
-            raise UserError(
-                f"negative_prompt {negative_prompt!r} needs guidance, but every stage's guidance weight is 1 (off)"
-            )
-        return _Job(
-            batch_size=batch_size,
-            stages=stages,
-            sampling=chosen,
-            negative_prompt=negative_prompt,
-            keep_x0=keep_x0,
-            progress=progress,
-            preview=preview,
-        )
+        plans = drawing.plan(self.stages, str(self.folder.path))
+        for plan in plans:
+            _check_rows(plan.stage, self._rows.get(plan.stage.name, 1), plan.size)
+        return plans
 
-    def stages_until(self, until: int | None) -> tuple[StageConfig, ...]:
-        """The stages up to the one that makes pictures of this side; None: all.
+    def text_warnings(self, drawing: Drawing) -> list[UserWarning]:
+        """What of a drawing's prompts, the negative one included, the stages do not see (`prompt_warnings`)."""
+        stages = drawing.stages(self.stages)
+        return prompt_warnings(self.prompt_encoder.tokenizer, drawing.prompts, stages)
 
-        Raises:
-          UserError: if none does.
-        """
-        sides = [stage.resolution for stage in self.stages]
-        if until is None:
-            return self.stages
-        if until not in sides:
-            raise UserError(
-                f"--until {until}: the stages make pictures of {', '.join(map(str, sides))} pixels"
-            )
-        return self.stages[: sides.index(until) + 1]
-
-    def record(
-        self,
-        prompt: str,
-        seed: int,
-        *,
-        negative_prompt: str | None = None,
-        sampling: Mapping[str, SamplingConfig] | None = None,
-        until: int | None = None,
-    ) -> PictureRecord:
-        """What makes a picture of `draw` again; arguments as there."""
-        stages, encoder = self.identities
+    def record(self, drawing: Drawing, index: int = 0) -> PictureRecord:
+        """What makes one of a drawing's pictures again."""
+        identities, encoder = self.identities
+        prompt, seed = drawing.wanted[index]
         return PictureRecord(
             prompt=prompt,
             seed=seed,
-            negative_prompt=negative_prompt,
+            negative_prompt=drawing.negative_prompt,
             stages=tuple(
                 StageRecord(
                     name=stage.name,
-                    identity=stages[stage.name],
-                    sampling=(sampling or {}).get(stage.name, stage.sampling),
+                    identity=identities[stage.name],
+                    sampling=drawing.sampling.get(stage.name, stage.sampling),
                 )
-                for stage in self.stages_until(until)
+                for stage in drawing.stages(self.stages)
             ),
             text_encoder=encoder,
             model=str(self.folder.path),
+            size=None if drawing.size is None else (drawing.size.width, drawing.size.height),
         )
 
     @functools.cached_property
     def _frees(self) -> bool:
         """Whether weights leave memory when their stage has had its turn."""
-        return self._memory_is_short() if self._free_stages is None else self._free_stages
+        if self._free_stages is not None:
+            return self._free_stages
+        encoder = sum(path.stat().length for path in self._encoder_folder.glob("*.safetensors"))
+        stages = (
+            self.folder.weight_bytes(name) // memory.weight_shards(mesh)
+            for name, mesh in self._meshes.items()
+        )
+        return memory.is_short(encoder + sum(stages))
 
-    def _group(self, job: _Job) -> int:
-        """Pictures that go through a stage before the next one's turn."""
-        return job.batch_size * (_BATCHES_A_TURN if self._frees else 1)
-
-    def _draw(self, wanted: list[tuple[str, int]], job: _Job) -> Iterator[Picture]:
-        free, group = self._frees, self._group(job)
-        several, faults = len(wanted) > group, list[str]()
-        with tqdm(
-            total=len(wanted), unit="picture", desc="all", disable=not (job.progress and several)
-        ) as bar:
-            for begin in range(0, len(wanted), group):
-                part = wanted[begin : begin + group]
-                x0: np.ndarray | None = None
-                good = np.ones(len(part), bool)
-                texts = [*dict.fromkeys(prompt for prompt, _ in part), *filter(None, [job.negative_prompt])]
-                for length, padded in {(each.max_text_length, each.padded_text) for each in job.stages}:
-                    self.encode([*texts, ""] if padded else texts, length, padded=padded)
-                if free:
-                    self.prompt_encoder.release()
-                for stage in job.stages:
-                    x0, found = self._run_stage(stage, part, x0, good, job, leave=not several)
+    def _draw(
+        self,
+        drawing: Drawing,
+        plans: tuple[StagePlan, ...],
+        batch_size: int,
+        watcher: Watcher,
+        keep_x0: bool,
+    ) -> Iterator[Picture]:
+        total, group = len(drawing.wanted), memory.pictures_a_turn(batch_size, self._frees)
+        several, faults = total > group, list[str]()
+        with tqdm(total=total, unit="picture", desc="all", disable=not (watcher.progress and several)) as bar:
+            for begin in range(0, total, group):
+                part = drawing.part(range(begin, min(total, begin + group)))
+                x0, good = None, np.ones(len(part.wanted), bool)
+                self._encode_all(part, plans)
+                for plan in part.plan(self.stages, str(self.folder.path)):
+                    run = self._stage_run(part, plan, batch_size)
+                    x0, found = run(x0, good, watcher, leave=not several)
                     faults += found
-                    if free:
-                        self._opened.free(stage.name)
+                    del run
+                    if self._frees:
+                        self._opened.free(plan.stage.name)
                 assert x0 is not None
                 for i in np.flatnonzero(good):
+                    prompt, seed = part.wanted[i]
                     yield Picture(
-                        prompt=part[i][0],
-                        seed=part[i][1],
+                        prompt=prompt,
+                        seed=seed,
                         index=begin + int(i),
                         pixels=to_pixels(x0[i]),
-                        x0=x0[i] if job.keep_x0 else None,
+                        x0=x0[i] if keep_x0 else None,
                     )
-                bar.update(len(part))
+                bar.update(len(part.wanted))
         if faults:
             raise UserError(
-                f"{len(faults)} of {len(wanted)} pictures are none: {faults[0]}; is a weight of that stage not finite, "
+                f"{len(faults)} of {total} pictures are none: {faults[0]}; is a weight of that stage not finite, "
                 "or a setting too strong for it?"
             )
 
-    def _spec(self, stage: StageConfig, job: _Job, pictures: int) -> ProgramSpec:
-        """The program that draws so many pictures of a stage, in batches."""
-        sampling, mesh = job.sampling[stage.name], self._meshes[stage.name]
-        parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-        # The null text of a stage with padded text is the empty caption.
-        leads_away = job.negative_prompt is not None or stage.padded_text
-        return ProgramSpec(
-            stage=stage,
-            sampling=sampling,
-            batch=-(-min(job.batch_size, pictures) // parts) * parts,
-            negative=leads_away and sampling.guidance_weight != 1.0,
-            mesh=mesh,
+    def _encode_all(self, drawing: Drawing, plans: Sequence[StagePlan]) -> None:
+        """Encodes what the stages will ask for, so that the encoder can leave memory before they come."""
+        for length, padded in {(each.stage.max_text_length, each.stage.padded_text) for each in plans}:
+            self.encode([*drawing.prompts, ""] if padded else drawing.prompts, length, padded=padded)
+        if self._frees:
+            self.prompt_encoder.release()
+
+    def _stage_run(self, drawing: Drawing, plan: StagePlan, batch_size: int) -> StageRun:
+        """The stage in front of a group of pictures."""
+        stage = plan.stage
+        spec = program_spec(
+            plan,
+            batch_size=batch_size,
+            pictures=len(drawing.wanted),
+            leads_away=drawing.negative_prompt is not None,
+            mesh=self._meshes[stage.name],
         )
-
-    def _run_stage(
-        self,
-        stage: StageConfig,
-        wanted: list[tuple[str, int]],
-        low_res: np.ndarray | None,
-        good: Bool[np.ndarray, " pictures"],
-        job: _Job,
-        *,
-        leave: bool,
-    ) -> tuple[Float[np.ndarray, "pictures side side channels"], list[str]]:
-        """All pictures of a group through one stage, batch by batch; in [−1, 1].
-
-        Those that are not finite are taken out of `good`, and a line says of each where it went wrong; they go on
-        as grey, so that the others keep their places.
-        """
-        spec = self._spec(stage, job, len(wanted))
-        prompts, seeds = [prompt for prompt, _ in wanted], np.array([seed for _, seed in wanted], np.uint32)
-        text, mask = self.encode(prompts, stage.max_text_length, padded=stage.padded_text)
         negative = None
         if spec.negative:
-            away = [job.negative_prompt or ""]
-            embedding = self.encode(away, stage.max_text_length, padded=stage.padded_text)
-            negative = tuple(np.repeat(each, spec.batch, axis=0) for each in embedding)
+            away = [drawing.negative_prompt or ""]
+            embedding, mask = self.encode(away, stage.max_text_length, padded=stage.padded_text)
+            negative = np.repeat(embedding, spec.batch, axis=0), np.repeat(mask, spec.batch, axis=0)
         program, params = self._opened.get(spec)
-        calls, starts = spec.sampling.sampler.network_calls, range(0, len(wanted), spec.batch)
-        made, faults = [], list[str]()
-        with tqdm(
-            total=calls * len(starts), unit="step", desc=stage.name, disable=not job.progress, leave=leave
-        ) as bar:
-            for begin in starts:
-                chosen = np.arange(begin, begin + spec.batch) % len(wanted)  # filled up from the front
-                inputs = StageInputs(
-                    seeds=seeds[chosen],
-                    text=text[chosen],
-                    mask=mask[chosen],
-                    low_res=None if low_res is None else low_res[chosen],
-                    negative_text=None if negative is None else negative[0],
-                    negative_mask=None if negative is None else negative[1],
-                )
-                count = min(spec.batch, len(wanted) - begin)
-                x0 = run_batch(program, params, inputs, count, progress=bar, preview=job.preview)
-                bad = not_finite(x0)
-                if bad.any():
-                    first = first_not_finite(program, params, inputs, count)
-                    faults += [
-                        f"stage {stage.name!r} gave numbers that are not finite at call {first[i]} of {calls} for "
-                        f"{shown(prompts[begin + i])} (seed {seeds[begin + i]})"
-                        for i in np.flatnonzero(bad & good[begin : begin + count])
-                    ]
-                    good[begin : begin + count] &= ~bad
-                    x0 = np.where(bad[:, None, None, None], np.float32(0.0), x0)
-                made.append(np.clip(x0, -1.0, 1.0))
-        return np.concatenate(made), faults
+        prompts = [prompt for prompt, _ in drawing.wanted]
+        text = self.encode(prompts, stage.max_text_length, padded=stage.padded_text)
+        return StageRun(
+            drawing=drawing, plan=plan, program=program, params=params, text=text, negative=negative
+        )
 
-    def _memory_is_short(self) -> bool:
-        """Whether the weights of all stages would leave too little for sampling."""
-        device = jax.local_devices()[0]
-        limit = (device.memory_stats() or {}).get("bytes_limit")
-        if limit is None:
-            limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        needed = 0
-        for stage in self.stages:
-            mesh = self._meshes[stage.name]
-            shards = 1 if mesh is None else mesh.shape["fsdp"] * mesh.shape["tensor"]
-            needed += self.folder.weight_bytes(stage.name) // shards
-        needed += sum(path.stat().length for path in self._encoder_folder.glob("*.safetensors"))
-        return needed > _WEIGHTS_SHARE * limit
+
+def _check_rows(stage: StageConfig, devices: int, size: Size) -> None:
+    """Raises UserError unless a picture's rows can be split over the devices at each of the stage's levels."""
+    if devices < 1 or size.height % (devices * stage.network.side_multiple):
+        raise UserError(
+            f"stage {stage.name!r}: {size.height} rows cannot be split over {devices} devices evenly at "
+            "each of its levels"
+        )
 
 
 def _stage_meshes(folder: ModelFolder, mesh: Mesh | None, rows: Mapping[str, int]) -> dict[str, Mesh | None]:
@@ -480,11 +362,7 @@ def _stage_meshes(folder: ModelFolder, mesh: Mesh | None, rows: Mapping[str, int
             raise UserError(f"{folder.path}: there is no stage {name!r} to split{nearest(name, known)}")
         if count > 1 and mesh is None:
             raise UserError(f"stage {name!r}: rows can be split over {count} devices only on a mesh")
-        if count < 1 or known[name].resolution % (count * known[name].network.side_multiple):
-            raise UserError(
-                f"stage {name!r}: {known[name].resolution} rows cannot be split over {count} devices evenly at "
-                "each of its levels"
-            )
+        _check_rows(known[name], count, known[name].size)
     return {
         name: mesh if mesh is None or rows.get(name, 1) == 1 else split_rows(mesh, rows[name])
         for name in known

@@ -101,7 +101,7 @@ def beside(place: Place) -> list[str]:
         return [str(error).removeprefix("--out ")]
     other = [
         name
-        for name in ("prompt", "negative_prompt", "text_encoder", "version")
+        for name in ("prompt", "negative_prompt", "size", "text_encoder", "version")
         if getattr(old, name) != getattr(place.record, name)
     ]
     names = [[(each.name, each.identity) for each in record.stages] for record in (old, place.record)]

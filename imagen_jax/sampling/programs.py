@@ -18,6 +18,7 @@ from imagen_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, repl
 from imagen_jax.parallel.spatial import picture_sharding
 from imagen_jax.sampling.inputs import StageInputs
 from imagen_jax.sampling.stage_sampler import draw
+from imagen_jax.sizes import Size
 
 # The TPU compiler cuts the pictures of a small batch into strips to make a larger batch of them. By its own estimate
 # that is half as fast as leaving them whole (docs/performance.md).
@@ -55,6 +56,7 @@ class ProgramSpec:
     batch: int  # pictures drawn together
     negative: bool = False  # whether guidance leads away from a prompt rather than from the null text
     mesh: Mesh | None = None  # None: one device
+    size: Size | None = None  # of the pictures; None: the stage's own
     hooks: HookShapes = HookShapes()
 
     def arguments(self) -> tuple[dict[str, Any], SamplerState]:
@@ -66,10 +68,11 @@ class ProgramSpec:
         inputs: dict[str, Any] = {"seeds": jax.ShapeDtypeStruct((n,), jnp.uint32), "text": text, "mask": mask}
         if self.negative:
             inputs |= {"negative_text": text, "negative_mask": mask}
-        if (low := stage.low_resolution) is not None:
-            inputs["low_res"] = jax.ShapeDtypeStruct((n, low, low, channels), jnp.float32)
+        size = self.size or stage.size
+        if stage.low_resolution is not None:
+            inputs["low_res"] = jax.ShapeDtypeStruct((n, *size.over(stage.scale), channels), jnp.float32)
         inputs["hooks"] = self.hooks.batch(n)
-        picture = jax.ShapeDtypeStruct((n, stage.resolution, stage.resolution, channels), jnp.float32)
+        picture = jax.ShapeDtypeStruct((n, *size, channels), jnp.float32)
         rule = self.sampling.sampler.rule
         return inputs, jax.eval_shape(lambda x: SamplerState(x, x, rule.start(x)), picture)
 
@@ -149,7 +152,9 @@ def trace(spec: ProgramSpec, network: StageNetwork) -> jax.stages.Lowered:
         params: Params, inputs: dict[str, Any], state: SamplerState, first: Any, last: Any
     ) -> SamplerState:
         given = StageInputs(**inputs)
-        return draw(network, params, given, state, first, last, config=spec.sampling, mesh=mesh)
+        return draw(
+            network, params, given, state, first, last, config=spec.sampling, size=spec.size, mesh=mesh
+        )
 
     number = jax.ShapeDtypeStruct((), jnp.int32)
     shardings = spec.shardings(network.abstract_params)
@@ -171,7 +176,7 @@ def lower(spec: ProgramSpec, network: StageNetwork | None = None) -> jax.stages.
 
     def whole(params: Params, inputs: dict[str, Any]) -> jax.Array:
         given = StageInputs(**inputs)
-        return draw(network, params, given, None, config=spec.sampling, mesh=mesh).x0
+        return draw(network, params, given, None, config=spec.sampling, size=spec.size, mesh=mesh).x0
 
     if shardings is None:
         return jax.jit(whole).lower(network.abstract_params, inputs)

@@ -9,7 +9,7 @@ import imagen_jax
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.errors import UserError
 from imagen_jax.files import exists, json_field
-from imagen_jax.limits import MAX_SEED, check_numbers
+from imagen_jax.limits import MAX_SEED, MAX_SIDE, check_numbers
 from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.sampling.pictures import read_metadata
 
@@ -35,19 +35,25 @@ class PictureRecord:
     text_encoder: str  # hash of the encoder
     model: str  # the model folder, as it was called then
     negative_prompt: str | None = None
+    size: tuple[int, ...] | None = None  # width and height in pixels; None: the last stage's own
     version: str = imagen_jax.__version__  # of this package
     format: int = FORMAT
 
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
-        check_numbers(self, seed=MAX_SEED)
+        check_numbers(self, seed=MAX_SEED, size=MAX_SIDE)
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size must be width and height in pixels, got {self.size}")
         if not self.stages:
             raise ValueError("stages: a picture goes through one stage at least, got none")
 
     def to_metadata(self) -> dict[str, Any]:
         """JSON types, as `save_png` takes them."""
-        return to_dict(self)
+        values = to_dict(self)
+        if self.size is None:
+            del values["size"]  # as in records from before there were other sizes
+        return values
 
     def same_picture(self, metadata: dict[str, Any] | None) -> bool:
         """Whether the metadata are those of this very picture, wherever its model lay."""

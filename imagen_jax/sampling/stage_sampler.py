@@ -21,6 +21,7 @@ from imagen_jax.models.stage import StageNetwork, drop_text
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.parallel.spatial import shard_pictures
 from imagen_jax.sampling.inputs import StageInputs, not_finite, to_pixels, to_unit
+from imagen_jax.sizes import Size
 
 # Steps use the numbers from 0 up for their noise; the low-resolution input's noise has this one.
 _AUG_NOISE = 2**31 - 1
@@ -107,6 +108,7 @@ def draw(
     last: Int[Array, ""] | int | None = None,
     *,
     config: SamplingConfig,
+    size: Size | None = None,
     mesh: Mesh | None = None,
 ) -> SamplerState:
     """The program of a stage: a batch from noise to pictures, or a part of that way.
@@ -123,15 +125,17 @@ def draw(
       first: number of the first network call to make.
       last: number of the call before which to stop; None: the end.
       config: how to sample.
+      size: of the pictures; None: the stage's own.
       mesh: over which the batch, and rows where it has such an axis, are split.
     """
     stage = network.config
-    shape = (stage.resolution, stage.resolution, stage.network.image_channels)
+    size = size or stage.size
+    shape = (*size, stage.network.image_channels)
     # Another stream of numbers for each stage: the base's noise must not come again in the SR stages.
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stage.resolution))(inputs.seeds)
     augmented = None
     if inputs.low_res is not None:
-        low_res = stage.augmentation.prepare(inputs.low_res, stage.resolution)
+        low_res = stage.augmentation.prepare(inputs.low_res, size)
         noise = image_noise(keys, _AUG_NOISE, low_res.shape[1:])
         level = jnp.full((len(low_res),), config.aug_level)
         augmented = stage.augmentation.apply(low_res, noise, level)
@@ -185,13 +189,13 @@ class StageSampler:
     def __init__(self, network: StageNetwork, mesh: Mesh | None = None):
         self.network = network
         self._mesh = mesh
-        self._run = jax.jit(self._draw, static_argnames="config")
+        self._run = jax.jit(self._draw, static_argnames=("config", "size"))
 
-    def _draw(self, params: Params, inputs: StageInputs, *, config: SamplingConfig) -> Array:
+    def _draw(self, params: Params, inputs: StageInputs, *, config: SamplingConfig, size: Size) -> Array:
         if self._mesh is not None:
             shard = partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(self._mesh))
             inputs = jax.tree.map(shard, inputs)
-        return draw(self.network, params, inputs, None, config=config, mesh=self._mesh).x0
+        return draw(self.network, params, inputs, None, config=config, size=size, mesh=self._mesh).x0
 
     def __call__(
         self,
@@ -203,7 +207,8 @@ class StageSampler:
         negative: tuple[np.ndarray, np.ndarray] | None = None,
         low_res: np.ndarray | None = None,
         config: SamplingConfig | None = None,
-    ) -> UInt8[np.ndarray, "batch resolution resolution channels"]:
+        size: Size | None = None,
+    ) -> UInt8[np.ndarray, "batch height width channels"]:
         """Draws one picture a seed.
 
         Args:
@@ -213,8 +218,9 @@ class StageSampler:
           mask: bool (batch, length), True for real tokens.
           negative: text and mask, of the same shapes, of the prompts that guidance leads away from; None: the
             null text. Without guidance they have no say.
-          low_res: uint8 (batch, r, r, 3) for an SR stage.
+          low_res: uint8 (batch, low height, low width, 3) for an SR stage.
           config: how to sample; None: the stage's defaults.
+          size: of the pictures; None: the stage's own.
 
         Raises:
           ValueError: if low_res is missing for an SR stage or given to a base stage.
@@ -235,7 +241,8 @@ class StageSampler:
             np.arange(-(-count // parts) * parts) % count
         )  # from the front, so that devices share it equally
         inputs = jax.tree.map(lambda array: array[filled], inputs)
-        x0 = self._run(params, inputs, config=config or self.network.config.sampling)
+        stage = self.network.config
+        x0 = self._run(params, inputs, config=config or stage.sampling, size=size or stage.size)
         if not x0.is_fully_addressable and not x0.is_fully_replicated:
             # Every process gets all pictures, wherever the compiler has put them.
             x0 = multihost_utils.process_allgather(x0, tiled=True)

@@ -8,8 +8,9 @@ from urllib.parse import parse_qsl, urlencode
 
 from imagen_jax.config import nearest
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_SEED
 from imagen_jax.models.configs import SamplingConfig, StageConfig
-from imagen_jax.sampling.cascade import MAX_SEED
+from imagen_jax.sampling.drawing import Drawing
 from imagen_jax.sampling.overrides import SamplingOverrides, override_all, parse_overrides
 from imagen_jax.sampling.prompts import check_prompt
 
@@ -60,6 +61,14 @@ class PictureRequest:
         """
         made = override_all([stage.sampling for stage in stages], self.overrides)
         return {stage.name: config for stage, config in zip(stages, made, strict=True)}
+
+    def drawing(self, stages: tuple[StageConfig, ...]) -> Drawing:
+        """What the cascade is asked for; raises as `sampling`."""
+        return Drawing(
+            wanted=tuple(self.wanted()),
+            negative_prompt=self.negative_prompt,
+            sampling=self.sampling(stages),
+        )
 
     def query(self) -> str:
         """The request as the query of a link, spelt as the flags of `imagen-jax sample` are."""

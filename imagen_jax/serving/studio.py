@@ -15,7 +15,9 @@ from typing import TypeVar
 from etils import epath
 
 from imagen_jax.errors import UserError
-from imagen_jax.sampling.cascade import Imagen, Options, Preview
+from imagen_jax.sampling.batches import Preview
+from imagen_jax.sampling.cascade import Imagen
+from imagen_jax.sampling.drawing import Drawing
 from imagen_jax.sampling.output import Place, find_place, save_picture
 from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.record import PictureRecord, read_record
@@ -153,7 +155,7 @@ class Studio:
         Raises:
           UserError: if batch_size is out of range.
         """
-        model.check(batch_size=batch_size)
+        model.check(Drawing(wanted=()), batch_size=batch_size)
         self.model, self.folder, self._batch_size, self._temporary = model, folder, batch_size, temporary
         self._numbers = itertools.count(1)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
@@ -191,10 +193,9 @@ class Studio:
         Raises:
           UserError: if it cannot be drawn, or too many wait.
         """
-        sampling = request.sampling(self.model.stages)
-        options: Options = {"negative_prompt": request.negative_prompt, "sampling": sampling}
-        self.model.check(**options)
-        warnings = self.model.text_warnings([request.prompt], **options)
+        drawing = request.drawing(self.model.stages)
+        self.model.check(drawing)
+        warnings = self.model.text_warnings(drawing)
         with self._lock:
             if len(self._waiting) >= MAX_JOBS:
                 raise UserError(f"{len(self._waiting)} requests wait already: try again later")
@@ -221,27 +222,16 @@ class Studio:
 
     def _draw(self, job: Job) -> None:
         job.start()
-        request = job.request
-        sampling = request.sampling(self.model.stages)
-        places = []
-        for prompt, seed in request.wanted():
-            record = self.model.record(
-                prompt, seed, negative_prompt=request.negative_prompt, sampling=sampling
-            )
-            places.append(find_place(self.folder, 0, record))
+        drawing = job.request.drawing(self.model.stages)
+        records = [self.model.record(drawing, number) for number in range(len(drawing.wanted))]
+        places = [find_place(self.folder, 0, record) for record in records]
         for place in places:
             if place.there:  # asked for before: the same picture would come out
                 self._done(job, place)
-        missing = [place for place in places if not place.there]
-        made = self.model.draw(
-            [(place.record.prompt, place.record.seed) for place in missing],
-            batch_size=self._batch_size,
-            negative_prompt=request.negative_prompt,
-            sampling=sampling,
-            preview=job.watch,
-        )
-        for picture in made:
-            place = missing[picture.index]
+        missing = [number for number, place in enumerate(places) if not place.there]
+        pictures = self.model.draw(drawing.part(missing), batch_size=self._batch_size, preview=job.watch)
+        for picture in pictures:
+            place = places[missing[picture.index]]
             save_picture(place, picture.pixels)
             self._done(job, place)
 
@@ -279,12 +269,9 @@ class Studio:
                 seed=record.seed,
                 overrides=overrides,
             )
-            sampling = request.sampling(self.model.stages)
+            again = self.model.record(request.drawing(self.model.stages))
         except UserError:
             return None
-        again = self.model.record(
-            record.prompt, record.seed, negative_prompt=record.negative_prompt, sampling=sampling
-        )
         return request if again.same_picture(record.to_metadata()) else None
 
     def gallery(self) -> Sequence[Shown]:

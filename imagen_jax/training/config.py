@@ -16,9 +16,10 @@ from imagen_jax.config import build
 from imagen_jax.diffusion.losses import LossConfig
 from imagen_jax.diffusion.noise_levels import NormalLogSNR, UniformInterval, UniformTime
 from imagen_jax.errors import UserError
-from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, MAX_THREADS, check_numbers
+from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, MAX_SIDE, MAX_THREADS, check_numbers
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.parallel.mesh import MeshConfig
+from imagen_jax.sizes import Size
 
 
 class Optimizer(enum.StrEnum):
@@ -79,6 +80,9 @@ class DataConfig:
     text_encoder: str | None = None  # folder or hub id: encodes captions while training; None: stored ones
     text_dtype: TextDtype = TextDtype.FLOAT32  # of that encoder's weights, products and embeddings
     split: str = "train"  # of the records
+    size: tuple[int, ...] | None = (
+        None  # width, height in pixels of the pictures; None: stage.resolution, square
+    )
     batch_size: int = 2048  # examples a step, over all devices and processes
     flip: bool = False  # mirror pictures at random; captions with left and right forbid it
     num_threads: int = 16  # threads that decode and resize
@@ -90,7 +94,11 @@ class DataConfig:
         for name in ("num_threads", "prefetch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        check_numbers(self, batch_size=MAX_BATCH, num_threads=MAX_THREADS, prefetch=MAX_THREADS)
+        check_numbers(
+            self, batch_size=MAX_BATCH, num_threads=MAX_THREADS, prefetch=MAX_THREADS, size=MAX_SIDE
+        )
+        if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
+            raise ValueError(f"size must be width and height in pixels, got {self.size}")
         if self.embeddings is not None and self.text_encoder is not None:
             raise ValueError(
                 f"embeddings={self.embeddings} and text_encoder={self.text_encoder} exclude each other; "
@@ -191,6 +199,24 @@ class TrainConfig:
         if self.seed < 0:
             raise ValueError(f"seed must not be negative, got {self.seed}")
         check_numbers(self, seed=MAX_SEED)
+        if self.data.size is not None:
+            self.stage.check_size(self.size)
+            if self.stage.crop is not None and self.stage.crop > min(self.size):
+                raise ValueError(f"stage.crop {self.stage.crop} is larger than data.size {self.size}")
+
+    @property
+    def size(self) -> Size:
+        """Of the pictures that crops are taken of."""
+        if self.data.size is None:
+            return self.stage.size
+        width, height = self.data.size
+        return Size(height, width)
+
+    @property
+    def step_size(self) -> Size:
+        """Of the pictures that the training step sees."""
+        crop = self.stage.crop
+        return self.size if crop is None else Size(crop, crop)
 
     def check_trainable(self) -> None:
         """Raises UserError for a network that can draw pictures but not be trained."""

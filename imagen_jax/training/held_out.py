@@ -110,7 +110,7 @@ class SampleGrid:
         config, self._run = run.config, run
         self._batch, self._scorer = dict(batch), config.train.sample_score
         if self._scorer is not Scorer.NONE:
-            check_scorer(self._scorer, config.stage.resolution, self._batch["caption"])
+            check_scorer(self._scorer, min(config.size), self._batch["caption"])
         if online is not None:
             self._batch["text"], self._batch["text_mask"] = online.encode(self._batch["caption"])
         null = None if online is None else online.null_text
@@ -131,6 +131,7 @@ class SampleGrid:
             text=self._batch["text"].astype(np.float32),
             mask=self._batch["text_mask"],
             low_res=self._batch.get("low_res"),
+            size=self._run.config.size,
             negative=None if self._null is None else (self._null, self._batch["text_mask"]),
         )
         result = grid(list(pictures))

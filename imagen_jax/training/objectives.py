@@ -110,7 +110,7 @@ class DiffusionObjective:
         x0 = unit_pictures(batch["image"])
         low_res = unit_pictures(batch["low_res"]) if stage.low_resolution else None
         if low_res is not None:
-            low_res = stage.augmentation.prepare(low_res, x0.shape[1])
+            low_res = stage.augmentation.prepare(low_res, x0.shape[1:3])
         low_shape = (0, 0, 3) if low_res is None else low_res.shape[1:]
         draws = draw(keys, x0.shape[1:], low_shape)
         log_snr = config.noise_levels.log_snr(stage.schedule, draws.time)

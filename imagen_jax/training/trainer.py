@@ -55,8 +55,8 @@ def pipeline_config(config: TrainConfig) -> PipelineConfig:
     return PipelineConfig(
         path=data.path,
         split=data.split,
-        resolution=stage.resolution,
-        low_resolution=stage.low_resolution,
+        size=config.size,
+        scale=None if stage.low_resolution is None else stage.scale,
         crop=stage.crop,
         max_text_length=stage.max_text_length,
         batch_size=data.batch_size,
@@ -104,7 +104,7 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
     if config.train.eval_every:
         record_count(data.path, config.train.eval_split)
     if config.train.sample_every and config.train.sample_score is not Scorer.NONE:
-        check_scorer(config.train.sample_score, config.stage.resolution, sample_batch(config)["caption"])
+        check_scorer(config.train.sample_score, min(config.size), sample_batch(config)["caption"])
 
 
 def device_batch(

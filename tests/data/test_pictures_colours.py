@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from imagen_jax.data import pictures
+from imagen_jax.sizes import Size
 
 # Primaries of sRGB, adapted to D50, and its curve (IEC 61966-2-1).
 PRIMARIES = {b"r": (0.4360, 0.2225, 0.0139), b"g": (0.3851, 0.7169, 0.0971), b"b": (0.1431, 0.0606, 0.7141)}
@@ -110,8 +111,8 @@ def test_profiles_of_lossy_formats_at_every_size(kind):
     pixels = np.stack([rows * 2 + 60, columns * 2 + 60, 200 - rows], -1).astype(np.uint8)
     data = encoded(Image.fromarray(pixels), kind, quality=98, icc_profile=SWAPPED)
     assert np.abs(decoded(data) - pixels[..., ::-1]).mean() < 3
-    small = pictures.resize_square(pictures.decode_picture(data, 8), 8).astype(int)
-    whole = pictures.resize_square(pictures.decode_picture(data), 8).astype(int)
+    small = pictures.resize(pictures.decode_picture(data, 8), Size(8, 8)).astype(int)
+    whole = pictures.resize(pictures.decode_picture(data), Size(8, 8)).astype(int)
     assert np.abs(small - whole).max() <= 4
 
 

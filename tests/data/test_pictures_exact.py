@@ -9,6 +9,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from imagen_jax.data import pictures
+from imagen_jax.sizes import Size
 
 SIDE = 48
 ADOBE = b"Adobe\0\x64\0\0\0\0"
@@ -52,7 +53,7 @@ def xmp(orientation):
 
 def assert_same(data, *, taken=True):
     """The fast way agrees with the other wherever it answers; `taken`: it has to answer."""
-    exact = pictures.decode_exact(data, SIDE)
+    exact = pictures.decode_exact(data, Size(SIDE, SIDE))
     assert (exact is not None) == taken
     if exact is not None:
         np.testing.assert_array_equal(exact, np.asarray(pictures.decode_picture(data, SIDE)))
@@ -161,7 +162,10 @@ def test_damage():
         for _ in range(rng.integers(1, 4)):
             broken[rng.integers(0, len(data))] = rng.integers(0, 256)
         broken = bytes(broken)
-        if pictures.picture_fault(broken) is None and pictures.decode_exact(broken, SIDE) is not None:
+        if (
+            pictures.picture_fault(broken) is None
+            and pictures.decode_exact(broken, Size(SIDE, SIDE)) is not None
+        ):
             assert_same(broken)
             compared += 1
     assert compared > 50

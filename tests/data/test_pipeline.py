@@ -20,6 +20,7 @@ from imagen_jax.data.pipeline import (
 from imagen_jax.data.quantise import quantise
 from imagen_jax.data.tfrecord import TFRecordWriter
 from imagen_jax.errors import UserError
+from imagen_jax.sizes import Size
 
 WIDTH = 6
 COUNT = 23
@@ -75,7 +76,7 @@ def config(folder, **changes):
     values = {
         "path": str(folder),
         "split": "train",
-        "resolution": 16,
+        "size": Size(16, 16),
         "max_text_length": 4,
         "batch_size": 4,
         "seed": 7,
@@ -115,7 +116,7 @@ def test_texts_that_are_cut_end_rightly_and_are_counted(folder):
 
 
 def test_what_a_batch_holds(folder):
-    batch = take(config(folder, low_resolution=8), 1)[0]
+    batch = take(config(folder, scale=2), 1)[0]
     expected = {
         "image": ((4, 16, 16, 3), np.uint8),
         "low_res": ((4, 8, 8, 3), np.uint8),
@@ -144,7 +145,7 @@ def test_texts_are_padded_and_cut(folder):
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("start", [0, 6])
 def test_same_batches_from_any_number_of_processes(folder, processes, start):
-    settings = config(folder, batch_size=8, low_resolution=8, crop=8, flip=True)
+    settings = config(folder, batch_size=8, scale=2, crop=8, flip=True)
     whole = take(settings, 7, start_example=start)
     parts = [
         take(settings, 7, start_example=start, process_index=i, process_count=processes)
@@ -160,7 +161,7 @@ def test_same_batches_from_any_number_of_processes(folder, processes, start):
 
 @pytest.mark.parametrize("step", [1, 5, 6, 13])
 def test_restart_at_any_batch(folder, step):
-    settings = config(folder, low_resolution=8, crop=8, flip=True)
+    settings = config(folder, scale=2, crop=8, flip=True)
     assert_same(take(settings, 1, start_example=4 * step)[0], take(settings, step + 1)[step])
 
 
@@ -198,11 +199,11 @@ def test_crop_and_its_low_resolution_show_the_same(tmp_path):
     small = np.random.default_rng(0).permutation(256).astype(np.uint8)[:64].reshape(8, 8)
     small = np.stack([small, small, small], -1)
     write_folder(tmp_path, [png(small.repeat(4, 0).repeat(4, 1))], (1,))
-    settings = config(tmp_path, resolution=32, low_resolution=8, crop=16, batch_size=64, flip=True)
+    settings = config(tmp_path, size=Size(32, 32), scale=4, crop=16, batch_size=64, flip=True)
     batch = take(settings, 1)[0]
     assert batch["image"].shape == (64, 16, 16, 3)
     assert batch["low_res"].shape == (64, 4, 4, 3)
-    corners, low_full = set(), take(config(tmp_path, resolution=8, batch_size=1), 1)[0]["image"][0]
+    corners, low_full = set(), take(config(tmp_path, size=Size(8, 8), batch_size=1), 1)[0]["image"][0]
     for image, low_res in zip(batch["image"], batch["low_res"], strict=True):
         cells = image[::4, ::4]  # the picture is constant over a cell
         np.testing.assert_array_equal(image, cells.repeat(4, 0).repeat(4, 1))
@@ -226,7 +227,7 @@ def test_crop_and_its_low_resolution_show_the_same(tmp_path):
 def test_low_resolution_is_antialiased(tmp_path):
     board = np.repeat((np.indices((64, 64)).sum(0) % 2 * 255)[..., None], 3, -1).astype(np.uint8)
     write_folder(tmp_path, [png(board)], (1,))
-    batch = take(config(tmp_path, resolution=64, low_resolution=16, batch_size=1), 1)[0]
+    batch = take(config(tmp_path, size=Size(64, 64), scale=4, batch_size=1), 1)[0]
     np.testing.assert_array_equal(batch["image"][0], board)
     assert np.abs(batch["low_res"].astype(int) - 127.5).max() < 3
 
@@ -401,9 +402,9 @@ def test_missing_shard_folder_and_split_are_named(folder, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"low_resolution": 5},
+        {"scale": 3},
         {"crop": 20},
-        {"crop": 6, "low_resolution": 4},
+        {"crop": 6, "scale": 4},
         {"batch_size": 0},
         {"seed": -1},
         {"seed": 2**32},
@@ -434,6 +435,7 @@ PathFinder.find_spec = classmethod(
     lambda cls, name, *rest: None if name.split(".")[0] == "tensorflow" else find(name, *rest)
 )
 from imagen_jax.data.pipeline import PipelineConfig, open_batches
+from imagen_jax.sizes import Size
 batches = open_batches(PipelineConfig(**{dataclasses.asdict(config(folder))!r}))
 next(batches)
 assert "tensorflow" not in sys.modules
@@ -454,7 +456,7 @@ def test_pictures_that_are_enlarged_are_counted(tmp_path):
     line = count.warning()
     assert line.startswith(f"warning: {count.enlarged / count.decoded:.1%} of {count.decoded} pictures")
     assert "--min_side=16" in line and "\n" not in line and count.warning() is None
-    with open_batches(config(tmp_path, resolution=14, shuffle=False)) as batches:
+    with open_batches(config(tmp_path, size=Size(14, 14), shuffle=False)) as batches:
         next(batches)
     assert batches.count.enlarged == 0 and batches.count.warning() is None
 

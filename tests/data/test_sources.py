@@ -12,6 +12,7 @@ from imagen_jax.data import pictures, shapes
 from imagen_jax.data.examples import Example, Skipped, even_ranges
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
+from imagen_jax.sizes import Size
 
 
 def png(value=0, size=(8, 8)):
@@ -354,8 +355,8 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(mode, smallest, size):
     data = encoded(smooth(256, 320, mode), "JPEG", quality=95)
     drafted = pictures.decode_picture(data, smallest)
     assert drafted.size == size and drafted.mode == "RGB"
-    small = pictures.resize_square(drafted, smallest).astype(int)
-    whole = pictures.resize_square(pictures.decode_picture(data), smallest).astype(int)
+    small = pictures.resize(drafted, Size(smallest, smallest)).astype(int)
+    whole = pictures.resize(pictures.decode_picture(data), Size(smallest, smallest)).astype(int)
     assert np.abs(small - whole).mean() < 1.0 and np.abs(small - whole).max() <= 8
 
 
@@ -373,21 +374,22 @@ def test_exact_jpegs_have_pillows_pixels(options):
         exif[0x0112] = options["exif"]
         options = {"exif": exif}
     data = encoded(smooth(64, 96), "JPEG", quality=90, **options)
-    exact = pictures.decode_exact(data, 64)
+    exact = pictures.decode_exact(data, Size(64, 64))
     expected = pictures.decode_picture(data)
     assert exact is not None and np.array_equal(exact, np.asarray(expected))
-    for part in (None, (3, 5, 16)):
-        ours = pictures.resize_square(exact, 64, part)
-        assert np.array_equal(ours, pictures.resize_square(expected, 64, part))
-        ours = pictures.resize_square(exact, 32, part)
-        assert np.array_equal(ours, pictures.resize_square(expected, 32, part))
+    for part in (None, pictures.Part(3, 5, Size(16, 16))):
+        ours = pictures.resize(exact, Size(64, 64), part)
+        assert np.array_equal(ours, pictures.resize(expected, Size(64, 64), part))
+        ours = pictures.resize(exact, Size(32, 32), part)
+        assert np.array_equal(ours, pictures.resize(expected, Size(32, 32), part))
 
 
 def test_parts_are_parts_of_the_square():
     picture = smooth(40, 64)
     for resolution in (40, 20):
-        whole = pictures.resize_square(picture, resolution)
-        assert np.array_equal(pictures.resize_square(picture, resolution, (2, 7, 8)), whole[2:10, 7:15])
+        whole = pictures.resize(picture, Size(resolution, resolution))
+        cut = pictures.resize(picture, Size(resolution, resolution), pictures.Part(2, 7, Size(8, 8)))
+        assert np.array_equal(cut, whole[2:10, 7:15])
 
 
 def test_a_thumbnail_inside_does_not_give_the_size():
@@ -396,8 +398,8 @@ def test_a_thumbnail_inside_does_not_give_the_size():
     data = encoded(smooth(64, 64), "JPEG")
     app = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
     data = data[:2] + app + data[2:]
-    assert pictures.decode_exact(data, 16) is None
-    assert pictures.decode_exact(data, 64) is not None
+    assert pictures.decode_exact(data, Size(16, 16)) is None
+    assert pictures.decode_exact(data, Size(64, 64)) is not None
 
 
 def test_what_is_not_an_exact_colour_jpeg_is_left_to_pillow():
@@ -410,24 +412,24 @@ def test_what_is_not_an_exact_colour_jpeg_is_left_to_pillow():
         data[:10],
         b"",
     ):
-        assert pictures.decode_exact(other, 64) is None
-    assert pictures.decode_exact(data, 96) is None
+        assert pictures.decode_exact(other, Size(64, 64)) is None
+    assert pictures.decode_exact(data, Size(96, 96)) is None
 
 
 @pytest.mark.parametrize("resolution", [16, 32])
 def test_checkerboard_becomes_grey(resolution):
     board = np.indices((128, 128)).sum(0) % 2 * 255
     picture = Image.fromarray(np.repeat(board[..., None], 3, -1).astype(np.uint8))
-    small = pictures.resize_square(picture, resolution).astype(int)
+    small = pictures.resize(picture, Size(resolution, resolution)).astype(int)
     assert np.abs(small - 127.5).max() < 3
 
 
 def test_square_is_the_centre():
     wide = np.zeros((8, 24, 3), np.uint8)
     wide[:, 8:16] = 255
-    assert (pictures.resize_square(Image.fromarray(wide), 8) == 255).all()
-    assert pictures.resize_square(Image.fromarray(wide), 4)[1:3, 1:3].min() == 255
-    assert pictures.resize_square(Image.fromarray(wide.transpose(1, 0, 2)), 8).min() == 255
+    assert (pictures.resize(Image.fromarray(wide), Size(8, 8)) == 255).all()
+    assert pictures.resize(Image.fromarray(wide), Size(4, 4))[1:3, 1:3].min() == 255
+    assert pictures.resize(Image.fromarray(wide.transpose(1, 0, 2)), Size(8, 8)).min() == 255
 
 
 def test_damaged_pictures_have_a_fault():

@@ -194,9 +194,10 @@ def _make_model(root, random_params):
 
 def _make_picture(root):
     from imagen_jax.sampling.cascade import Imagen
+    from imagen_jax.sampling.drawing import Drawing
     from imagen_jax.sampling.pictures import save_png
 
-    record = Imagen.load(root / "model", cache="off").record(CAPTIONS[0], 0)
+    record = Imagen.load(root / "model", cache="off").record(Drawing.of(CAPTIONS[:1]))
     save_png(root / "like.png", np.zeros((16, 16, 3), np.uint8), record.to_metadata())
 
 

@@ -16,6 +16,7 @@ from imagen_jax.convert.deepfloyd.importing import ImportConfig, import_deepfloy
 from imagen_jax.diffusion import loop  # noqa: E402
 from imagen_jax.sampling import stage_sampler  # noqa: E402
 from imagen_jax.sampling.cascade import Imagen  # noqa: E402
+from imagen_jax.sampling.drawing import Drawing  # noqa: E402
 from imagen_jax.sampling.programs import ProgramSpec  # noqa: E402
 
 PROMPTS = ["A red circle, left of a blue square ", "two green stars"]
@@ -143,9 +144,8 @@ def test_cascade_matches_diffusers(pair, negative, unet_folder, tmp_path, monkey
     assert (np.abs(states[1][-1]) < 0.99).mean() > 0.5 and states[1][-1].std() > 0.3
     model = Imagen.load(out, cache="off")
     sampling = settings(model)
-    options = {"sampling": sampling, "negative_prompt": negative, "batch_size": 2, "keep_x0": True}
-    wanted = [(prompt, 0) for prompt in PROMPTS]
-    made = np.stack([picture.x0 for picture in model.draw(wanted, **options)])
+    drawing = Drawing.of(PROMPTS, sampling=sampling, negative_prompt=negative)
+    made = np.stack([picture.x0 for picture in model.draw(drawing, batch_size=2, keep_x0=True)])
     np.testing.assert_allclose(made, np.clip(states[1][-1], -1, 1), atol=1e-3, rtol=0)
     # Every step alone, from where theirs was.
     low = None

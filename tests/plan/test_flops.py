@@ -11,6 +11,7 @@ from imagen_jax.models.network import Remat
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.unet import UNetConfig
 from imagen_jax.plan.flops import forward_flops, jaxpr_flops
+from imagen_jax.sizes import Size
 
 # Wide channels and large pictures: what XLA counts besides (element-wise work) and leaves out (padding) is small.
 SHAPE = {
@@ -54,7 +55,7 @@ def test_count_agrees_with_xla(stage):
 
 
 def test_a_crop_has_the_flops_of_its_size():
-    assert forward_flops(StageNetwork(SR), side=128) == pytest.approx(xla_flops(SR, 128), rel=0.03)
+    assert forward_flops(StageNetwork(SR), size=Size(128, 128)) == pytest.approx(xla_flops(SR, 128), rel=0.03)
 
 
 @pytest.mark.parametrize("stage", [BASE, SR], ids=["unet", "efficient_unet"])

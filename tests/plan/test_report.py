@@ -99,9 +99,10 @@ def test_a_refused_program_has_memory_and_no_times():
     assert "does NOT fit" in text and "--batch_size=4" in text and "predicted" not in text.split("\n", 2)[2]
 
 
+@pytest.mark.parametrize("size", [None, (16, 32)])
 @pytest.mark.parametrize("variant", ["base", "sr"])
-def test_planned_batch_is_the_one_that_training_reads(variant, make_config):
-    config = make_config(variant)
+def test_planned_batch_is_the_one_that_training_reads(variant, size, make_config):
+    config = make_config(variant, f"data.size={size}")
     mesh = make_mesh(MeshConfig())
     with training_batches(config, None, 0) as batches:
         real = device_batch(next(batches), mesh)

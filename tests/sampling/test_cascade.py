@@ -1,7 +1,6 @@
 """The cascade: a picture depends on its prompt and seed only."""
 
 import dataclasses
-import shutil
 import subprocess
 import sys
 
@@ -10,9 +9,10 @@ import numpy as np
 import pytest
 
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_SEED
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.sampling import tracing
-from imagen_jax.sampling.cascade import MAX_SEED, Imagen
+from imagen_jax.sampling.cascade import Imagen
+from imagen_jax.sampling.drawing import Drawing
 from imagen_jax.sampling.inputs import to_pixels
 from imagen_jax.sampling.prompts import check_prompt
 
@@ -169,9 +169,9 @@ def test_a_prompt_that_is_no_text_is_refused(prompt):
 
 def test_half_a_character_is_not_drawn(imagen):
     with pytest.raises(UserError, match="the prompt holds half a character"):
-        imagen.draw([("good", 0), ("half \ud83c", 1)])
+        imagen.draw(Drawing(wanted=(("good", 0), ("half \ud83c", 1))))
     with pytest.raises(UserError, match="the negative prompt holds half a character"):
-        imagen.draw([("good", 0)], negative_prompt="\udce9")
+        imagen.draw(Drawing(wanted=(("good", 0),), negative_prompt="\udce9"))
 
 
 def test_stages_that_are_freed_make_the_same_pictures(imagen, model_folder, eight, monkeypatch):
@@ -182,49 +182,6 @@ def test_stages_that_are_freed_make_the_same_pictures(imagen, model_folder, eigh
     assert not freed._opened._params and freed.prompt_encoder._encoder is None
     assert_equal(freed.pictures(PROMPTS[1:2], seed=5, batch_size=1, keep_x0=True), eight[2:3])
     assert reads == 2 * ["base8", "sr16"]
-
-
-@pytest.mark.parametrize("axes", [None, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
-def test_stored_stages_are_opened_ahead(axes, model_folder, eight, tmp_path, monkeypatch):
-    mesh = None if axes is None else make_mesh(MeshConfig(**axes))
-
-    def load():
-        return Imagen.load(model_folder, mesh=mesh, cache=str(tmp_path))
-
-    wanted = {"seed": 5, "num_images": 2, "batch_size": 4, "keep_x0": True}
-    assert_equal(load().pictures(PROMPTS[:2], **wanted), eight[:4])
-    monkeypatch.setattr(tracing, "trace", None)
-    again, seen = load(), []
-    ahead = again._opened.ahead
-
-    def watched(spec):
-        ahead(spec)
-        seen.append((spec.stage.name, sorted(again._opened._coming_params)))
-
-    monkeypatch.setattr(again._opened, "ahead", watched)
-    assert_equal(again.pictures(PROMPTS[:2], **wanted), eight[:4])
-    assert seen == [("base8", ["base8"]), ("sr16", ["base8", "sr16"])]
-    assert len(again._opened._programs) == 2
-    assert not again._opened._coming_programs and not again._opened._coming_params
-    # Where memory is short nothing is: the text encoder and each stage have it to themselves.
-    short = Imagen.load(model_folder, mesh=mesh, cache=str(tmp_path), free_stages=True)
-    monkeypatch.setattr(short._opened, "ahead", None)
-    assert_equal(short.pictures(PROMPTS[:2], **wanted), eight[:4])
-
-
-def test_a_fault_in_what_is_opened_ahead_is_one_line(model_folder, tmp_path, monkeypatch):
-    folder = shutil.copytree(model_folder, tmp_path / "model")
-    cache = str(tmp_path / "cache")
-    Imagen.load(folder, cache=cache).pictures(PROMPTS[:1], batch_size=1)
-    imagen, coming = Imagen.load(folder, cache=cache, free_stages=False), []
-    (folder / "sr16" / "model.safetensors").unlink()
-    ahead = imagen._opened.ahead
-    monkeypatch.setattr(
-        imagen._opened, "ahead", lambda spec: (ahead(spec), coming.extend(imagen._opened._coming_params))
-    )
-    with pytest.raises(UserError, match=r"sr16/model\.safetensors is missing"):
-        imagen.pictures(PROMPTS[:1], batch_size=1)
-    assert "sr16" in coming
 
 
 def test_stopping_at_an_earlier_stage(imagen, model_folder):

@@ -14,7 +14,8 @@ from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.weights import load_state, save_state
 from imagen_jax.sampling.batches import first_not_finite
-from imagen_jax.sampling.cascade import Imagen, wanted_pictures
+from imagen_jax.sampling.cascade import Imagen
+from imagen_jax.sampling.drawing import Drawing
 from imagen_jax.sampling.inputs import StageInputs, to_pixels
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram
 from imagen_jax.sampling.stage_sampler import StageSampler
@@ -42,7 +43,7 @@ def test_the_other_pictures_come_before_the_error(model_folder, bad_prompt):
         r"'a blue square' \(seed 5\); is a weight"
     )
     with pytest.raises(UserError, match=message):
-        made.extend(model.draw(wanted_pictures(PROMPTS, 5, 1), batch_size=2))
+        made.extend(model.draw(Drawing.of(PROMPTS, seed=5), batch_size=2))
     assert [(each.prompt, each.index) for each in made] == [(PROMPTS[0], 0), (PROMPTS[2], 2)]
     alone = model.pictures([PROMPTS[0], PROMPTS[2]], seed=5, batch_size=2)  # the program of before
     for one, other in zip(made, alone, strict=True):

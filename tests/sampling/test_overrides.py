@@ -80,7 +80,7 @@ def test_another_sampler_takes_its_own_grid():
     [
         ("steps", "few", "--steps few: 'few' is not a whole number"),
         ("steps", "1,2,3", "--steps 1,2,3: give one value, or one for each of the 2 stages"),
-        ("sampler", "euler", "--sampler euler: 'euler' is not ddpm, ddim, dpmpp, dpmpp_sde, heun"),
+        ("sampler", "euler", "--sampler euler: 'euler' is not ddpm, ddim, dpmpp, dpmpp_sde, dpmpp_3m, heun"),
         ("grid", "", "--grid : '' is not time, log_snr, karras"),
         ("guidance_interval", "3", "--guidance_interval 3: '3' is not LOW:HIGH"),
         ("threshold", "soft", "'soft' is not none, static, dynamic"),

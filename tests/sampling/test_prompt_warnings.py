@@ -8,6 +8,7 @@ import pytest
 from imagen_jax.cli.main import main
 from imagen_jax.errors import CutTextWarning, UnknownTokensWarning
 from imagen_jax.sampling.cascade import Imagen, Picture
+from imagen_jax.sampling.drawing import Drawing
 
 LONG = "a red circle a red circle a red circle a blue square"
 
@@ -16,8 +17,8 @@ LONG = "a red circle a red circle a red circle a blue square"
 def blank_pictures(monkeypatch):
     """Pictures are not drawn."""
 
-    def draw(self, wanted, **_):
-        for index, (prompt, seed) in enumerate(wanted):
+    def draw(self, drawing, **_):
+        for index, (prompt, seed) in enumerate(drawing.wanted):
             yield Picture(index=index, prompt=prompt, seed=seed, pixels=np.zeros((16, 16, 3), np.uint8))
 
     monkeypatch.setattr(Imagen, "draw", draw)
@@ -49,8 +50,8 @@ def test_python_warns(model_folder, blank_pictures):
         model.generate(["a red circle"])
     # Each stage has a length of its own.
     eight = "a red circle a red circle a"
-    assert model.text_warnings([eight], until=8) == []
-    [warning] = model.text_warnings([eight])
+    assert model.text_warnings(Drawing.of([eight], until=8)) == []
+    [warning] = model.text_warnings(Drawing.of([eight]))
     assert str(warning).endswith("is cut to the 6 tokens of sr16; left out: 'circle a'")
-    [warning] = model.text_warnings(["a red circle " * 100])
+    [warning] = model.text_warnings(Drawing.of(["a red circle " * 100]))
     assert len(str(warning)) < 400 and "\n" not in str(warning)

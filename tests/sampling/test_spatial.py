@@ -39,7 +39,7 @@ def draw(stage, params, batch, mesh):
     program = prepare(ProgramSpec(stage=stage, sampling=stage.sampling, batch=batch, mesh=mesh))
     placed = jax.device_put(params, program.parameter_shardings)
     state = program(placed, program.place(inputs), program.empty_state(), 0, 4)
-    return np.asarray(state[1]), program
+    return np.asarray(state.x0), program
 
 
 @pytest.mark.parametrize(("batch", "devices"), [(1, 4), (2, 8)])

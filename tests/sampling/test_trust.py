@@ -9,6 +9,7 @@ import pytest
 from imagen_jax.diffusion.samplers import Sampler, SamplerConfig
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.cascade import Imagen
+from imagen_jax.sampling.drawing import Drawing
 
 PROMPTS = ("a red circle", "a blue square", "一个红色的圆形", "two green triangles")
 STEPS = {Sampler.HEUN: 16}  # 31 network calls
@@ -24,14 +25,15 @@ def models(model_folder):
 @pytest.mark.parametrize("kind", list(Sampler))
 def test_batch_position_and_devices_have_no_say(models, stages, kind):
     sampler = SamplerConfig(kind=kind, steps=STEPS.get(kind, 32), eta=0.5, churn=4.0)
-    options = {
-        "sampling": {"base8": dataclasses.replace(stages[0].sampling, sampler=sampler)},
-        "until": 8,
-        "keep_x0": True,
-    }
+    sampling = {"base8": dataclasses.replace(stages[0].sampling, sampler=sampler)}
+
+    def draw(model, pairs, batch_size):
+        drawing = Drawing(wanted=tuple(pairs), sampling=sampling, until=8)
+        return model.draw(drawing, batch_size=batch_size, keep_x0=True)
+
     one, eight = models
     pairs = [(prompt, seed) for prompt in PROMPTS for seed in (5, 6)]
-    pictures = {(each.prompt, each.seed): each.x0 for each in one.draw(pairs, batch_size=8, **options)}
+    pictures = {(each.prompt, each.seed): each.x0 for each in draw(one, pairs, 8)}
     spread = np.stack(list(pictures.values()))
     assert spread.std(axis=(1, 2, 3)).min() > 0.1 and np.mean(np.abs(spread) > 0.999) < 0.5
 
@@ -39,7 +41,7 @@ def test_batch_position_and_devices_have_no_say(models, stages, kind):
         for each in made:
             np.testing.assert_allclose(each.x0, pictures[each.prompt, each.seed], atol=1e-4)
 
-    check(one.draw(pairs[::-1], batch_size=8, **options))  # first becomes last
-    check(one.draw(pairs[:3], batch_size=3, **options))
-    check(one.draw([pairs[7], pairs[0]], batch_size=1, **options))
-    check(eight.draw(pairs[::-1], batch_size=8, **options))
+    check(draw(one, pairs[::-1], 8))  # first becomes last
+    check(draw(one, pairs[:3], 3))
+    check(draw(one, [pairs[7], pairs[0]], 1))
+    check(draw(eight, pairs[::-1], 8))

@@ -8,7 +8,8 @@ import pytest
 from etils import epath
 
 from imagen_jax.errors import UserError
-from imagen_jax.sampling.cascade import Imagen, Picture, Preview
+from imagen_jax.sampling.batches import Preview
+from imagen_jax.sampling.cascade import Imagen, Picture
 from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.pictures import read_metadata, save_png
 from imagen_jax.serving import studio as studio_module
@@ -23,9 +24,9 @@ class HandDriven(Imagen):
         self.__dict__.update(model.__dict__)
         self.go, self.failure, self.active, self.drawn = threading.Semaphore(0), None, 0, []
 
-    def draw(self, wanted, *, preview=None, **options):
-        self.check(**options)
-        return self._by_hand(wanted, preview)
+    def draw(self, drawing, *, preview=None, **options):
+        self.check(drawing, **options)
+        return self._by_hand(drawing.wanted, preview)
 
     def _by_hand(self, wanted, preview):
         self.active += 1
