@@ -34,7 +34,6 @@ setup(
         "ml-collections>=1.1,<2",
         "google-crc32c>=1.8,<2",
         "etils[epath]>=1.13,<2",
-        "flatbuffers>=25,<26",
         "huggingface_hub>=1.0,<3",
         "jaxtyping>=0.3.11,<0.4",
         "ml_dtypes>=0.5.3,<1",

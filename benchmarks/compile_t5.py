@@ -17,11 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from imagen_jax.models.t5 import T5Config
 from imagen_jax.models.t5_weights import t5_shapes
+from imagen_jax.parallel.jax_internals import get_topology_desc
 from imagen_jax.text.encoder import _ROWS, _TOKENS_PER_BATCH, _encode_as, _spread
 
 # google/t5-v1_1-xxl
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     # Otherwise libtpu asks a metadata server that only Google's machines have.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    topology = topologies.get_topology_desc(topology_name=args.topology, platform="tpu")
+    topology = get_topology_desc(topology_name=args.topology, platform="tpu")
     count = len(topology.devices)
     mesh = topologies.make_mesh(topology, (count,), ("devices",))
     mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))

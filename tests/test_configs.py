@@ -9,10 +9,10 @@ import pytest
 
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+from imagen_jax.training.batches import pipeline_config
 from imagen_jax.training.config import load_config
 from imagen_jax.training.roles import DENOISER
 from imagen_jax.training.run import Run
-from imagen_jax.training.trainer import pipeline_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(path for path in CONFIGS.glob("*/*.py") if path.name != "__init__.py")

@@ -111,11 +111,13 @@ def _said_of(error: Exception) -> str | None:
 
 def _said_by_jax_of_settings(error: Exception) -> str | None:
     """What is wrong with the environment variables by which JAX chooses devices and options; None: it is not that."""
-    modules = {frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__)}
-    if "jax._src.xla_bridge" in modules and (platforms := os.environ.get("JAX_PLATFORMS")):
+    # By the last part of their names: importing JAX to compare with its modules may be what has failed.
+    names = [frame.f_globals.get("__name__") or "" for frame, _ in traceback.walk_tb(error.__traceback__)]
+    modules = {name.rpartition(".")[2] for name in names if name.partition(".")[0] == "jax"}
+    if "xla_bridge" in modules and (platforms := os.environ.get("JAX_PLATFORMS")):
         said = _line(error) or "it is not installed"
         return f"JAX_PLATFORMS={platforms}: JAX does not find such devices here ({said})"
-    if "jax._src.config" in modules and isinstance(error, ValueError):
+    if "config" in modules and isinstance(error, ValueError):
         return f"JAX refuses an environment variable: {_line(error)}"
     return None
 

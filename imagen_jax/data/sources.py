@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_render
 from imagen_jax.data.examples import Example, Skipped, Source, even_ranges, one_line, printable
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT, FolderOptions, FolderSource
 from imagen_jax.data.parquet import ParquetOptions, ParquetSource
@@ -103,7 +103,7 @@ class ShapesSource(Source):
         for index in unit:
             scene = shapes.scene(index, split=self._split, objects=_OBJECTS[options.objects])
             encoded = io.BytesIO()
-            Image.fromarray(shapes.draw(scene, options.resolution)).save(encoded, "PNG")
+            Image.fromarray(shapes_render.render(scene, options.resolution)).save(encoded, "PNG")
             captions = {
                 "en": (scene.caption,),
                 "zh": (scene.caption_zh,),

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, UInt8
 from scipy import ndimage
 
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_render
 from imagen_jax.data.shapes import Colour, Relation, Scene, SceneObject, Shape, Size
 
 MIN_RESOLUTION = 32  # pixels; smaller pictures are not read
@@ -330,7 +330,7 @@ def _templates(step: int) -> tuple[Float32[np.ndarray, "s v p"], Float32[np.ndar
     side = 2 * int(np.ceil(1.8 * radius)) + 2
     variants = []
     for shape in Shape:
-        drawn = shapes.coverage(shape, side, radius=radius / side)
+        drawn = shapes_render.coverage(shape, side, radius=radius / side)
         for dx in _SHIFTS:
             for dy in _SHIFTS:
                 for scale in _SCALES:

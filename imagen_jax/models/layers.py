@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 from imagen_jax.models.normalisation import GroupNorm, add_bias
+from imagen_jax.parallel.jax_internals import Layout, with_layout_constraint
 
 zeros_init = nnx.initializers.zeros_init()
 lecun_init = nnx.initializers.lecun_normal()

@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import AtomicFile, make_folder
 from imagen_jax.models.weight_files import DTYPES, SafetensorsReader
+from imagen_jax.parallel.jax_internals import process_allgather
 
 _CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
 _ALIGNMENT = 64  # bytes: arrays that begin at a multiple of it are used by the CPU where they lie
@@ -277,7 +277,7 @@ def _write_file(path: epath.Path, header: bytes, leaves: list[Any]) -> None:
 
 def _to_host(leaf: Any) -> np.ndarray:
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+        return np.asarray(process_allgather(leaf, tiled=True))
     return np.asarray(leaf)
 
 

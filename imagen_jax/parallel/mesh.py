@@ -9,13 +9,12 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_DEVICES, check_numbers
+from imagen_jax.parallel.jax_internals import Layout, create_device_mesh, with_layout_constraint
 
 T = TypeVar("T")  # a tree of arrays
 
@@ -66,7 +65,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     try:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # of a slice none of whose sides is such a size: 32 of 16×16 chips
-        found = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        found = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(found, AXES, axis_types=types)
 
 

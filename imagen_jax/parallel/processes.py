@@ -15,11 +15,10 @@ from types import FrameType
 from typing import TypeVar
 
 import jax
-from jax._src import distributed  # the service's key-value store has no public name
-from jax.experimental import multihost_utils
 
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_PROCESSES, MAX_SIZE, shown
+from imagen_jax.parallel.jax_internals import distributed, reached_preemption_sync_point
 
 # Longer than anything that one process does while the others wait for its word; a process that dies is noticed
 # by the heartbeats, much earlier.
@@ -201,5 +200,5 @@ class StopRequest:
     def reached(self, step: int) -> bool:
         """Whether to stop after `step`; to be called after every step, on all processes."""
         if self._shared:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
+            return bool(reached_preemption_sync_point(step))
         return self._asked

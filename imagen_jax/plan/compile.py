@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.parallel.jax_internals import get_topology_desc
 from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
@@ -54,7 +54,7 @@ def slice_devices(topology: Topology) -> list[Any]:
       UserError: if libtpu knows no such slice, naming --topology.
     """
     try:
-        described = topologies.get_topology_desc(
+        described = get_topology_desc(
             topology_name=topology.name, platform="tpu", chip_config_name=topology.chip.config_name
         )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
@@ -71,7 +71,7 @@ def slice_devices(topology: Topology) -> list[Any]:
 
 
 def training_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of what a training step reads, as `training.trainer.device_batch` puts it on the mesh."""
+    """Shapes of what a training step reads, as `training.batches.device_batch` puts it on the mesh."""
     stage, n = config.stage, config.data.batch_size
     online32 = config.data.text_encoder is not None and config.data.text_dtype is TextDtype.FLOAT32
     size, channels = config.step_size, stage.network.image_channels

@@ -17,7 +17,7 @@ from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh, replicated, state_shardings
 from imagen_jax.parallel.spatial import picture_sharding
 from imagen_jax.sampling.inputs import StageInputs
-from imagen_jax.sampling.stage_sampler import draw
+from imagen_jax.sampling.stage_sampler import sample_stage
 from imagen_jax.sizes import Size
 
 # The TPU compiler cuts the pictures of a small batch into strips to make a larger batch of them. By its own estimate
@@ -152,7 +152,7 @@ def trace(spec: ProgramSpec, network: StageNetwork) -> jax.stages.Lowered:
         params: Params, inputs: dict[str, Any], state: SamplerState, first: Any, last: Any
     ) -> SamplerState:
         given = StageInputs(**inputs)
-        return draw(
+        return sample_stage(
             network, params, given, state, first, last, config=spec.sampling, size=spec.size, mesh=mesh
         )
 
@@ -176,7 +176,7 @@ def lower(spec: ProgramSpec, network: StageNetwork | None = None) -> jax.stages.
 
     def whole(params: Params, inputs: dict[str, Any]) -> jax.Array:
         given = StageInputs(**inputs)
-        return draw(network, params, given, None, config=spec.sampling, size=spec.size, mesh=mesh).x0
+        return sample_stage(network, params, given, None, config=spec.sampling, size=spec.size, mesh=mesh).x0
 
     if shardings is None:
         return jax.jit(whole).lower(network.abstract_params, inputs)

@@ -5,7 +5,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -18,6 +17,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.network import NetworkOutput, Params
 from imagen_jax.models.stage import StageNetwork, drop_text
+from imagen_jax.parallel.jax_internals import process_allgather
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.parallel.spatial import shard_pictures
 from imagen_jax.sampling.inputs import StageInputs, not_finite, to_pixels, to_unit
@@ -99,7 +99,7 @@ def guided_denoiser(
     return denoise
 
 
-def draw(
+def sample_stage(
     network: StageNetwork,
     params: Params,
     inputs: StageInputs,
@@ -195,7 +195,7 @@ class StageSampler:
         if self._mesh is not None:
             shard = partial(jax.lax.with_sharding_constraint, shardings=batch_sharding(self._mesh))
             inputs = jax.tree.map(shard, inputs)
-        return draw(self.network, params, inputs, None, config=config, size=size, mesh=self._mesh).x0
+        return sample_stage(self.network, params, inputs, None, config=config, size=size, mesh=self._mesh).x0
 
     def __call__(
         self,
@@ -245,7 +245,7 @@ class StageSampler:
         x0 = self._run(params, inputs, config=config or stage.sampling, size=size or stage.size)
         if not x0.is_fully_addressable and not x0.is_fully_replicated:
             # Every process gets all pictures, wherever the compiler has put them.
-            x0 = multihost_utils.process_allgather(x0, tiled=True)
+            x0 = process_allgather(x0, tiled=True)
         pictures = np.asarray(x0)[:count]
         if (bad := not_finite(pictures)).any():
             which = ", ".join(map(str, np.asarray(seeds)[bad][:3]))

@@ -13,7 +13,7 @@ import re
 import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -31,6 +31,7 @@ from imagen_jax.lock import FolderLock
 from imagen_jax.text import job_folder, shards
 from imagen_jax.text.shards import Encoder, ShardReport, ShardWriter
 from imagen_jax.text.store import BLOCK_SIZE, WHOLE_LENGTH, EmbeddingDtype
+from imagen_jax.text.summary import Summary
 
 _PICTURE_THREADS = 8  # that check pictures
 _MAX_UNKNOWN = 0.05  # share of unknown tokens above which captions and encoder do not fit each other
@@ -91,52 +92,6 @@ class PrecomputeConfig:
             raise UserError(
                 f"--process_index: must be from 0 to {self.num_processes - 1}, got {self.process_index}"
             )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Summary:
-    """What a split of a record folder holds, and how fast this run was."""
-
-    captions: int  # records of the complete shards
-    tokens: int  # of all captions
-    unknown: int  # of these, tokens that the encoder's vocabulary lacks
-    cut: int  # captions with more tokens than are stored
-    encoded: int  # tokens of the captions that were encoded: those distinct within a shard
-    computed: int  # tokens the encoder computed for them, padding included
-    skipped: Mapping[str, int]  # samples by reason
-    samples: (
-        int | None
-    )  # of the complete shards, used or skipped; None: some shards were made without counting
-    num_shards: int  # in all
-    num_complete: int  # shards; fewer than num_shards: other processes are not done
-    num_bytes: int  # of all complete shards
-    written: int  # captions written by this run, the others were there or came from other processes
-    seconds: float  # wall time of writing them
-
-    @property
-    def complete(self) -> bool:
-        """Whether the split is complete, its metadata included."""
-        return self.num_complete == self.num_shards
-
-    @property
-    def captions_per_second(self) -> float:
-        """Captions written by this run per second; 0 if there was nothing left to write."""
-        return self.written / self.seconds if self.written else 0.0
-
-    @property
-    def bytes_per_caption(self) -> float:
-        """Size of a record, pictures included, on average."""
-        return self.num_bytes / self.captions if self.captions else 0.0
-
-    @property
-    def useful_share(self) -> float:
-        """Of the tokens computed, those that are not padding; 0 to 1."""
-        return self.encoded / self.computed if self.computed else 1.0
-
-    @property
-    def unknown_share(self) -> float:
-        """Of all tokens, those that the encoder's vocabulary lacks; 0 to 1."""
-        return self.unknown / self.tokens if self.tokens else 0.0
 
 
 def _job_description(config: PrecomputeConfig, source: Source, num_shards: int) -> dict[str, Any]:

@@ -13,13 +13,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers as policies
 
 from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json, identity_to_json
@@ -37,6 +36,7 @@ from imagen_jax.files import (
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.training.checksums import add_checksums, begin_checksums, json_checksum
 from imagen_jax.training.config import Best, TrainConfig
+from imagen_jax.training.keep import Keep, damaged_metrics, score
 from imagen_jax.training.state import TrainState, from_stored_form, stored_form
 
 # What storage answers when it is not the checkpoint that is at fault.
@@ -47,53 +47,6 @@ _NOT_DAMAGE = (
     "DEADLINE_EXCEEDED",
     "RESOURCE_EXHAUSTED",
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Keep:
-    """Which checkpoints stay: those that any of the rules names, and always the newest."""
-
-    newest: int | None = None  # so many of the newest; None: all
-    every: int | None = None  # those whose step is a multiple of this; None: no such rule
-    best: int = 0  # so many of those with the best metric
-    best_is: Best = Best.LOWEST  # which values of the metric are good
-
-    def options(self) -> ocp.CheckpointManagerOptions:
-        """The rules as orbax takes them."""
-        rules: list[Any] = [policies.LatestN(self.newest)]
-        if self.every:
-            rules.append(policies.EveryNSteps(self.every))
-        if self.best:
-            rules.append(
-                policies.BestN(get_metric_fn=_score, n=self.best, keep_checkpoints_without_metrics=False)
-            )
-        return ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(rules),
-            best_fn=_score if self.best else None,
-            cleanup_tmp_directories=True,
-        )
-
-
-def _score(metrics: Mapping[str, float]) -> float:
-    """Higher is better, whatever the metric."""
-    return metrics["score"]
-
-
-def _damaged_metrics(folder: epath.Path) -> list[epath.Path]:
-    """Files of the complete checkpoints' metrics that are not as they were written."""
-    if not folder.exists():
-        return []
-    paths = [step / "metrics" / "metrics" for step in folder.iterdir() if step.name.isdigit()]
-    return [path for path in paths if path.exists() and not _intact_metrics(path)]
-
-
-def _intact_metrics(path: epath.Path) -> bool:
-    try:
-        values = json.loads(path.read_text())
-        checksum = values.pop("crc32c", None)  # older versions wrote none
-        return values.keys() == {"value", "score"} and checksum in (None, json_checksum(values))
-    except (ValueError, AttributeError):
-        return False
 
 
 class _NoEchoes(logging.Filter):
@@ -168,7 +121,7 @@ class Checkpoints:
         self._keep, self._failed = keep or Keep(), False
         self._echoes = contextlib.ExitStack()
         if keep is None:
-            best = None if _damaged_metrics(self.folder) else _score
+            best = None if damaged_metrics(self.folder) else score
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, best_fn=best)
         else:
             on_first(self._check_writable)
@@ -199,7 +152,7 @@ class Checkpoints:
 
     def _drop_damaged_metrics(self) -> None:
         """The manager reads the metrics of all checkpoints at once, and fails at one that it cannot read."""
-        for path in _damaged_metrics(self.folder):
+        for path in damaged_metrics(self.folder):
             path.rename(path.parent / "damaged")
             print(
                 f"{path} is damaged; the checkpoint is not among the best any more",
@@ -213,7 +166,7 @@ class Checkpoints:
 
     def best_step(self) -> int | None:
         """Step of the checkpoint with the best metric; None: no checkpoint has one, or one of them is damaged."""
-        return None if _damaged_metrics(self.folder) else self._manager.best_step()
+        return None if damaged_metrics(self.folder) else self._manager.best_step()
 
     def save(
         self,

@@ -28,9 +28,10 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import AtomicFile, exists, make_folder, read_bytes, write_text
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.parallel.processes import on_first
-from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import OnNonfinite, TrainConfig
 from imagen_jax.training.config_file import read_config, write_config
+from imagen_jax.training.keep import Keep
 from imagen_jax.training.run import Run
 from imagen_jax.training.state import TrainState, gradient_names
 from imagen_jax.training.train_step import LOG_SNR_EDGES, StepMetrics, make_train_step, step_arrays

@@ -21,12 +21,12 @@ from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.run import Run
 from imagen_jax.training.state import TrainState
 
-# pictures uint8 (n, R, R, 3), their captions → named figures
-ScorePictures = Callable[[np.ndarray, list[str]], dict[str, float]]
+# pictures uint8 (n, H, W, 3), the examples that they are drawn for, with captions and pictures → named figures
+ScorePictures = Callable[[np.ndarray, Batch], dict[str, float]]
 
 
-def _oracle_score(pictures: np.ndarray, captions: list[str]) -> dict[str, float]:
-    scores = oracle.score(list(pictures), captions)
+def _oracle_score(pictures: np.ndarray, examples: Batch) -> dict[str, float]:
+    scores = oracle.score(list(pictures), examples["caption"])
     count = scores.pop("captions")
     return scores | {"fulfilled": scores["fulfilled"] / count}
 
@@ -139,5 +139,5 @@ class SampleGrid:
             save_png(make_folder(self._folder) / f"{int(state.step):08d}.png", result)
         if self._scorer is Scorer.NONE:
             return result, {}
-        scores = SCORERS[self._scorer](pictures, self._batch["caption"])
+        scores = SCORERS[self._scorer](pictures, self._batch)
         return result, {f"{self._scorer.value}/{name}": float(value) for name, value in scores.items()}

@@ -55,7 +55,7 @@ def example_keys(seed: int, index: UInt32[Array, "batch 2"]) -> Keys:
     return jax.vmap(lambda parts: jax.random.fold_in(jax.random.fold_in(key, parts[0]), parts[1]))(index)
 
 
-class Draws(NamedTuple):
+class RandomNumbers(NamedTuple):
     """The random numbers of a batch; each example's depend on its key only."""
 
     time: Float[Array, " batch"]  # in [0, 1]; becomes the noise level
@@ -65,12 +65,12 @@ class Draws(NamedTuple):
     aug_noise: Float[Array, "batch low_height low_width channels"]
 
 
-def draw(keys: Keys, shape: tuple[int, ...], low_shape: tuple[int, ...]) -> Draws:
-    """Draws for the examples of the given keys."""
+def random_numbers(keys: Keys, shape: tuple[int, ...], low_shape: tuple[int, ...]) -> RandomNumbers:
+    """RandomNumbers for the examples of the given keys."""
 
-    def one(key: Array) -> Draws:
+    def one(key: Array) -> RandomNumbers:
         time, noise, drop, level, aug_noise = jax.random.split(key, 5)
-        return Draws(
+        return RandomNumbers(
             jax.random.uniform(time),
             jax.random.normal(noise, shape),
             jax.random.uniform(drop),
@@ -112,10 +112,10 @@ class DiffusionObjective:
         if low_res is not None:
             low_res = stage.augmentation.prepare(low_res, x0.shape[1:3])
         low_shape = (0, 0, 3) if low_res is None else low_res.shape[1:]
-        draws = draw(keys, x0.shape[1:], low_shape)
-        log_snr = config.noise_levels.log_snr(stage.schedule, draws.time)
-        x_t = diffuse(x0, draws.noise, log_snr)
-        dropped = draws.drop < config.train.text_dropout
+        numbers = random_numbers(keys, x0.shape[1:], low_shape)
+        log_snr = config.noise_levels.log_snr(stage.schedule, numbers.time)
+        x_t = diffuse(x0, numbers.noise, log_snr)
+        dropped = numbers.drop < config.train.text_dropout
         text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
         if stage.padded_text:
             text = jnp.where(dropped[:, None, None], batch["null_text"].astype(jnp.float32), text)
@@ -123,8 +123,8 @@ class DiffusionObjective:
             text, mask = drop_text(text, mask, dropped)
         aug_log_snr = None
         if low_res is not None:
-            level = draws.aug_level * stage.augmentation.max_level
-            low_res = stage.augmentation.apply(low_res, draws.aug_noise, level)
+            level = numbers.aug_level * stage.augmentation.max_level
+            low_res = stage.augmentation.apply(low_res, numbers.aug_noise, level)
             aug_log_snr = stage.augmentation.log_snr(level)
         output = roles[DENOISER].network.apply(
             roles.weights(DENOISER, params),

@@ -1,35 +1,34 @@
 """The training loop of any stage."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
-from imagen_jax.data.pipeline import (
-    Batches,
-    PipelineConfig,
-    TextCount,
-    embedding_width,
-    open_batches,
-    record_count,
-)
-from imagen_jax.data.records import KeyIndex
+from imagen_jax.data.pipeline import Batches, TextCount
 from imagen_jax.errors import UserError
-from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_batch
+from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.parallel.watchdog import Phase, Watchdog
-from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.batches import (
+    check_data,
+    device_batch,
+    online_text,
+    pipeline_config,
+    sample_batch,
+    training_batches,
+    whole_batch,
+)
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.clock import Profiler, ProfileSteps
-from imagen_jax.training.config import Scorer, TrainConfig
+from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.health import Health
-from imagen_jax.training.held_out import HeldOutLoss, SampleGrid, check_scorer
+from imagen_jax.training.held_out import HeldOutLoss, SampleGrid
 from imagen_jax.training.init_from import (
     check_record,
     check_source,
@@ -37,161 +36,15 @@ from imagen_jax.training.init_from import (
     recorded_source,
     write_record,
 )
+from imagen_jax.training.keep import Keep
 from imagen_jax.training.metrics import MetricsWriter, StepCost, WandbRun
 from imagen_jax.training.objectives import Objective
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.run import Run
 from imagen_jax.training.run_encoder import data_encoder, resumed_encoder, write_encoder
 from imagen_jax.training.state import TrainState
-from imagen_jax.training.train_step import check_accumulation, make_train_step, step_arrays
+from imagen_jax.training.train_step import check_accumulation, make_train_step
 from imagen_jax.training.workdir import taken_workdir
-
-WHOLE_BATCH = DataShare(index=0, count=1)
-
-
-def pipeline_config(config: TrainConfig) -> PipelineConfig:
-    """The input pipeline that a training config asks for."""
-    stage, data = config.stage, config.data
-    return PipelineConfig(
-        path=data.path,
-        split=data.split,
-        size=config.size,
-        scale=None if stage.low_resolution is None else stage.scale,
-        crop=stage.crop,
-        max_text_length=stage.max_text_length,
-        batch_size=data.batch_size,
-        seed=config.seed,
-        flip=data.flip,
-        num_threads=data.num_threads,
-        prefetch=data.prefetch,
-    )
-
-
-def check_data(config: TrainConfig, online: OnlineText | None) -> None:
-    """Checks the records against the config before anything is compiled.
-
-    Args:
-      config: the run.
-      online: the encoder that runs beside it, if there is one.
-
-    Raises:
-      UserError: if the split is smaller than a batch, the embeddings' width is not the network's, there are no
-        held-out records, or the samples cannot be scored.
-    """
-    data = config.data
-    if config.stage.padded_text and online is None:
-        raise UserError(
-            "config.stage.padded_text needs the embeddings of padding, which records do not hold; "
-            "set config.data.text_encoder to the encoder's folder"
-        )
-    if online is None:
-        place = data.embeddings or data.path
-        width, what = embedding_width(place), f"the embeddings in {place}"
-    else:
-        width, what = online.width, f"the embeddings of text encoder {data.text_encoder}"
-    if width != config.stage.network.text_width:
-        raise UserError(
-            f"config.stage.network.text_width is {config.stage.network.text_width}, but {what} have width {width}"
-        )
-    count = record_count(data.path, data.split)
-    if count < data.batch_size:
-        raise UserError(
-            f"config.data.batch_size={data.batch_size}, but split {data.split!r} of {data.path} "
-            f"holds only {count} records"
-        )
-    if data.embeddings is not None:
-        KeyIndex(data.embeddings, data.split)
-    if config.train.eval_every:
-        record_count(data.path, config.train.eval_split)
-    if config.train.sample_every and config.train.sample_score is not Scorer.NONE:
-        check_scorer(config.train.sample_score, min(config.size), sample_batch(config)["caption"])
-
-
-def device_batch(
-    batch: Mapping[str, np.ndarray], mesh: Mesh, online: OnlineText | None = None
-) -> dict[str, jax.Array]:
-    """The arrays that the training step reads, on the mesh; record keys stay behind.
-
-    Args:
-      batch: from `open_batches`, or with an encoder from `TokenizedBatches`.
-      mesh: where to.
-      online: the encoder of the batch's tokens.
-    """
-    arrays = step_arrays(batch)
-    if online is not None:
-        online.add_null_text(arrays, len(batch["index"]))
-    placed = put_batch(arrays, mesh)
-    if online is not None:
-        placed["text"] = online.embed(batch["tokens"], batch["text_mask"])
-    return placed
-
-
-def _open_batches(config: TrainConfig, pipeline: PipelineConfig, **options: int) -> Batches:
-    """The batches with what their text is made of."""
-    data = config.data
-    captions = data.text_encoder is not None or config.train.sample_score is not Scorer.NONE
-    return open_batches(pipeline, embeddings=data.embeddings, captions=captions, **options)
-
-
-def training_batches(
-    config: TrainConfig,
-    online: OnlineText | None,
-    examples: int,
-    share: DataShare = WHOLE_BATCH,
-    pipeline: PipelineConfig | None = None,
-) -> Batches | TokenizedBatches:
-    """Batches, or this process's share of them, from the given global count of examples on.
-
-    Args:
-      config: the run.
-      online: the encoder that runs beside it, if there is one.
-      examples: used before.
-      share: of each batch.
-      pipeline: None: that of the training.
-    """
-    batches = _open_batches(
-        config,
-        pipeline or pipeline_config(config),
-        start_example=examples,
-        process_index=share.index,
-        process_count=share.count,
-    )
-    return batches if online is None else TokenizedBatches(batches, online, ahead=config.data.prefetch)
-
-
-def whole_batch(config: TrainConfig, online: OnlineText | None, step: int) -> dict[str, Any]:
-    """The batch of a step (from 1) with the examples of all processes, made anew; `text` is on the host."""
-    examples = (step - 1) * config.data.batch_size
-    with _open_batches(config, pipeline_config(config), start_example=examples) as batches:
-        batch = dict(next(batches))
-    if online is not None:
-        batch["text"], batch["text_mask"] = online.encode(batch["caption"])
-        online.add_null_text(batch, len(batch["index"]))
-    return batch
-
-
-def sample_batch(config: TrainConfig) -> dict[str, Any]:
-    """The first examples of the split that sample grids are drawn for."""
-    split = config.train.sample_split or config.data.split
-    count = min(config.train.sample_count, record_count(config.data.path, split))
-    pipeline = dataclasses.replace(
-        pipeline_config(config), split=split, shuffle=False, batch_size=count, crop=None
-    )
-    with _open_batches(config, pipeline) as batches:
-        return dict(next(batches))
-
-
-def _online_text(config: TrainConfig, mesh: Mesh) -> OnlineText | None:
-    """The encoder that runs beside the training, if the config asks for one."""
-    if config.data.text_encoder is None:
-        return None
-    return OnlineText.load(
-        config.data.text_encoder,
-        dtype=config.data.text_dtype.value,
-        max_length=config.stage.max_text_length,
-        mesh=mesh,
-        padded=config.stage.padded_text,
-    )
 
 
 def start_state(
@@ -204,6 +57,52 @@ def start_state(
     params, record = initial_params(spec, run.config, run.mesh, encoder)
     write_record(workdir, record)
     return run.start_from(params)
+
+
+def _checked_mesh(config: TrainConfig) -> tuple[Mesh, DataShare]:
+    """The devices of a run, and this process's share of its batches.
+
+    Raises:
+      UserError: the config cannot be trained, or does not fit the devices.
+    """
+    config.check_trainable()
+    mesh = make_mesh(config.mesh)
+    check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
+    check_accumulation(config, mesh)
+    share = data_share(mesh)
+    if config.data.text_encoder is not None and share.count != jax.process_count():
+        raise UserError(
+            f"config.mesh.tensor={config.mesh.tensor} spreads over several processes, which config.data.text_encoder "
+            "does not: lower it, or encode beforehand with imagen-jax precompute"
+        )
+    return mesh, share
+
+
+def _begin(
+    run: Run,
+    workdir: epath.Path,
+    checkpoints: Checkpoints,
+    init_from: str | None,
+    encoder: EncoderIdentity | None,
+) -> tuple[TrainState, int, int, EncoderIdentity | None]:
+    """Where a run goes on: its state, the examples and steps before it, and the text encoder of its data."""
+    if on_first(checkpoints.latest_step) is not None:
+        check_record(workdir, init_from)
+    found = checkpoints.restore_newest(run.abstract)
+    if found is None:
+        state, examples, step = start_state(run, workdir, init_from, encoder), 0, 0
+    else:
+        state, examples, step = found
+        encoder = resumed_encoder(workdir, run.config.data, checkpoints.encoder(step), encoder)
+    on_first(lambda: write_encoder(workdir, encoder))
+    if jax.process_index() == 0:
+        several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        print(
+            f"{run.config.stage.name}: {run.network.parameter_count() / 1e6:.2f} M parameters, "
+            f"{len(run.mesh.devices.flat)} device(s){several}, step {step} of {run.config.train.steps}",
+            flush=True,
+        )
+    return state, examples, step, encoder
 
 
 def train(
@@ -244,23 +143,13 @@ def train(
         a loss or gradient that is not finite.
     """
     workdir = epath.Path(workdir)
-    config.check_trainable()
-    mesh = make_mesh(config.mesh)
-    check_batch_size(config.data.batch_size, mesh, "config.data.batch_size")
-    check_accumulation(config, mesh)
-    share = data_share(mesh)
-    if config.data.text_encoder is not None and share.count != jax.process_count():
-        raise UserError(
-            f"config.mesh.tensor={config.mesh.tensor} spreads over several processes, which config.data.text_encoder "
-            "does not: lower it, or encode beforehand with imagen-jax precompute"
-        )
-    online = _online_text(config, mesh)
+    mesh, share = _checked_mesh(config)
+    online = online_text(config, mesh)
     check_data(config, online)
     encoder = data_encoder(config.data, online)
     if init_from is not None and not (workdir / "config.json").exists():
         check_source(init_from, config)
-    first, loop = jax.process_index() == 0, config.train
-    run = Run.of(config, mesh, objective)
+    run, loop = Run.of(config, mesh, objective), config.train
     keep = Keep(
         newest=loop.keep_checkpoints, every=loop.keep_every, best=loop.keep_best, best_is=loop.best_is
     )
@@ -268,23 +157,7 @@ def train(
         taken_workdir(config, workdir, encoder),
         contextlib.closing(Checkpoints(workdir, keep=keep)) as checkpoints,
     ):
-        if on_first(checkpoints.latest_step) is not None:
-            check_record(workdir, init_from)
-        found = checkpoints.restore_newest(run.abstract)
-        if found is None:
-            state = start_state(run, workdir, init_from, encoder)
-            examples = step = 0
-        else:
-            state, examples, step = found
-            encoder = resumed_encoder(workdir, config.data, checkpoints.encoder(step), encoder)
-        on_first(lambda: write_encoder(workdir, encoder))
-        if first:
-            several = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-            print(
-                f"{config.stage.name}: {run.network.parameter_count() / 1e6:.2f} M parameters, "
-                f"{len(mesh.devices.flat)} device(s){several}, step {step} of {loop.steps}",
-                flush=True,
-            )
+        state, examples, step, encoder = _begin(run, workdir, checkpoints, init_from, encoder)
         if step >= loop.steps:
             return state
         metrics = MetricsWriter(
@@ -292,7 +165,7 @@ def train(
             start_step=step,
             steps=loop.steps,
             batch_size=config.data.batch_size,
-            enabled=first,
+            enabled=jax.process_index() == 0,
             cost=cost,
             wandb=WandbRun(project=wandb_project, config=to_dict(config)) if wandb_project else None,
         )

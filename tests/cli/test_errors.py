@@ -16,8 +16,8 @@ from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.sampling.model_folder import ModelIndex, save_index, save_stage
+from imagen_jax.training.batches import pipeline_config
 from imagen_jax.training.config_file import write_config
-from imagen_jax.training.trainer import pipeline_config
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_render
 from imagen_jax.data.shapes import HELD_OUT, Colour, Relation, Scene, SceneObject, Shape, Size
 
 
@@ -22,17 +22,17 @@ def training_scenes():
 
 
 def test_scene_and_picture_depend_on_split_and_index_only():
-    forwards = [shapes.draw(shapes.scene(index), 32) for index in range(40)]
+    forwards = [shapes_render.render(shapes.scene(index), 32) for index in range(40)]
     np.random.seed(0)
-    backwards = [shapes.draw(shapes.scene(index), 32) for index in reversed(range(40))][::-1]
+    backwards = [shapes_render.render(shapes.scene(index), 32) for index in reversed(range(40))][::-1]
     assert np.array_equal(forwards, backwards)
     assert len({picture.tobytes() for picture in forwards}) == 40
-    assert not np.array_equal(forwards[0], shapes.draw(shapes.scene(0, split="test"), 32))
+    assert not np.array_equal(forwards[0], shapes_render.render(shapes.scene(0, split="test"), 32))
 
 
 def test_scenes_are_the_same_in_another_process():
     code = (
-        "from imagen_jax.data import shapes;"
+        "from imagen_jax.data import shapes, shapes_render;"
         "print([(s.caption, s.placements()) for s in map(shapes.scene, range(20))])"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -43,9 +43,9 @@ def test_scenes_are_the_same_in_another_process():
 def test_every_resolution_shows_the_same_scene():
     for index in range(30):
         scene = shapes.scene(index)
-        small = shapes.draw(scene, 32).astype(float)
+        small = shapes_render.render(scene, 32).astype(float)
         for factor in (2, 4, 8):
-            large = shapes.draw(scene, 32 * factor).astype(float)
+            large = shapes_render.render(scene, 32 * factor).astype(float)
             reduced = large.reshape(32, factor, 32, factor, 3).mean((1, 3))
             assert np.abs(reduced - small).max() <= 6.0  # of 255, at single edge pixels
             assert np.abs(reduced - small).mean() <= 0.2
@@ -53,7 +53,7 @@ def test_every_resolution_shows_the_same_scene():
 
 @pytest.mark.parametrize("resolution", [16, 33, 1024])
 def test_any_resolution_is_drawn(resolution):
-    picture = shapes.draw(shapes.scene(3), resolution)
+    picture = shapes_render.render(shapes.scene(3), resolution)
     assert picture.shape == (resolution, resolution, 3)
     assert picture.dtype == np.uint8
     assert tuple(picture[0, 0]) == shapes.scene(3).background.rgb
@@ -62,7 +62,7 @@ def test_any_resolution_is_drawn(resolution):
 @pytest.mark.parametrize("shape", Shape)
 @pytest.mark.parametrize("radius", [0.145, 0.17, 0.285])
 def test_area_and_centre_are_the_ones_asked_for(shape, radius):
-    mask = shapes.coverage(shape, 200, x=0.48, y=0.51, radius=radius)
+    mask = shapes_render.coverage(shape, 200, x=0.48, y=0.51, radius=radius)
     places = (np.arange(200) + 0.5) / 200
     assert mask.mean() == pytest.approx(np.pi * radius**2, rel=2e-3)
     assert (mask.sum(0) @ places) / mask.sum() == pytest.approx(0.48, abs=1e-3)
@@ -72,7 +72,7 @@ def test_area_and_centre_are_the_ones_asked_for(shape, radius):
 def test_shapes_are_what_their_names_say():
     # Facts of geometry: the share of the bounding box that each shape fills, and its extents.
     def box(shape):
-        mask = shapes.coverage(shape, 400, radius=0.25) > 0.5
+        mask = shapes_render.coverage(shape, 400, radius=0.25) > 0.5
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
         return mask.sum() / (height * width), height / width
@@ -86,7 +86,7 @@ def test_shapes_are_what_their_names_say():
 
 
 def test_a_star_has_five_tips():
-    mask = shapes.coverage(Shape.STAR, 400, radius=0.25)
+    mask = shapes_render.coverage(Shape.STAR, 400, radius=0.25)
     angles = np.linspace(0, 2 * np.pi, 720, endpoint=False)
     ring = mask[
         (200 + 0.3 * 400 * np.sin(angles)).astype(int), (200 + 0.3 * 400 * np.cos(angles)).astype(int)
@@ -101,7 +101,7 @@ def test_shapes_are_inside_and_apart():
         scene = shapes.scene(index)
         total = np.zeros((32, 32))
         for item, (x, y, radius) in zip(scene.objects, scene.placements()):
-            mask = shapes.coverage(item.shape, 32, x=x, y=y, radius=radius)
+            mask = shapes_render.coverage(item.shape, 32, x=x, y=y, radius=radius)
             assert not np.any((mask > 0) & (total > 0))
             total += mask
         assert max(total[0].max(), total[-1].max(), total[:, 0].max(), total[:, -1].max()) < 0.05
@@ -197,7 +197,7 @@ def test_the_picture_stands_as_the_caption_says(relation):
         if scene.relation is not relation or first.colour is second.colour:
             continue
         found += 1
-        picture = shapes.draw(scene, 64)
+        picture = shapes_render.render(scene, 64)
         (y1, x1), (y2, x2) = (
             np.argwhere((picture == item.colour.rgb).all(-1)).mean(0) for item in scene.objects
         )
@@ -238,7 +238,7 @@ def test_bad_arguments_are_named():
         shapes.scene(0, objects=3)
     for resolution in (15, 1025):
         with pytest.raises(ValueError, match=f"resolution={resolution}"):
-            shapes.draw(shapes.scene(0), resolution)
+            shapes_render.render(shapes.scene(0), resolution)
     item = SceneObject(colour=Colour.RED, shape=Shape.CIRCLE, size=Size.SMALL)
     with pytest.raises(ValueError, match="background's colour, red"):
         Scene(objects=(item,), background=Colour.RED)

@@ -240,7 +240,7 @@ def test_shapes(fake_shapes, language, captions):
 def test_shapes_as_they_are_drawn():
     item = next(iter(open_source("shapes:count=1").read(range(1))))
     with Image.open(io.BytesIO(item.image)) as picture:
-        np.testing.assert_array_equal(np.asarray(picture), shapes.draw(shapes.scene(0), 64))
+        np.testing.assert_array_equal(np.asarray(picture), shapes_render.render(shapes.scene(0), 64))
     assert item.captions == (shapes.scene(0).caption,)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_render
 from imagen_jax.data.shapes import Colour, Relation, Shape, Size
 from imagen_jax.evaluation import oracle
 
@@ -40,7 +40,7 @@ def _spoil(picture, random, *, blur=0.5, noise=10):
 @pytest.mark.parametrize("resolution", [32, 64, 128])
 def test_every_combination_is_read_right(resolution):
     scenes = SINGLES + DRAWN_SINGLES + DRAWN_PAIRS
-    result = _fractions(scenes, (shapes.draw(scene, resolution) for scene in scenes))
+    result = _fractions(scenes, (shapes_render.render(scene, resolution) for scene in scenes))
     assert min(_parts(result)) >= 0.995
     assert result["fulfilled"] >= 0.995 * len(scenes)
     assert result["captions"] == len(scenes)
@@ -49,13 +49,13 @@ def test_every_combination_is_read_right(resolution):
 @pytest.mark.parametrize("resolution", [33, 100, 256])
 def test_other_resolutions_are_read_too(resolution):
     scenes = DRAWN_SINGLES[:30] + DRAWN_PAIRS[:30]
-    result = _fractions(scenes, (shapes.draw(scene, resolution) for scene in scenes))
+    result = _fractions(scenes, (shapes_render.render(scene, resolution) for scene in scenes))
     assert result["fulfilled"] == len(scenes)
 
 
 def test_chinese_captions_are_judged_alike():
     scenes = DRAWN_SINGLES[:100] + DRAWN_PAIRS[:100]
-    pictures = [shapes.draw(scene, 64) for scene in scenes]
+    pictures = [shapes_render.render(scene, 64) for scene in scenes]
     rolled = scenes[1:] + scenes[:1]
     assert _fractions(scenes, pictures, zh=True) == _fractions(scenes, pictures)
     assert _fractions(rolled, pictures, zh=True) == _fractions(rolled, pictures)
@@ -63,7 +63,7 @@ def test_chinese_captions_are_judged_alike():
 
 def test_shuffled_captions_are_near_chance():
     scenes = [shapes.scene(index, objects=1) for index in range(500)]
-    pictures = [shapes.draw(scene, 64) for scene in scenes]
+    pictures = [shapes_render.render(scene, 64) for scene in scenes]
     result = _fractions(scenes[1:] + scenes[:1], pictures)
     # What two independent scenes share: closed-form from the counts of each attribute.
     for name, of in {
@@ -77,7 +77,7 @@ def test_shuffled_captions_are_near_chance():
         assert abs(result[name] - chance) <= 4 * np.sqrt(chance * (1 - chance) / len(scenes))
     assert result["fulfilled"] <= 5
     pairs = DRAWN_PAIRS[1:] + DRAWN_PAIRS[:1]
-    result = _fractions(pairs, [shapes.draw(scene, 64) for scene in DRAWN_PAIRS])
+    result = _fractions(pairs, [shapes_render.render(scene, 64) for scene in DRAWN_PAIRS])
     assert result["relation"] <= 0.3
     assert result["fulfilled"] <= 3
 
@@ -85,7 +85,7 @@ def test_shuffled_captions_are_near_chance():
 def test_noise_and_blur_are_forgiven():
     random = np.random.default_rng(1)
     scenes = DRAWN_SINGLES + DRAWN_PAIRS
-    result = _fractions(scenes, (_spoil(shapes.draw(scene, 64), random) for scene in scenes))
+    result = _fractions(scenes, (_spoil(shapes_render.render(scene, 64), random) for scene in scenes))
     assert min(_parts(result)) >= 0.98
 
 
@@ -95,7 +95,7 @@ def test_shifted_colours_are_forgiven():
 
     def tinted(scene):
         parts = {item.colour for item in scene.objects} | {scene.background}
-        picture = shapes.draw(scene, 64).astype(float)
+        picture = shapes_render.render(scene, 64).astype(float)
         for colour in parts:
             mask = (picture == colour.rgb).all(-1)
             picture[mask] += random.uniform(-25, 25, 3)
@@ -111,7 +111,7 @@ def test_shifts_and_sizes_off_by_a_tenth_are_forgiven():
         (item,) = scene.objects
         x, y = 0.5 + random.uniform(-0.04, 0.04, 2)
         radius = item.size.radius * random.uniform(0.9, 1.1)
-        mask = shapes.coverage(item.shape, 64, x=x, y=y, radius=radius)[..., None]
+        mask = shapes_render.coverage(item.shape, 64, x=x, y=y, radius=radius)[..., None]
         ink, ground = np.array(item.colour.rgb), np.array(scene.background.rgb)
         return np.rint(ground + (ink - ground) * mask).astype(np.uint8)
 
@@ -122,7 +122,7 @@ def test_an_uneven_outline_is_forgiven():
     random = np.random.default_rng(4)
 
     def warped(scene):  # every point moved by 0.3 pixels or so, its neighbours alike
-        picture = shapes.draw(scene, 64).astype(float)
+        picture = shapes_render.render(scene, 64).astype(float)
         moves = [ndimage.gaussian_filter(random.normal(size=(64, 64)), 4) for _ in range(2)]
         grid = np.mgrid[:64, :64] + np.stack([0.3 * move / move.std() for move in moves])
         channels = [ndimage.map_coordinates(picture[..., c], grid, order=1, mode="nearest") for c in range(3)]
@@ -139,7 +139,7 @@ def _place(random):
 def _two_masks(random, side):
     place = _place(random)
     kinds = random.choice(np.array(list(Shape), object), 2, replace=False)
-    return place, [shapes.coverage(kind, side, **place) for kind in kinds]
+    return place, [shapes_render.coverage(kind, side, **place) for kind in kinds]
 
 
 def _half_erased(random, side):
@@ -201,7 +201,7 @@ def test_impostors_have_no_shape(impostor, side):
 
 
 def test_each_attribute_is_judged_by_itself():
-    picture = shapes.draw(shapes.parse("a small red circle on a blue background"), 64)
+    picture = shapes_render.render(shapes.parse("a small red circle on a blue background"), 64)
     right = {"background": True, "colour": True, "size": True, "shape": True}
     for caption, wrong in {
         "a small red circle on a blue background": None,
@@ -216,7 +216,7 @@ def test_each_attribute_is_judged_by_itself():
 @pytest.mark.parametrize("relation", Relation)
 def test_a_relation_is_judged_by_itself(relation):
     text = "a red circle {} a green star on a white background"
-    picture = shapes.draw(shapes.parse(text.format(relation.value)), 64)
+    picture = shapes_render.render(shapes.parse(text.format(relation.value)), 64)
     for other in Relation:
         parts = oracle.check(picture, text.format(other.value))
         assert parts == {"background": True, "colour": True, "shape": True, "relation": other is relation}
@@ -235,13 +235,13 @@ def test_a_picture_of_two_is_not_a_picture_of_one():
     pair = "a red circle left of a red square on a white background"
     single = "a small red circle on a white background"
     for picture, caption in ((pair, single), (single, pair)):
-        parts = oracle.check(shapes.draw(shapes.parse(picture), 64), caption)
+        parts = oracle.check(shapes_render.render(shapes.parse(picture), 64), caption)
         assert parts.pop("background") is True
         assert not any(parts.values())
 
 
 def test_colours_between_names_have_no_name():
-    mask = shapes.coverage(Shape.SQUARE, 64, radius=0.285)[..., None]
+    mask = shapes_render.coverage(Shape.SQUARE, 64, radius=0.285)[..., None]
     picture = np.rint((1 - mask) * 128 + mask * np.array([0, 200, 200])).astype(np.uint8)
     reading = oracle.read(picture)
     assert reading.background is None
@@ -252,22 +252,22 @@ def test_colours_between_names_have_no_name():
 
 def test_sizes_between_names_have_no_name():
     for radius, size in {0.1: None, 0.17: Size.SMALL, 0.22: None, 0.285: Size.LARGE, 0.37: None}.items():
-        mask = shapes.coverage(Shape.CIRCLE, 64, radius=radius)[..., None]
+        mask = shapes_render.coverage(Shape.CIRCLE, 64, radius=radius)[..., None]
         reading = oracle.read(np.rint(255 * (1 - mask) * np.ones(3)).astype(np.uint8))
         assert [item.size for item in reading.objects] == [size]
         assert reading.objects[0].radius == pytest.approx(radius, rel=0.01)
 
 
 def test_dirt_is_no_object():
-    picture = shapes.draw(shapes.parse("a large black star on a yellow background"), 64)
+    picture = shapes_render.render(shapes.parse("a large black star on a yellow background"), 64)
     picture[3:6, 3:6] = 0
     assert all(oracle.check(picture, "a large black star on a yellow background").values())
 
 
 def test_bad_input_is_named():
-    good = shapes.draw(shapes.scene(0), 32)
+    good = shapes_render.render(shapes.scene(0), 32)
     with pytest.raises(ValueError, match="16 x 16"):
-        oracle.read(shapes.draw(shapes.scene(0), 16))
+        oracle.read(shapes_render.render(shapes.scene(0), 16))
     with pytest.raises(ValueError, match="a red thing"):
         oracle.check(good, "a red thing")
     with pytest.raises(ValueError, match=r"shorter|longer"):

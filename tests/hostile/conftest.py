@@ -206,9 +206,10 @@ def _make_run(root):
     import jax
 
     from imagen_jax.parallel.mesh import make_mesh
-    from imagen_jax.training.checkpoint import Checkpoints, Keep
+    from imagen_jax.training.checkpoint import Checkpoints
     from imagen_jax.training.config import load_config
     from imagen_jax.training.config_file import write_config
+    from imagen_jax.training.keep import Keep
     from imagen_jax.training.run import Run
 
     config, workdir = load_config(str(root / "config.py")), epath.Path(root / "run")

@@ -16,9 +16,9 @@ from imagen_jax.plan.memory import Memory, account, bytes_per_device
 from imagen_jax.plan.network import Collective
 from imagen_jax.plan.report import Plan, to_json, to_text
 from imagen_jax.plan.suggest import suggestions
+from imagen_jax.training.batches import device_batch, training_batches
 from imagen_jax.training.config import load_config
 from imagen_jax.training.run import Run
-from imagen_jax.training.trainer import device_batch, training_batches
 
 ESTIMATE = Estimate(
     seconds=0.5,

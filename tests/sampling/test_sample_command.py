@@ -7,10 +7,10 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from PIL import Image
 
 from imagen_jax.cli.main import main
+from imagen_jax.parallel.jax_internals import reset_cache
 from imagen_jax.sampling import output
 from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.pictures import read_metadata
@@ -32,11 +32,11 @@ def programs_once(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IMAGEN_JAX_CACHE", str(folder))
         jax.config.update("jax_compilation_cache_dir", None)
-        compilation_cache.reset_cache()  # JAX would keep the folder that it was first told
+        reset_cache()  # JAX would keep the folder that it was first told
         yield
     for name, value in before.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    reset_cache()
     assert len(list((folder / "xla").iterdir())) > 2
 
 

@@ -16,8 +16,9 @@ import pytest
 from etils import epath
 
 from imagen_jax.errors import UserError
-from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import Best
+from imagen_jax.training.keep import Keep
 from imagen_jax.training.lock import WorkdirLock
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.trainer import train

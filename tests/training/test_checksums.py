@@ -14,9 +14,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from imagen_jax.errors import UserError
-from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.checksums import add_checksums, begin_checksums, device_checksum
 from imagen_jax.training.config import load_config
+from imagen_jax.training.keep import Keep
 from imagen_jax.training.state import TrainState
 
 

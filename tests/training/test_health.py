@@ -12,14 +12,16 @@ from imagen_jax.cli.main import main
 from imagen_jax.data import pipeline
 from imagen_jax.errors import UserError
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.batches import whole_batch
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config_file import write_config
 from imagen_jax.training.health import LAG, bin_name, load_batch, reproduce, save_batch
+from imagen_jax.training.keep import Keep
 from imagen_jax.training.online import OnlineText
 from imagen_jax.training.roles import DENOISER
 from imagen_jax.training.run import Run
 from imagen_jax.training.train_step import step_arrays
-from imagen_jax.training.trainer import train, whole_batch
+from imagen_jax.training.trainer import train
 from tests.hostile.mutations import FILE_KINDS
 
 BAD = 4  # step whose batch holds the bad record

@@ -6,11 +6,11 @@ import pytest
 
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import check_batch_size, make_mesh
+from imagen_jax.training.batches import device_batch
 from imagen_jax.training.config import load_config
 from imagen_jax.training.roles import DENOISER
 from imagen_jax.training.run import Run
 from imagen_jax.training.train_step import make_train_step
-from imagen_jax.training.trainer import device_batch
 
 STAGES = ("base64", "sr256", "sr1024")
 

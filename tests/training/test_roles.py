@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
-from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import Decay, Optimizer, OptimizerConfig
+from imagen_jax.training.keep import Keep
 from imagen_jax.training.objectives import DiffusionObjective, Losses
 from imagen_jax.training.roles import DENOISER, Role, Roles
 from imagen_jax.training.run import Run

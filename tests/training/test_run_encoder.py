@@ -19,10 +19,11 @@ from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.small import make_small_encoder
-from imagen_jax.training.checkpoint import Checkpoints, Keep
+from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config_file import write_config
 from imagen_jax.training.export import export
 from imagen_jax.training.init_from import initial_params
+from imagen_jax.training.keep import Keep
 from imagen_jax.training.run import Run
 from imagen_jax.training.run_encoder import FILE, data_encoder, recorded_encoder, write_encoder
 from imagen_jax.training.trainer import train

@@ -11,7 +11,7 @@ from imagen_jax.diffusion.process import diffuse
 from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerConfig
-from imagen_jax.training.objectives import draw, example_keys
+from imagen_jax.training.objectives import example_keys, random_numbers
 from imagen_jax.training.roles import DENOISER
 from imagen_jax.training.run import Run
 from imagen_jax.training.train_step import compiler_options, ema_update, make_train_step, split_index
@@ -22,7 +22,7 @@ LENGTH, TEXT_WIDTH = 6, 16
 
 def draws_of(*indices, seed=0):
     index = jnp.asarray(split_index(np.asarray(indices, np.int64)))
-    return jax.tree.map(np.asarray, draw(example_keys(seed, index), SHAPE, LOW_SHAPE))
+    return jax.tree.map(np.asarray, random_numbers(example_keys(seed, index), SHAPE, LOW_SHAPE))
 
 
 def test_split_index_keeps_all_64_bits():
@@ -122,7 +122,7 @@ def test_the_loss_is_put_together_from_its_parts(make_config):
     network = StageNetwork(config.stage)
     batch = {name: jnp.asarray(each) for name, each in batch_of(config, range(8)).items()}
     params = noisy_params(network)
-    draws = draw(example_keys(config.seed, batch["index"]), (16, 16, 3), (8, 8, 3))
+    draws = random_numbers(example_keys(config.seed, batch["index"]), (16, 16, 3), (8, 8, 3))
     dropped = np.asarray(draws.drop) < 0.5
     assert 0 < dropped.sum() < 8
     x0, low_res = unit_pictures(batch["image"]), unit_pictures(batch["low_res"])
