@@ -99,7 +99,7 @@ class Times:
         """In place of `make_train_step`."""
         step, count, begin = self._make(*arguments), -self.warm_up, 0.0
 
-        def timed(state: TrainState, batch: Any) -> Any:
+        def timed(state: TrainState, batch: Any, null: Any) -> Any:
             nonlocal count, begin
             if count >= 0 and count % self.run == 0:
                 # Steps are dispatched ahead: a run begins and ends with devices that have nothing to do.
@@ -108,11 +108,11 @@ class Times:
                     self.loop.append((time.perf_counter() - begin) / self.run)
                 for _ in range(ALONE):
                     start = time.perf_counter()
-                    state, _ = jax.block_until_ready(step(state, batch))
+                    state, _ = jax.block_until_ready(step(state, batch, null))
                     self.alone.append(time.perf_counter() - start)
                 begin = time.perf_counter()
             count += 1
-            return step(state, batch)
+            return step(state, batch, null)
 
         return timed
 

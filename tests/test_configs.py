@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.text_form import zero_text
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.training.batches import pipeline_config
 from imagen_jax.training.config import load_config
@@ -59,14 +60,13 @@ def test_loss_has_a_shape(spec):
         "text_mask": ((count, stage.max_text_length), jnp.bool_),
         "index": ((count, 2), jnp.uint32),
     }
-    if stage.padded_text:
-        shapes["null_text"] = shapes["text"]
     if stage.low_resolution:
         low = side * stage.low_resolution // stage.resolution
         shapes["low_res"] = ((count, low, low, 3), jnp.uint8)
     batch = {name: jax.ShapeDtypeStruct(*each) for name, each in shapes.items()}
     run = Run.of(config, make_mesh(MeshConfig(), jax.devices()[:1]))
-    losses = jax.eval_shape(run.losses, {DENOISER: initial}, batch)[DENOISER]
+    null = zero_text(stage.max_text_length, stage.network.text_width)
+    losses = jax.eval_shape(run.losses, {DENOISER: initial}, batch, null)[DENOISER]
     assert (losses.loss.shape, losses.loss.dtype) == ((count,), jnp.float32)
 
 

@@ -11,6 +11,7 @@ from imagen_jax.diffusion.schedules import CosineSchedule, DiscreteCosineSchedul
 from imagen_jax.diffusion.thresholding import ThresholdConfig
 from imagen_jax.limits import MAX_GUIDANCE, MAX_NAME, MAX_SIDE, MAX_TEXT_LENGTH, check_numbers
 from imagen_jax.models.kinds import AnyNetworkConfig
+from imagen_jax.models.text_form import TextForm
 from imagen_jax.sizes import Size
 
 
@@ -40,9 +41,7 @@ class StageConfig:
     low_resolution: int | None = None  # pixels, side of the pictures it enlarges; None: a base stage
     crop: int | None = None  # pixels, side of the crops it trains on; None: whole pictures
     max_text_length: int = 128  # tokens; captions are padded or cut to it
-    # Whether text is as DeepFloyd IF has it: captions in lower case, embeddings of padding count as text, and the
-    # null text is the empty caption.
-    padded_text: bool = False
+    padded_text: bool = False  # see `TextForm.padded`
     schedule: CosineSchedule | LinearSchedule | DiscreteCosineSchedule = CosineSchedule()
     prediction: Prediction = Prediction.EPSILON  # what the network puts out; Imagen: epsilon
     augmentation: NoiseAugmentation = NoiseAugmentation()
@@ -61,13 +60,12 @@ class StageConfig:
                 )
         if not self.network.SEES_MASK and not self.padded_text:
             raise ValueError(f"a network of kind {self.network.KIND} sees no mask: it needs padded_text")
-        if self.max_text_length < 1:
-            raise ValueError(f"max_text_length must be at least 1, got {self.max_text_length}")
         check_numbers(
             self,
             max_text_length=MAX_TEXT_LENGTH,
             **dict.fromkeys(("resolution", "low_resolution", "crop"), MAX_SIDE),
         )
+        _ = self.text_form  # refuses what it refuses
         low = self.low_resolution
         if low is not None and (low < 1 or self.resolution % low):
             raise ValueError(f"resolution {self.resolution} is not a multiple of low_resolution {low}")
@@ -76,6 +74,11 @@ class StageConfig:
                 f"low_resolution {low} and network.low_res_channels {self.network.low_res_channels} disagree: "
                 "a super-resolution stage has both, a base stage neither (null and 0)"
             )
+
+    @property
+    def text_form(self) -> TextForm:
+        """How it has its texts."""
+        return TextForm(length=self.max_text_length, padded=self.padded_text)
 
     @property
     def size(self) -> Size:

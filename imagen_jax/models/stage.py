@@ -112,19 +112,6 @@ class StageNetwork:
         return NetworkOutput(prediction=prediction, variance=0.5 * (variance + 1.0))
 
 
-def drop_text(
-    text: Float[Array, "batch length width"], mask: Bool[Array, "batch length"], drop: Bool[Array, " batch"]
-) -> tuple[Float[Array, "batch length width"], Bool[Array, "batch length"]]:
-    """Replaces the text of the chosen examples by the null text of classifier-free guidance.
-
-    The null text is one token of zeros (arXiv 2205.11487, 2.2, zeroes the embeddings): with a single real token
-    it does not depend on the length of the caption that it replaces.
-    """
-    null_mask = jnp.arange(mask.shape[1]) == 0
-    text = jnp.where(drop[:, None, None], 0.0, text)
-    return text, jnp.where(drop[:, None], null_mask[None], mask)
-
-
 def unit_pictures(pictures: Array) -> Float[Array, "..."]:
     """uint8 pixels as float32 in [−1, 1]."""
     return pictures.astype(jnp.float32) / 127.5 - 1.0

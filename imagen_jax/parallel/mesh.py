@@ -247,6 +247,14 @@ def data_share(mesh: Mesh) -> DataShare:
     return DataShare(index=distinct.index(tuple(sorted(rows[jax.process_index()]))), count=len(distinct))
 
 
+def put_whole(arrays: T, mesh: Mesh) -> T:
+    """Gives host arrays, the same in every process, as global ones of which each device has a copy."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array, array.shape), arrays
+    )
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Gives this process's examples (see `data_share`) as global arrays split over the mesh."""
     sharding, count = batch_sharding(mesh), data_share(mesh).count

@@ -15,8 +15,9 @@ from jax.sharding import Mesh
 
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.text_form import Text
 from imagen_jax.parallel.jax_internals import get_topology_desc
-from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh
+from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh, replicated
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.memory import out_of_memory_bytes
@@ -84,14 +85,21 @@ def training_batch(config: TrainConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeS
         "text_mask": ((n, stage.max_text_length), jnp.bool_),
         "index": ((n, 2), jnp.uint32),
     }
-    if stage.padded_text:
-        shapes["null_text"] = (shapes["text"][0], jnp.float32)
     if stage.low_resolution is not None:
         shapes["low_res"] = ((n, *size.over(stage.scale), channels), jnp.uint8)
     sharding = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
     }
+
+
+def null_text(config: TrainConfig, mesh: Mesh) -> Text:
+    """Shapes of the null text, as `training.batches.null_text` gives it."""
+    length, width, place = config.stage.max_text_length, config.stage.network.text_width, replicated(mesh)
+    return Text(
+        jax.ShapeDtypeStruct((length, width), jnp.float32, sharding=place),
+        jax.ShapeDtypeStruct((length,), jnp.bool_, sharding=place),
+    )
 
 
 def with_shardings(shapes: Any, shardings: Any) -> Any:
@@ -134,13 +142,13 @@ def compile_stage(
             run = Run.of(config, mesh)
             state, batch = run.abstract, training_batch(config, mesh)
             step: Any = make_train_step(run)
-            lowered = step.lower(state, batch)
+            lowered = step.lower(state, batch, null_text(config, mesh))
         else:
             spec = ProgramSpec(
                 stage=config.stage,
                 sampling=config.stage.sampling,
                 batch=config.data.batch_size,
-                negative=config.stage.padded_text,  # where the null text is a caption like any other
+                negative=config.stage.sampling.guidance_weight != 1.0,
                 mesh=mesh,
                 size=config.size,
             )

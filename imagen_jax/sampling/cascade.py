@@ -18,6 +18,7 @@ from imagen_jax.data.encoder_identity import warn_unknown_encoder
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_BATCH, shown
 from imagen_jax.models.configs import SamplingConfig, StageConfig
+from imagen_jax.models.text_form import Text, TextForm, zero_text
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.sampling import memory
 from imagen_jax.sampling.batches import Preview, Watcher
@@ -162,11 +163,17 @@ class Imagen:
         stages = {stage.name: stage_identity(self.folder.path, stage) for stage in self.stages}
         return stages, encoder_identity(self._encoder_folder)
 
-    def encode(
-        self, prompts: Sequence[str], length: int, *, padded: bool = False
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings float32 (N, length, width), zero padded unless `padded`, and their mask bool (N, length)."""
-        return self.prompt_encoder(prompts, length, self._text_width, padded=padded)
+    def encode(self, prompts: Sequence[str], form: TextForm) -> Text:
+        """Prompts in a stage's form: float32 (N, length, width) and bool (N, length)."""
+        return self.prompt_encoder(prompts, form, self._text_width)
+
+    def _leads_away(self, drawing: Drawing, form: TextForm) -> Text:
+        """What guidance leads away from, (1, length, width): the negative prompt, or the null text."""
+        caption = form.null_caption if drawing.negative_prompt is None else drawing.negative_prompt
+        if caption is not None:
+            return self.encode([caption], form)
+        null = zero_text(form.length, self._text_width)
+        return Text(null.embeddings[None], null.mask[None])
 
     def generate(
         self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **options: Unpack[Options]
@@ -317,8 +324,9 @@ class Imagen:
 
     def _encode_all(self, drawing: Drawing, plans: Sequence[StagePlan]) -> None:
         """Encodes what the stages will ask for, so that the encoder can leave memory before they come."""
-        for length, padded in {(each.stage.max_text_length, each.stage.padded_text) for each in plans}:
-            self.encode([*drawing.prompts, ""] if padded else drawing.prompts, length, padded=padded)
+        for form in {each.stage.text_form for each in plans}:
+            null = [] if form.null_caption is None else [form.null_caption]
+            self.encode([*drawing.prompts, *null], form)
         if self._frees:
             self.prompt_encoder.release()
 
@@ -329,17 +337,14 @@ class Imagen:
             plan,
             batch_size=batch_size,
             pictures=len(drawing.wanted),
-            leads_away=drawing.negative_prompt is not None,
             mesh=self._meshes[stage.name],
         )
-        negative = None
+        form, negative = stage.text_form, None
         if spec.negative:
-            away = [drawing.negative_prompt or ""]
-            embedding, mask = self.encode(away, stage.max_text_length, padded=stage.padded_text)
-            negative = np.repeat(embedding, spec.batch, axis=0), np.repeat(mask, spec.batch, axis=0)
+            away = self._leads_away(drawing, form)
+            negative = Text(*(np.repeat(each, spec.batch, axis=0) for each in away))
         program, params = self._opened.get(spec)
-        prompts = [prompt for prompt, _ in drawing.wanted]
-        text = self.encode(prompts, stage.max_text_length, padded=stage.padded_text)
+        text = self.encode([prompt for prompt, _ in drawing.wanted], form)
         return StageRun(
             drawing=drawing, plan=plan, program=program, params=params, text=text, negative=negative
         )

@@ -15,7 +15,7 @@ class StageInputs(NamedTuple):
     # For SR stages: float32 in [−1, 1]. Not uint8: a value that lies between two grey levels, and a rounding
     # error apart on two machines, would come out a whole level apart.
     low_res: Float[Any, "batch low_height low_width channels"] | None = None
-    negative_text: Float[Any, "batch length text_width"] | None = None  # None: the null text
+    negative_text: Float[Any, "batch length text_width"] | None = None  # None: where nothing is guided
     negative_mask: Bool[Any, "batch length"] | None = None
     hooks: tuple[Any, ...] = ()  # see `diffusion.loop.Hook`; their arrays have an axis over the batch first
 

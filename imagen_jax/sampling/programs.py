@@ -54,7 +54,7 @@ class ProgramSpec:
     stage: StageConfig
     sampling: SamplingConfig
     batch: int  # pictures drawn together
-    negative: bool = False  # whether guidance leads away from a prompt rather than from the null text
+    negative: bool = False  # whether there is something that guidance leads away from
     mesh: Mesh | None = None  # None: one device
     size: Size | None = None  # of the pictures; None: the stage's own
     hooks: HookShapes = HookShapes()

@@ -4,10 +4,11 @@ import collections
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from imagen_jax.errors import CutTextWarning, UnknownTokensWarning, UserError
 from imagen_jax.models.configs import StageConfig
+from imagen_jax.models.text_form import Text, TextForm
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.store import WHOLE_LENGTH
 from imagen_jax.text.tokenizer import CaptionTokenizer
@@ -92,7 +93,7 @@ class PromptEncoder:
         self._encoder: TextEncoder | None = encoder
         self.tokenizer = encoder.tokenizer  # small, and never put away
         self._load = load
-        self._known: collections.OrderedDict[tuple[str, int, bool], np.ndarray] = collections.OrderedDict()
+        self._known: collections.OrderedDict[tuple[str, TextForm], np.ndarray] = collections.OrderedDict()
         self._bytes = 0
         self.encoded = 0  # prompts that had to be encoded
 
@@ -101,41 +102,28 @@ class PromptEncoder:
         if self._load is not None:
             self._encoder = None
 
-    def _embed(self, prompt: str, length: int, padded: bool) -> Float[np.ndarray, "tokens width"]:
-        key = (prompt.lower().strip() if padded else prompt, length, padded)
+    def _embed(self, prompt: str, form: TextForm) -> Float[np.ndarray, "tokens width"]:
+        key = form.normalise(prompt), form
         if key not in self._known:
             if self._encoder is None:
                 assert self._load is not None
                 self._encoder = self._load()
             # Not rounded as records are: two values a rounding error apart could end a whole bfloat16 apart.
-            if padded:
-                (made,) = self._encoder.encode_padded([key[0]], length=length)
-            else:
-                (made,) = self._encoder.encode([prompt], max_length=length, dtype="float32")
+            text = self._encoder.encode_form([prompt], form)
+            embedding = text.embeddings[0][text.mask[0]]
             self.encoded += 1
-            self._known[key] = made
-            self._bytes += made.nbytes
+            self._known[key] = embedding
+            self._bytes += embedding.nbytes
             while self._bytes > MEMORY_BYTES and len(self._known) > 1:
                 self._bytes -= self._known.popitem(last=False)[1].nbytes
         self._known.move_to_end(key)
         return self._known[key]
 
-    def __call__(
-        self, prompts: Sequence[str], length: int, width: int, *, padded: bool = False
-    ) -> tuple[Float[np.ndarray, "prompts length width"], Bool[np.ndarray, "prompts length"]]:
-        """Embeddings, zero padded, and their mask.
-
-        Args:
-          prompts: any texts.
-          length: tokens kept of each.
-          width: of an embedding.
-          padded: whether the text is that of `StageConfig.padded_text`: prompts in lower case, and padding's
-            embeddings among the tokens.
-        """
-        text = np.zeros((len(prompts), length, width), np.float32)
-        mask = np.zeros((len(prompts), length), bool)
+    def __call__(self, prompts: Sequence[str], form: TextForm, width: int) -> Text:
+        """Prompts in a stage's form, (prompts, length, width); any texts, of embeddings of that width."""
+        text = np.zeros((len(prompts), form.length, width), np.float32)
+        lengths = np.zeros(len(prompts), int)
         for i, prompt in enumerate(prompts):
-            tokens = self._embed(prompt, length, padded)
-            text[i, : len(tokens)] = tokens
-            mask[i, : len(tokens)] = True
-        return text, mask
+            tokens = self._embed(prompt, form)
+            text[i, : len(tokens)], lengths[i] = tokens, len(tokens)
+        return Text(text, form.mask(lengths))

@@ -10,34 +10,28 @@ from tqdm import tqdm
 
 from imagen_jax.limits import shown
 from imagen_jax.models.network import Params
+from imagen_jax.models.text_form import Text
 from imagen_jax.sampling.batches import Watcher, first_not_finite, run_batch
 from imagen_jax.sampling.drawing import Drawing, StagePlan
 from imagen_jax.sampling.inputs import StageInputs, not_finite
 from imagen_jax.sampling.programs import HookShapes, ProgramSpec, StageProgram
 
-Text = tuple[Float[np.ndarray, "texts length width"], Bool[np.ndarray, "texts length"]]
 
-
-def program_spec(
-    plan: StagePlan, *, batch_size: int, pictures: int, leads_away: bool, mesh: Mesh | None
-) -> ProgramSpec:
+def program_spec(plan: StagePlan, *, batch_size: int, pictures: int, mesh: Mesh | None) -> ProgramSpec:
     """The program that draws so many pictures of a stage, in batches.
 
     Args:
       plan: the stage's.
       batch_size: pictures drawn at a time, at most.
       pictures: in all.
-      leads_away: whether there is a negative prompt.
       mesh: the stage's.
     """
     parts = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
-    # The null text of a stage with padded text is the empty caption.
-    leads_away = leads_away or plan.stage.padded_text
     return ProgramSpec(
         stage=plan.stage,
         sampling=plan.sampling,
         batch=-(-min(batch_size, pictures) // parts) * parts,
-        negative=leads_away and plan.sampling.guidance_weight != 1.0,
+        negative=plan.sampling.guidance_weight != 1.0,
         mesh=mesh,
         size=plan.size,
         hooks=HookShapes.of(plan.hooks),
@@ -66,11 +60,11 @@ class StageRun:
 
         return StageInputs(
             seeds=seeds[chosen],
-            text=self.text[0][chosen],
-            mask=self.text[1][chosen],
+            text=self.text.embeddings[chosen],
+            mask=self.text.mask[chosen],
             low_res=None if low_res is None else low_res[chosen],
-            negative_text=None if self.negative is None else self.negative[0],
-            negative_mask=None if self.negative is None else self.negative[1],
+            negative_text=None if self.negative is None else self.negative.embeddings,
+            negative_mask=None if self.negative is None else self.negative.mask,
             hooks=jax.tree.map(take, self.plan.hooks),
         )
 

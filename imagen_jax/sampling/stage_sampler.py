@@ -16,7 +16,7 @@ from imagen_jax.diffusion.thresholding import threshold
 from imagen_jax.errors import UserError
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.network import NetworkOutput, Params
-from imagen_jax.models.stage import StageNetwork, drop_text
+from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.jax_internals import process_allgather
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.parallel.spatial import shard_pictures
@@ -45,7 +45,7 @@ def guided_denoiser(
       params: its parameters.
       text: embeddings of the prompts.
       mask: True for their real tokens.
-      negative: embeddings and mask of what guidance leads away from; None: the null text.
+      negative: embeddings and mask of what guidance leads away from; None: where nothing is guided.
       low_res: for an SR stage, the augmented low-resolution pictures.
       config: guidance and thresholding. At steps that are not guided nothing is doubled.
       mesh: where `params` lie by the rules of `parallel.mesh`; None: they lie whole.
@@ -55,11 +55,11 @@ def guided_denoiser(
     if low_res is not None:
         aug_log_snr = network.config.augmentation.log_snr(jnp.full((batch,), config.aug_level))
     if negative is None:
-        if network.config.padded_text and config.guidance_weight != 1.0:
+        if config.guidance_weight != 1.0:
             raise ValueError(
-                "the null text of a stage with padded_text is the empty caption: give it as negative"
+                f"guidance_weight {config.guidance_weight} needs a negative: the null text, or another"
             )
-        negative = drop_text(text, mask, jnp.ones((batch,), bool))
+        negative = text, mask  # nobody asks
 
     def call(
         x_t: Array, log_snr: Array, text: Array, mask: Array, low_res: Array | None, aug: Array | None
@@ -216,14 +216,14 @@ class StageSampler:
           seeds: uint32 (batch,); with the text, and the low-resolution picture, it determines the picture.
           text: float32 (batch, length, width).
           mask: bool (batch, length), True for real tokens.
-          negative: text and mask, of the same shapes, of the prompts that guidance leads away from; None: the
-            null text. Without guidance they have no say.
+          negative: text and mask, of the same shapes, that guidance leads away from: the null text, or of other
+            prompts. Without guidance they have no say and may be None.
           low_res: uint8 (batch, low height, low width, 3) for an SR stage.
           config: how to sample; None: the stage's defaults.
           size: of the pictures; None: the stage's own.
 
         Raises:
-          ValueError: if low_res is missing for an SR stage or given to a base stage.
+          ValueError: if low_res is missing for an SR stage or given to a base stage, or guidance has no negative.
           UserError: pictures are not finite; names the stage and their seeds.
         """
         check_low_res(self.network.config, low_res is not None)

@@ -18,10 +18,11 @@ from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode
 from imagen_jax.models.t5_weights import load_t5
+from imagen_jax.models.text_form import Text, TextForm
 from imagen_jax.text.encoder_folder import copy_encoder, download, parts
 from imagen_jax.text.identity import identify
 from imagen_jax.text.store import WHOLE_LENGTH, TokenCounts
-from imagen_jax.text.tokenizer import CaptionTokenizer
+from imagen_jax.text.tokenizer import CaptionTokenizer, cut_tokens
 
 # Padded lengths, close where captions are frequent. Beyond the last one, multiples of it.
 _BUCKETS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
@@ -69,6 +70,7 @@ class TextEncoder:
         self.width, self.vocab_size = config.width, config.vocab_size
         self.tokenizer, self._params, self._mesh = tokenizer, params, mesh
         self._encode = jax.jit(functools.partial(_encode_as, config, dtype), static_argnames="dtype")
+        self._tokenized: tuple[list[str], list[list[int]]] | None = None
 
     @classmethod
     def load(
@@ -136,8 +138,8 @@ class TextEncoder:
     def count_tokens(self, captions: Sequence[str], *, max_length: int = 128) -> TokenCounts:
         """What `encode` has to do for these captions, how many tokens the vocabulary lacks, and which are cut."""
         kept = min(max_length, WHOLE_LENGTH)
-        longer = self.tokenize(captions, WHOLE_LENGTH + 1)  # by one, so that it shows which are cut
-        rows = [(*ids[:-1][: WHOLE_LENGTH - 1], ids[-1]) for ids in longer]
+        longer = self._rows(captions)
+        rows = [tuple(cut_tokens(ids, WHOLE_LENGTH)) for ids in longer]
         plan = _plan([len(row) for row in dict.fromkeys(rows)])
         return TokenCounts(
             unknown=tuple(row[: kept - 1].count(self.tokenizer.unknown) for row in rows),
@@ -175,7 +177,7 @@ class TextEncoder:
         wanted = _check_dtype(dtype or self.dtype)
         if max_length < 1:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
-        rows = [tuple(ids) for ids in self.tokenize(captions, WHOLE_LENGTH)]
+        rows = [tuple(cut_tokens(ids, WHOLE_LENGTH)) for ids in self._rows(captions)]
         found: dict[tuple[int, ...], np.ndarray] = {}
         waiting: collections.deque[tuple[list[tuple[int, ...]], jax.Array]] = collections.deque()
 
@@ -195,6 +197,24 @@ class TextEncoder:
             while waiting:
                 bar.update(finish_one())
         return [found[ids] for ids in rows]
+
+    def _rows(self, captions: Sequence[str]) -> list[list[int]]:
+        """Token ids, longer by one than is encoded, so that it shows which are cut; of the last captions once."""
+        if self._tokenized is None or self._tokenized[0] != list(captions):
+            self._tokenized = list(captions), self.tokenize(captions, WHOLE_LENGTH + 1)
+        return self._tokenized[1]
+
+    def encode_form(self, captions: Sequence[str], form: TextForm) -> Text:
+        """Captions as a stage has them, float32 (captions, length, width), and what of them counts."""
+        captions = [form.normalise(caption) for caption in captions]
+        if form.padded:
+            text = self.encode_padded(captions, length=form.length)
+            return Text(text, np.ones(text.shape[:2], bool))
+        rows = self.encode(captions, max_length=form.length, dtype="float32")
+        text = np.zeros((len(rows), form.length, self.width), np.float32)
+        for padded, embedding in zip(text, rows, strict=True):
+            padded[: len(embedding)] = embedding
+        return Text(text, form.mask(np.array([len(row) for row in rows], int)))
 
     def encode_padded(
         self, captions: Sequence[str], *, length: int

@@ -38,6 +38,11 @@ _VOCABULARY_BYTES = 256 * 2**20
 _LONGEST_WORD = 24  # letters; longer ones are texts in a script without spaces
 
 
+def cut_tokens(ids: list[int], length: int) -> list[int]:
+    """The first tokens of a text, so many of them with its end token, which stays the last."""
+    return [*ids[:-1][: length - 1], ids[-1]]
+
+
 class CaptionTokenizer:
     """Captions to token ids that the encoder's table has.
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from imagen_jax.data.pipeline import Batches, PipelineConfig, embedding_width, open_batches, record_count
 from imagen_jax.data.records import KeyIndex
 from imagen_jax.errors import UserError
+from imagen_jax.models.text_form import Text, zero_text
 from imagen_jax.parallel.mesh import DataShare, put_batch
 from imagen_jax.training.config import Scorer, TrainConfig
 from imagen_jax.training.held_out import check_scorer
@@ -50,11 +51,7 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
         held-out records, or the samples cannot be scored.
     """
     data = config.data
-    if config.stage.padded_text and online is None:
-        raise UserError(
-            "config.stage.padded_text needs the embeddings of padding, which records do not hold; "
-            "set config.data.text_encoder to the encoder's folder"
-        )
+    null_text(config, online)
     if online is None:
         place = data.embeddings or data.path
         width, what = embedding_width(place), f"the embeddings in {place}"
@@ -88,10 +85,7 @@ def device_batch(
       mesh: where to.
       online: the encoder of the batch's tokens.
     """
-    arrays = step_arrays(batch)
-    if online is not None:
-        online.add_null_text(arrays, len(batch["index"]))
-    placed = put_batch(arrays, mesh)
+    placed = put_batch(step_arrays(batch), mesh)
     if online is not None:
         placed["text"] = online.embed(batch["tokens"], batch["text_mask"])
     return placed
@@ -137,7 +131,6 @@ def whole_batch(config: TrainConfig, online: OnlineText | None, step: int) -> di
         batch = dict(next(batches))
     if online is not None:
         batch["text"], batch["text_mask"] = online.encode(batch["caption"])
-        online.add_null_text(batch, len(batch["index"]))
     return batch
 
 
@@ -159,7 +152,23 @@ def online_text(config: TrainConfig, mesh: Mesh) -> OnlineText | None:
     return OnlineText.load(
         config.data.text_encoder,
         dtype=config.data.text_dtype.value,
-        max_length=config.stage.max_text_length,
+        form=config.stage.text_form,
         mesh=mesh,
-        padded=config.stage.padded_text,
     )
+
+
+def null_text(config: TrainConfig, online: OnlineText | None) -> Text:
+    """The null text of a run's stage, on the host.
+
+    Raises:
+      UserError: it is the embedding of a caption, and there is no encoder.
+    """
+    form, width = config.stage.text_form, config.stage.network.text_width
+    if form.null_caption is None:
+        return zero_text(form.length, width)
+    if online is None:
+        raise UserError(
+            "config.stage.padded_text needs the embeddings of padding, which records do not hold; "
+            "set config.data.text_encoder to the encoder's folder"
+        )
+    return online.null_text

@@ -26,7 +26,8 @@ from imagen_jax.config import build
 from imagen_jax.data.pipeline import Batch
 from imagen_jax.errors import UserError
 from imagen_jax.files import AtomicFile, exists, make_folder, read_bytes, write_text
-from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from imagen_jax.models.text_form import Text, zero_text
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch, put_whole
 from imagen_jax.parallel.processes import on_first
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import OnNonfinite, TrainConfig
@@ -105,7 +106,7 @@ def make_report(
     bad = set(index[~np.isfinite(losses)].tolist())
     finite = np.isfinite(np.asarray(metrics["tensor_squares"]))
     keys = [str(key) for key in batch["key"]]
-    floating = [name for name in ("image", "low_res", "text", "null_text") if name in batch]
+    floating = [name for name in ("image", "low_res", "text") if name in batch]
     return Report(
         step=step,
         loss=_finite(metrics["loss"]),
@@ -124,12 +125,13 @@ def save_report(folder: epath.Path, report: Report) -> None:
     write_text(folder / "report.json", json.dumps(dataclasses.asdict(report), indent=2) + "\n")
 
 
-def save_batch(folder: epath.Path, batch: Batch) -> None:
-    """Writes FOLDER/batch.npz: the arrays of a batch as the step reads them, and its keys, without pickle."""
+def save_batch(folder: epath.Path, batch: Batch, null: Text) -> None:
+    """Writes FOLDER/batch.npz: all arrays that the step reads, and the keys of the batch, without pickle."""
     arrays: dict[str, Any] = {name: np.asarray(array) for name, array in step_arrays(batch).items()}
     for name, array in arrays.items():
         if array.dtype == jnp.bfloat16:
             arrays[name] = array.astype(np.float32)  # exact: bfloat16 has no name in NumPy's format
+    arrays |= {"null_text": np.asarray(null.embeddings), "null_mask": np.asarray(null.mask)}
     arrays["index"] = np.asarray(batch["index"])
     arrays["key"] = np.array([str(key) for key in batch["key"]])
     packed = io.BytesIO()
@@ -138,8 +140,8 @@ def save_batch(folder: epath.Path, batch: Batch) -> None:
         file.write(packed.getbuffer())
 
 
-def load_batch(folder: epath.Path) -> dict[str, Any]:
-    """Reads what `save_batch` wrote.
+def load_batch(folder: epath.Path) -> tuple[dict[str, Any], Text | None]:
+    """Reads what `save_batch` wrote; the null text is None where an older version left it out.
 
     Raises:
       UserError: there is none, or it is damaged.
@@ -155,7 +157,12 @@ def load_batch(folder: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error or type(error).__name__})") from error
     if missing := {"index", "key"} - batch.keys():
         raise UserError(f"{path}: the array {min(missing)!r} is missing")
-    return batch
+    embeddings, mask = batch.pop("null_text", None), batch.pop("null_mask", None)
+    if embeddings is None:
+        return batch, None
+    if mask is None:  # an older version's, of padded text only, once for each example
+        embeddings, mask = embeddings[0], np.ones(embeddings.shape[1], bool)
+    return batch, Text(embeddings, mask)
 
 
 class Health:
@@ -165,6 +172,7 @@ class Health:
       config: the run.
       workdir: of the run.
       read_batch: number of a step → its whole batch, of all processes, made anew; called on the first one only.
+      null: → the null text.
       newest_checkpoint: → step of the newest complete checkpoint.
       say: prints a line.
       long_work: number of a step → context in which the run may take its time.
@@ -176,12 +184,14 @@ class Health:
         workdir: epath.Path,
         *,
         read_batch: Callable[[int], Batch],
+        null: Callable[[], Text],
         newest_checkpoint: Callable[[], int | None],
         say: Callable[[str], None],
         long_work: Callable[[int], contextlib.AbstractContextManager[None]],
     ):
         self._config, self._workdir = config, workdir
         self._read_batch, self._newest, self._say = read_batch, newest_checkpoint, say
+        self._null = null
         self._long_work = long_work
         self._waiting: collections.deque[tuple[int, StepMetrics]] = collections.deque()
         self._bins: list[tuple[jax.Array, jax.Array]] = []
@@ -241,7 +251,7 @@ class Health:
         save_report(folder, report)
         if not skip:
             write_config(folder, self._config)
-            save_batch(folder, batch)
+            save_batch(folder, batch, self._null())
         return f"{report}; newest checkpoint: step {report.newest_checkpoint}"
 
     def take_bins(self) -> dict[str, float]:
@@ -263,7 +273,7 @@ def reproduce(folder: epath.PathLike) -> Report:
       UserError: the folder is none of these.
     """
     folder = epath.Path(folder)
-    batch = load_batch(folder)
+    batch, null = load_batch(folder)
     config = build(TrainConfig, read_config(folder), f"{folder}/config.json")
     count = math.gcd(len(batch["index"]) // config.train.accumulate, jax.device_count())
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.devices()[:count])
@@ -275,5 +285,7 @@ def reproduce(folder: epath.PathLike) -> Report:
         state, _ = checkpoints.restore(before, run.abstract)
     placed = put_batch(step_arrays(batch), mesh)
     names = gradient_names(state)
-    _, metrics = make_train_step(run)(state, placed)
+    if null is None:
+        null = zero_text(config.stage.max_text_length, config.stage.network.text_width)
+    _, metrics = make_train_step(run)(state, placed, put_whole(null, mesh))
     return make_report(before + 1, metrics, batch, names, before)

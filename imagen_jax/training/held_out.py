@@ -13,6 +13,7 @@ from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_coun
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
 from imagen_jax.files import make_folder
+from imagen_jax.models.text_form import Text
 from imagen_jax.parallel.mesh import replicated
 from imagen_jax.sampling.pictures import grid, save_png
 from imagen_jax.sampling.stage_sampler import StageSampler
@@ -78,15 +79,15 @@ class HeldOutLoss:
         self._open, self._place = open_batches, place
         self._run = run.evaluating()
         self._loss = jax.jit(
-            lambda params, batch: self._run.losses(params, batch)[run.roles.primary].loss.mean(),
+            lambda params, batch, null: self._run.losses(params, batch, null)[run.roles.primary].loss.mean(),
             out_shardings=replicated(run.mesh),
         )
 
-    def __call__(self, state: TrainState) -> dict[str, float]:
-        """{"held_out_loss": mean over the set}."""
+    def __call__(self, state: TrainState, null: Text) -> dict[str, float]:
+        """{"held_out_loss": mean over the set}; `null` is the null text."""
         params = self._run.averages(state)
         with self._open(self._pipeline) as batches:
-            losses = [self._loss(params, self._place(next(batches))) for _ in range(self._batches)]
+            losses = [self._loss(params, self._place(next(batches)), null) for _ in range(self._batches)]
         return {"held_out_loss": float(np.mean(jax.device_get(losses)))}
 
 
@@ -98,6 +99,7 @@ class SampleGrid:
       workdir: of the run.
       batch: the examples whose captions, and low-resolution pictures, are used.
       online: the encoder of their captions, if they hold no text.
+      null: the null text.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class SampleGrid:
         workdir: epath.Path,
         batch: Batch,
         online: OnlineText | None,
+        null: Text,
     ):
         config, self._run = run.config, run
         self._batch, self._scorer = dict(batch), config.train.sample_score
@@ -113,8 +116,8 @@ class SampleGrid:
             check_scorer(self._scorer, min(config.size), self._batch["caption"])
         if online is not None:
             self._batch["text"], self._batch["text_mask"] = online.encode(self._batch["caption"])
-        null = None if online is None else online.null_text
-        self._null = None if null is None else np.broadcast_to(null, self._batch["text"].shape)
+        count = len(self._batch["text_mask"])
+        self._null = Text(*(np.broadcast_to(each, (count, *each.shape)) for each in null))
         self._seeds = np.arange(len(self._batch["text_mask"]), dtype=np.uint32)
         self._sampler = StageSampler(run.network, run.mesh)
         self._folder = workdir / "samples"
@@ -132,7 +135,7 @@ class SampleGrid:
             mask=self._batch["text_mask"],
             low_res=self._batch.get("low_res"),
             size=self._run.config.size,
-            negative=None if self._null is None else (self._null, self._batch["text_mask"]),
+            negative=(self._null.embeddings, self._null.mask),
         )
         result = grid(list(pictures))
         if jax.process_index() == 0:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Key, UInt32
 
 from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
-from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
+from imagen_jax.models.stage import StageNetwork, unit_pictures
+from imagen_jax.models.text_form import Text, replace_text
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.roles import DENOISER, Role, Roles, Weights
 
@@ -103,7 +104,7 @@ class DiffusionObjective:
           roles: of the run.
           params: by role.
           batch: `image` uint8 (N, R, R, 3); `text` (N, L, D) and `text_mask` (N, L); `index` uint32 (N, 2); and for
-            an SR stage `low_res` uint8 (N, r, r, 3); with padded_text `null_text` (N, L, D).
+            an SR stage `low_res` uint8 (N, r, r, 3); and for all of them `null_text` (L, D) and `null_mask` (L,).
           keys: of its examples.
         """
         config, stage = self.config, self.config.stage
@@ -116,11 +117,8 @@ class DiffusionObjective:
         log_snr = config.noise_levels.log_snr(stage.schedule, numbers.time)
         x_t = diffuse(x0, numbers.noise, log_snr)
         dropped = numbers.drop < config.train.text_dropout
-        text, mask = batch["text"].astype(jnp.float32), batch["text_mask"]
-        if stage.padded_text:
-            text = jnp.where(dropped[:, None, None], batch["null_text"].astype(jnp.float32), text)
-        else:
-            text, mask = drop_text(text, mask, dropped)
+        text = Text(batch["text"].astype(jnp.float32), batch["text_mask"])
+        text = replace_text(text, dropped, Text(batch["null_text"], batch["null_mask"]))
         aug_log_snr = None
         if low_res is not None:
             level = numbers.aug_level * stage.augmentation.max_level
@@ -130,8 +128,7 @@ class DiffusionObjective:
             roles.weights(DENOISER, params),
             x_t,
             log_snr,
-            text,
-            mask,
+            *text,
             low_res=low_res,
             aug_log_snr=aug_log_snr,
             mesh=roles.mesh,

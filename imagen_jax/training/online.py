@@ -16,9 +16,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.data.pipeline import CUT_TEXTS, Batch, Batches, TextCount
+from imagen_jax.models.text_form import Text, TextForm, zero_text
 from imagen_jax.parallel.mesh import batch_sharding
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.store import WHOLE_LENGTH
+from imagen_jax.text.tokenizer import cut_tokens
 
 PADDING = -1  # no id of a token
 _SHORTEST = (
@@ -34,16 +36,15 @@ class OnlineText:
 
     Args:
       encoder: loaded on `mesh.local_mesh`.
-      max_length: tokens of the training step's text.
+      form: of the stage's texts.
       mesh: of the training.
-      padded: whether text is as `StageConfig.padded_text` has it.
     """
 
-    def __init__(self, encoder: TextEncoder, *, max_length: int, mesh: Mesh, padded: bool = False):
-        self._encoder, self._max_length, self._padded = encoder, max_length, padded
+    def __init__(self, encoder: TextEncoder, *, form: TextForm, mesh: Mesh):
+        self._encoder, self._form = encoder, form
         self._local = batch_sharding(mesh.local_mesh)
         self._global = batch_sharding(mesh)
-        self._finish = jax.jit(functools.partial(_finish, max_length, padded), out_shardings=self._local)
+        self._finish = jax.jit(functools.partial(_finish, form), out_shardings=self._local)
 
     @classmethod
     def load(
@@ -51,34 +52,30 @@ class OnlineText:
         folder_or_hub_id: str | os.PathLike,
         *,
         dtype: str,
-        max_length: int,
+        form: TextForm,
         mesh: Mesh,
-        padded: bool = False,
     ) -> "OnlineText":
         """Opens the encoder.
 
         Args:
           folder_or_hub_id: see `TextEncoder.load`.
           dtype: float32 or bfloat16: of its parameters, matrix products and embeddings.
-          max_length: tokens of the training step's text.
+          form: of the stage's texts.
           mesh: of the training.
-          padded: whether text is as `StageConfig.padded_text` has it.
 
         Raises:
           UserError: no such encoder.
         """
         encoder = TextEncoder.load(folder_or_hub_id, dtype=dtype, mesh=mesh.local_mesh)
-        return cls(encoder, max_length=max_length, mesh=mesh, padded=padded)
+        return cls(encoder, form=form, mesh=mesh)
 
     @functools.cached_property
-    def null_text(self) -> Float[np.ndarray, "max_length width"] | None:
-        """Embeddings of the empty caption, where that is the null text; else None: it is zeros."""
-        return self._encoder.encode_padded([""], length=self._max_length)[0] if self._padded else None
-
-    def add_null_text(self, batch: dict[str, Any], examples: int) -> None:
-        """Sets `null_text` of a batch, the same for each example, where the null text is the empty caption."""
-        if self.null_text is not None:
-            batch["null_text"] = np.broadcast_to(self.null_text, (examples, *self.null_text.shape))
+    def null_text(self) -> Text:
+        """The form's, encoded where it is a caption."""
+        if self._form.null_caption is None:
+            return zero_text(self._form.length, self.width)
+        text, mask = self.encode([self._form.null_caption])
+        return Text(text[0], mask[0])
 
     @property
     def identity(self) -> EncoderIdentity:
@@ -92,30 +89,26 @@ class OnlineText:
 
     def tokenize(
         self, captions: Sequence[str]
-    ) -> tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch max_length"]]:
-        """Token ids, padded with `PADDING` to one of few lengths, and the mask at the training step's length.
+    ) -> tuple[Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch max_length"], int]:
+        """Token ids, padded with `PADDING` to one of few lengths, what of the step's text counts, and how many are cut.
 
         Texts are whole, up to `WHOLE_LENGTH` tokens: it is their embeddings that are cut. The length is a function
         of the captions only, so that a batch has the same embeddings whenever it is made.
         """
-        if self._padded:
-            captions = [caption.lower().strip() for caption in captions]
+        form, most = self._form, self._form.length
+        rows = self._encoder.tokenize([form.normalise(caption) for caption in captions], WHOLE_LENGTH + 1)
+        cut = sum(len(ids) > most for ids in rows)
         # DeepFloyd cuts tokens, and its padding, which counts as text, has to be there.
-        rows = self._encoder.tokenize(captions, self._max_length if self._padded else WHOLE_LENGTH)
+        rows = [cut_tokens(ids, most if form.padded else WHOLE_LENGTH) for ids in rows]
         longest = max(map(len, rows))
-        length = self._max_length if self._padded else min(_SHORTEST, self._max_length)
+        length = most if form.padded else min(_SHORTEST, most)
         while length < longest:
             # No longer than the training step's where that is enough.
-            length = min(2 * length, self._max_length if length < self._max_length else WHOLE_LENGTH)
+            length = min(2 * length, most if length < most else WHOLE_LENGTH)
         tokens = np.full((len(rows), length), PADDING, np.int32)
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = ids
-        mask = np.arange(self._max_length) < np.array([[len(ids)] for ids in rows])
-        return tokens, mask
-
-    def count_cut(self, captions: Sequence[str]) -> int:
-        """How many captions have more tokens than the training step's text."""
-        return sum(self._encoder.tokenizer.is_longer(captions, self._max_length))
+        return tokens, form.mask(np.array([len(ids) for ids in rows])), cut
 
     def embed(
         self, tokens: Int[np.ndarray, "local_batch length"], mask: Bool[np.ndarray, "local_batch max_length"]
@@ -132,32 +125,21 @@ class OnlineText:
         parts = [shard.data for shard in text.addressable_shards]
         return jax.make_array_from_single_device_arrays(shape, self._global, parts)
 
-    def encode(
-        self, captions: Sequence[str]
-    ) -> tuple[Float[np.ndarray, "batch max_length width"], Bool[np.ndarray, "batch max_length"]]:
-        """Embeddings of any number of captions on the host, zero at padding unless that counts, and their mask."""
-        if self._padded:
-            lower = [caption.lower().strip() for caption in captions]
-            text = self._encoder.encode_padded(lower, length=self._max_length)
-            return text, np.ones(text.shape[:2], bool)
-        rows = self._encoder.encode(captions, max_length=self._max_length, dtype="float32")
-        text = np.zeros((len(rows), self._max_length, self.width), np.float32)
-        for padded, embedding in zip(text, rows, strict=True):
-            padded[: len(embedding)] = embedding
-        return text, np.arange(self._max_length) < np.array([[len(row)] for row in rows])
+    def encode(self, captions: Sequence[str]) -> Text:
+        """Any number of captions on the host, zero at padding unless that counts."""
+        return Text(*self._encoder.encode_form(captions, self._form))
 
 
 def _finish(
-    max_length: int,
-    padded: bool,
+    form: TextForm,
     text: Float[Array, "batch length width"],
     whole: Bool[Array, "batch length"],
     mask: Bool[Array, "batch max_length"],
 ) -> Float[Array, "batch max_length width"]:
     """Pads, with zeros as stored embeddings are, or cuts to the length of the training step; not if padding counts."""
-    if padded:
+    if form.padded:
         return text
-    length = text.shape[1]
+    length, max_length = text.shape[1], form.length
     if length > max_length:  # as `cut_embedding`: the end token comes last
         last = jnp.maximum(jnp.sum(whole, axis=1), max_length) - 1
         ends = jnp.take_along_axis(text, last[:, None, None], axis=1)
@@ -197,8 +179,7 @@ class TokenizedBatches(Iterator[Batch]):
         batch: dict[str, Any] = dict(next(self._batches))
         batch.pop("text", None)  # of the encoder that made the records, if there was one
         captions = batch.pop("caption")
-        batch["tokens"], batch["text_mask"] = self._online.tokenize(captions)
-        batch[CUT_TEXTS] = self._online.count_cut(captions)
+        batch["tokens"], batch["text_mask"], batch[CUT_TEXTS] = self._online.tokenize(captions)
         return batch
 
     def close(self) -> None:

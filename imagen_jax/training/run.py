@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.text_form import Text
 from imagen_jax.parallel.mesh import state_shardings
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.objectives import Batch, DiffusionObjective, Losses, Objective, example_keys
@@ -57,10 +58,17 @@ class Run:
         """The same run as it looks at held-out examples."""
         return Run(self.config, self.mesh, self.objective.evaluating(), self.roles)
 
-    def losses(self, params: Weights, batch: Batch) -> Mapping[str, Losses]:
-        """Of a batch's examples, by role; each example's randomness is of the seed and its index."""
+    def losses(self, params: Weights, batch: Batch, null: Text) -> Mapping[str, Losses]:
+        """Of a batch's examples, by role; each example's randomness is of the seed and its index.
+
+        Args:
+          params: by role.
+          batch: of examples.
+          null: the null text.
+        """
+        whole = {**batch, "null_text": null.embeddings, "null_mask": null.mask}
         return self.objective.losses(
-            self.roles, params, batch, example_keys(self.config.seed, batch["index"])
+            self.roles, params, whole, example_keys(self.config.seed, batch["index"])
         )
 
     def _fresh(self, key: jax.Array) -> dict[str, Params]:

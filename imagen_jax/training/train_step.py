@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt32
 
 from imagen_jax.errors import UserError
 from imagen_jax.models.network import Gather, Params
+from imagen_jax.models.text_form import Text
 from imagen_jax.parallel.mesh import batch_sharding, parameter_spec, replicated, works_locally
 from imagen_jax.training.config import LoopConfig, OnNonfinite, TrainConfig
 from imagen_jax.training.objectives import Batch, Losses
@@ -93,7 +94,7 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh) -> dict[str, Array]:
 
 
 def batch_gradients(
-    run: Run, params: Weights, batch: Batch, step: Array
+    run: Run, params: Weights, batch: Batch, null: Text, step: Array
 ) -> tuple[dict[str, Params], dict[str, Losses], UInt32[Array, "batch 2"]]:
     """Gradients by role of a batch's mean losses, its examples' losses, and their indices in the order of these.
 
@@ -103,7 +104,7 @@ def batch_gradients(
     mesh = run.mesh
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     if run.config.stage.network.gather is not Gather.ONCE or mesh.shape["tensor"] > 1 or devices == 1:
-        return _gradients(run, params, batch, step)
+        return _gradients(run, params, batch, null, step)
 
     def specs(roles: Iterable[str]) -> dict[str, dict[str, P]]:
         shapes = {role: run.roles[role].network.abstract_params for role in roles}
@@ -113,15 +114,15 @@ def batch_gradients(
     gradients_of = jax.shard_map(
         functools.partial(_gradients, run),
         mesh=mesh,
-        in_specs=(specs(run.roles), examples, P()),
+        in_specs=(specs(run.roles), examples, P(), P()),
         out_specs=(specs(run.roles.learning), examples, examples),
         check_vma=False,  # gather_shard says how gradients are summed
     )
-    return gradients_of(dict(params), dict(batch), step)
+    return gradients_of(dict(params), dict(batch), null, step)
 
 
 def _gradients(
-    run: Run, params: Weights, batch: Batch, step: Array
+    run: Run, params: Weights, batch: Batch, null: Text, step: Array
 ) -> tuple[dict[str, Params], dict[str, Losses], UInt32[Array, "batch 2"]]:
     """`batch_gradients`, of whole arrays or, where the code works locally, of one device's part of them."""
     mesh, parts = run.mesh, run.config.train.accumulate
@@ -130,7 +131,7 @@ def _gradients(
 
     def of_role(role: str, part: Batch) -> tuple[Params, Losses]:
         def loss(own: Params) -> tuple[Array, Losses]:
-            losses = run.losses({**params, role: own}, part)[role]
+            losses = run.losses({**params, role: own}, part, null)[role]
             return losses.loss.mean() * share, losses
 
         def gradient() -> tuple[Params, Losses]:
@@ -193,8 +194,8 @@ def _updated(run: Run, state: TrainState, gradients: Mapping[str, Params]) -> Tr
     return TrainState(state.step, params, ema, opt_state)
 
 
-def make_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """Compiles state, batch → state, metrics; the old state's memory is reused.
+def make_train_step(run: Run) -> Callable[[TrainState, Batch, Text], tuple[TrainState, StepMetrics]]:
+    """Compiles state, batch, null text → state, metrics; the old state's memory is reused.
 
     A step whose loss or gradient is not finite counts as a step but changes nothing else. Once more than
     `max_skipped` (0 where `on_nonfinite` is stop) of them were met, steps leave the state wholly as it is: it stays
@@ -207,8 +208,8 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState,
         raise AssertionError("the primary role learns")
     rate = learning_rate(optimizer, loop.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        gradients, losses, index = batch_gradients(run, state.params, batch, state.step)
+    def step(state: TrainState, batch: Batch, null: Text) -> tuple[TrainState, StepMetrics]:
+        gradients, losses, index = batch_gradients(run, state.params, batch, null, state.step)
         squares = {
             role: jnp.stack([jnp.sum(jnp.square(own[name])) for name in sorted(own)])
             for role, own in gradients.items()
@@ -242,7 +243,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch], tuple[TrainState,
 
     return jax.jit(
         step,
-        in_shardings=(run.shardings, batch_sharding(run.mesh)),
+        in_shardings=(run.shardings, batch_sharding(run.mesh), replicated(run.mesh)),
         out_shardings=(run.shardings, replicated(run.mesh)),
         donate_argnums=0,
         compiler_options=compiler_options(loop, run.mesh),

@@ -12,12 +12,13 @@ from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.data.pipeline import Batches, TextCount
 from imagen_jax.errors import UserError
-from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh
+from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_whole
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.parallel.watchdog import Phase, Watchdog
 from imagen_jax.training.batches import (
     check_data,
     device_batch,
+    null_text,
     online_text,
     pipeline_config,
     sample_batch,
@@ -202,10 +203,13 @@ class _Loop:
             config,
             workdir,
             read_batch=lambda step: whole_batch(config, online, step),
+            null=lambda: self.null,
             newest_checkpoint=checkpoints.latest_step,
             say=metrics.say,
             long_work=watchdog.long_work,
         )
+        self.null = null_text(config, online)
+        self.placed_null = put_whole(self.null, run.mesh)
         self._grid: SampleGrid | None = None
         self._held_out: HeldOutLoss | None = None
         self._said_cut = False
@@ -222,14 +226,14 @@ class _Loop:
             # Processes of CPUs wait 30 s for each other in their first collective: less than their compilations
             # may differ on a busy machine.
             with self.watchdog.long_work(step):
-                train_step = train_step.lower(state, batch).compile()
+                train_step = train_step.lower(state, batch, self.placed_null).compile()
                 gather("compiled")
         while step < loop.steps:
             # The first step compiles.
             self.watchdog.at(step + 1, Phase.STEP if step > start else Phase.LONG)
             self.profiler.before(step + 1, state)
             with self.metrics.clock.step():
-                state, values = train_step(state, batch)
+                state, values = train_step(state, batch, self.placed_null)
             step += 1
             stopping = self.stop is not None and self.stop(step)
             last = step == loop.steps or stopping
@@ -308,11 +312,11 @@ class _Loop:
         with self.metrics.clock.pause(), self.watchdog.long_work(step):
             if evaluate:
                 self._held_out = self._held_out or self._make_held_out()
-                seen = self._held_out(state)
+                seen = self._held_out(state, self.placed_null)
             if draw:
                 try:
                     self._grid = self._grid or SampleGrid(
-                        self.of, self.workdir, sample_batch(self.config), self.online
+                        self.of, self.workdir, sample_batch(self.config), self.online, self.null
                     )
                     pictures, scores = self._grid.draw(state)
                 except (

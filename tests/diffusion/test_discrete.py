@@ -57,9 +57,11 @@ def test_augmentation_counts_its_levels_from_zero():
 
 def test_enlarging_keeps_corners_and_is_linear_between():
     picture = jnp.asarray([[0.0, 3.0], [6.0, 9.0]])[None, :, :, None]
-    got = NoiseAugmentation(enlarge=True).prepare(picture, 4)[0, :, :, 0]
+    got = NoiseAugmentation(enlarge=True).prepare(picture, (4, 4))[0, :, :, 0]
     np.testing.assert_allclose(got, np.add.outer([0, 2, 4, 6], [0, 1, 2, 3]), atol=1e-6)
-    np.testing.assert_array_equal(NoiseAugmentation().prepare(picture, 4), picture)
+    wide = NoiseAugmentation(enlarge=True).prepare(picture, (2, 4))[0, :, :, 0]
+    np.testing.assert_allclose(wide, np.add.outer([0, 6], [0, 1, 2, 3]), atol=1e-6)
+    np.testing.assert_array_equal(NoiseAugmentation().prepare(picture, (4, 4)), picture)
 
 
 @pytest.mark.parametrize("kind", NAMED_COUNTS)

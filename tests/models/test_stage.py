@@ -9,7 +9,8 @@ import pytest
 
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
-from imagen_jax.models.stage import StageNetwork, drop_text, unit_pictures
+from imagen_jax.models.stage import StageNetwork, unit_pictures
+from imagen_jax.models.text_form import Text, TextForm, replace_text, zero_text
 from imagen_jax.models.unet import UNetConfig
 
 SIZES = {
@@ -117,17 +118,31 @@ def test_fresh_parameters_start_with_an_output_of_zero():
             assert 0.5 < np.sqrt(np.mean(np.square(value)) * fan_in) < 1.5, name
 
 
-def test_drop_text():
-    text = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 2)), jnp.float32)
+def test_texts_that_are_dropped_become_the_null_text():
+    embeddings = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 2)), jnp.float32)
     mask = jnp.asarray([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]], bool)
-    made, made_mask = drop_text(text, mask, jnp.array([True, False, True]))
-    np.testing.assert_array_equal(made[jnp.array([0, 2])], 0.0)
-    np.testing.assert_array_equal(made[1], text[1])
-    # The null text is one token of zeros, whatever it replaces.
-    np.testing.assert_array_equal(made_mask, [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]])
-    kept, kept_mask = drop_text(text, mask, jnp.zeros(3, bool))
-    np.testing.assert_array_equal(kept, text)
-    np.testing.assert_array_equal(kept_mask, mask)
+    text, chosen = Text(embeddings, mask), jnp.array([True, False, True])
+    replaced = replace_text(text, chosen, zero_text(4, 2))
+    np.testing.assert_array_equal(replaced.embeddings[jnp.array([0, 2])], 0.0)
+    np.testing.assert_array_equal(replaced.embeddings[1], embeddings[1])
+    # One token of zeros, whatever it replaces.
+    np.testing.assert_array_equal(replaced.mask, [[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 0, 0]])
+    kept = replace_text(text, jnp.zeros(3, bool), zero_text(4, 2))
+    np.testing.assert_array_equal(kept.embeddings, embeddings)
+    np.testing.assert_array_equal(kept.mask, mask)
+    other = Text(np.full((4, 2), 7.0, np.float32), np.ones(4, bool))
+    replaced = replace_text(text, chosen, other)
+    np.testing.assert_array_equal(replaced.embeddings[2], other.embeddings)
+    assert np.asarray(replaced.mask)[[0, 2]].all()
+
+
+def test_the_form_of_texts():
+    plain, padded = TextForm(length=4), TextForm(length=4, padded=True)
+    assert plain.normalise(" A Red Circle ") == " A Red Circle " and plain.null_caption is None
+    assert padded.normalise(" A Red Circle ") == "a red circle" and padded.null_caption == ""
+    np.testing.assert_array_equal(plain.mask(np.array([1, 6])), [[1, 0, 0, 0], [1, 1, 1, 1]])
+    assert padded.mask(np.array([1, 6])).all()  # padding is text
+    assert BASE.text_form == TextForm(length=BASE.max_text_length)
 
 
 def test_unit_pictures():

@@ -30,6 +30,7 @@ from imagen_jax.training.state import TrainState, from_stored_form, make_optimiz
 from imagen_jax.training.train_step import batch_gradients, make_train_step
 
 BATCH, LENGTH, TEXT_WIDTH = 8, 5, 64
+NULL = zero_text(LENGTH, TEXT_WIDTH)
 MESHES = {
     "data=8": MeshConfig(data=8),
     "fsdp=8": MeshConfig(data=1, fsdp=8),
@@ -112,7 +113,9 @@ def loss_and_gradients(kind, mesh, params):
     run = Run.of(run_config(kind), mesh)
     shardings = run.shardings.params[DENOISER]
     gradient = jax.jit(
-        jax.value_and_grad(lambda params, batch: run.losses({DENOISER: params}, batch)[DENOISER].loss.mean()),
+        jax.value_and_grad(
+            lambda params, batch: run.losses({DENOISER: params}, batch, NULL)[DENOISER].loss.mean()
+        ),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(None, shardings),
     )
@@ -170,7 +173,9 @@ def test_gradients_of_weights_gathered_once_do_not_depend_on_the_mesh(kind, data
     mesh = make_mesh(MeshConfig(data=data, fsdp=fsdp), jax.devices()[: data * fsdp])
     run = Run.of(config, mesh)
     placed = jax.device_put(params, run.shardings.params[DENOISER])
-    call = jax.jit(lambda params, batch: batch_gradients(run, {DENOISER: params}, batch, jnp.asarray(0)))
+    call = jax.jit(
+        lambda params, batch: batch_gradients(run, {DENOISER: params}, batch, NULL, jnp.asarray(0))
+    )
     lowered = call.lower(placed, put_batch(batch_of(kind), mesh))
     assert ("reduce_scatter" in lowered.as_text()) == (fsdp > 1)
     gradients, losses, index = lowered.compile()(placed, put_batch(batch_of(kind), mesh))
@@ -193,7 +198,7 @@ def one_step(config, mesh, params):
     ema = {name: 0.5 * value for name, value in params.items()}
     state = from_stored_form(TrainState(jnp.asarray(0, jnp.int32), params, ema, opt_state), run.abstract)
     step = make_train_step(run)
-    return step(jax.device_put(state, run.shardings), put_batch(batch_of("sr"), mesh))
+    return step(jax.device_put(state, run.shardings), put_batch(batch_of("sr"), mesh), NULL)
 
 
 def test_a_training_step_does_not_depend_on_the_mesh(one_device):

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.parity
 from imagen_jax.convert.deepfloyd.exporting import export_diffusers  # noqa: E402
 from imagen_jax.convert.deepfloyd.importing import ImportConfig, import_deepfloyd  # noqa: E402
 from imagen_jax.diffusion import loop  # noqa: E402
+from imagen_jax.diffusion.rules import SamplerState  # noqa: E402
 from imagen_jax.sampling import stage_sampler  # noqa: E402
 from imagen_jax.sampling.cascade import Imagen  # noqa: E402
 from imagen_jax.sampling.drawing import Drawing  # noqa: E402
@@ -154,8 +155,8 @@ def test_cascade_matches_diffusers(pair, negative, unet_folder, tmp_path, monkey
             stage=stage, sampling=sampling[stage.name], batch=len(PROMPTS), negative=True, mesh=None
         )
         program, params = model._opened.get(spec)
-        text, mask = model.encode(PROMPTS, stage.max_text_length, padded=True)
-        away, away_mask = model.encode([negative or ""] * len(PROMPTS), stage.max_text_length, padded=True)
+        text, mask = model.encode(PROMPTS, stage.text_form)
+        away, away_mask = model.encode([negative or ""] * len(PROMPTS), stage.text_form)
         inputs = program.place(
             stage_sampler.StageInputs(
                 seeds=np.zeros(len(PROMPTS), np.uint32),
@@ -167,9 +168,9 @@ def test_cascade_matches_diffusers(pair, negative, unet_folder, tmp_path, monkey
             )
         )
         for i in range(STEPS):
-            state = (jnp.asarray(seen[i]), jnp.zeros_like(seen[i]))
-            x, x0 = program(params, inputs, state, i, i + 1)
-            got = x0 if i == STEPS - 1 else x
+            state = SamplerState(jnp.asarray(seen[i]), jnp.zeros_like(seen[i]))
+            state = program(params, inputs, state, i, i + 1)
+            got = state.x0 if i == STEPS - 1 else state.x
             np.testing.assert_allclose(np.asarray(got), seen[i + 1], atol=1e-4, rtol=0, err_msg=f"step {i}")
         low = seen[-1]
     monkeypatch.undo()

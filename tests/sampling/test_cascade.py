@@ -10,6 +10,7 @@ import pytest
 
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_SEED
+from imagen_jax.models.text_form import TextForm
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.drawing import Drawing
@@ -88,12 +89,12 @@ def test_long_prompts_are_cut_and_unknown_words_allowed(imagen, eight):
 
 
 def test_text_is_padded_with_zeros_and_masked(imagen):
-    text, mask = imagen.encode(["a red circle", "a"], 8)
+    text, mask = imagen.encode(["a red circle", "a"], TextForm(length=8))
     assert text.shape == (2, 8, 16) and mask.shape == (2, 8)
     # "a red circle </s>" and "a </s>"
     np.testing.assert_array_equal(mask.sum(axis=1), [4, 2])
     assert np.all(text[~mask] == 0) and np.all(np.abs(text[mask]).max(axis=-1) > 0)
-    cut, cut_mask = imagen.encode(["a red circle"], 2)
+    cut, cut_mask = imagen.encode(["a red circle"], TextForm(length=2))
     assert cut.shape == (1, 2, 16) and cut_mask.all()
 
 
@@ -153,11 +154,11 @@ def test_the_last_seed_and_sampling_by_stage(imagen, stages, one_step):
 
 def test_prompts_are_encoded_once_and_alone(imagen):
     before = imagen.prompt_encoder.encoded
-    imagen.encode(["two red squares", "three", "two red squares"], 8)
-    imagen.encode(["three", "two red squares"], 8)
+    imagen.encode(["two red squares", "three", "two red squares"], TextForm(length=8))
+    imagen.encode(["three", "two red squares"], TextForm(length=8))
     assert imagen.prompt_encoder.encoded == before + 2
-    together, _ = imagen.encode(["a blue circle", "two green triangles"], 7)
-    alone, _ = Imagen.load(imagen.folder.path).encode(["two green triangles"], 7)
+    together, _ = imagen.encode(["a blue circle", "two green triangles"], TextForm(length=7))
+    alone, _ = Imagen.load(imagen.folder.path).encode(["two green triangles"], TextForm(length=7))
     np.testing.assert_array_equal(together[1], alone[0])
 
 

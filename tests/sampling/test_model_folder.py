@@ -9,6 +9,7 @@ import pytest
 
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.text_form import TextForm
 from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.model_folder import ModelFolder, check_cascade
 from imagen_jax.text.small import make_small_encoder
@@ -36,7 +37,7 @@ def test_the_text_encoder_may_lie_elsewhere(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model")
     shutil.move(tmp_path / "model" / "text_encoder", tmp_path / "elsewhere")
     edit(tmp_path / "model" / "model_index.json", text_encoder=str(tmp_path / "elsewhere"))
-    text, _ = Imagen.load(tmp_path / "model").encode(["red"], 4)
+    text, _ = Imagen.load(tmp_path / "model").encode(["red"], TextForm(length=4))
     assert text.shape[-1] == 16
 
 

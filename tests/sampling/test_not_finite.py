@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from imagen_jax.cli.main import main
+from imagen_jax.diffusion.rules import SamplerState
 from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.errors import UserError
 from imagen_jax.models.configs import SamplingConfig
@@ -28,10 +29,10 @@ def bad_prompt(monkeypatch):
     """The embedding of the second prompt is not finite."""
     encode = Imagen.encode
 
-    def broken(self, prompts, length, *, padded=False):
-        text, mask = encode(self, prompts, length, padded=padded)
+    def broken(self, prompts, form):
+        text = encode(self, prompts, form)
         chosen = np.array([prompt == PROMPTS[1] for prompt in prompts])
-        return np.where(chosen[:, None, None], np.float32(np.nan), text), mask
+        return text._replace(embeddings=np.where(chosen[:, None, None], np.float32(np.nan), text.embeddings))
 
     monkeypatch.setattr(Imagen, "encode", broken)
 
@@ -94,14 +95,14 @@ class FakeProgram(StageProgram):
         return {}
 
     def empty_state(self):
-        return (None, None)
+        return None
 
     def __call__(self, params, inputs, state, first, last):
         assert last == first + 1
         x0 = np.zeros((3, 2, 2, 3), np.float32)
         x0[1] = np.inf if last >= 4 else 0.0
         x0[2] = np.nan if last == 10 else 0.0
-        return x0, x0
+        return SamplerState(x0, x0)
 
 
 def test_the_call_is_the_first_that_went_wrong(stages):
@@ -123,4 +124,5 @@ def test_a_stage_alone_refuses_them(stages, monkeypatch):
     x0[1, 0, 0, 0] = np.inf
     monkeypatch.setattr(sampler, "_run", lambda *args, **rest: jax.device_put(x0))
     with pytest.raises(UserError, match=r"stage 'base8': 1 of 3 pictures are not finite \(seeds 8\)"):
-        sampler({}, seeds=np.array([7, 8, 9]), text=np.zeros((3, 8, 16)), mask=np.ones((3, 8), bool))
+        text, mask = np.zeros((3, 8, 16)), np.ones((3, 8), bool)
+        sampler({}, seeds=np.array([7, 8, 9]), text=text, mask=mask, negative=(text, mask))

@@ -30,12 +30,14 @@ INPUTS = StageInputs(
     seeds=np.array([3, 4], np.uint32),
     text=GENERATOR.standard_normal((2, 8, 16)).astype(np.float32),
     mask=np.arange(8) < np.array([[4], [6]]),
+    negative_text=np.zeros((2, 8, 16), np.float32),
+    negative_mask=np.arange(8) < np.array([[1], [1]]),
 )
 
 
 @pytest.fixture
 def spec(stages):
-    return ProgramSpec(stage=stages[0], sampling=stages[0].sampling, batch=2)
+    return ProgramSpec(stage=stages[0], sampling=stages[0].sampling, batch=2, negative=True)
 
 
 def run(program, params, *stops, inputs=INPUTS):
@@ -52,7 +54,8 @@ def test_parts_of_the_way_are_the_whole_way_bit_for_bit(spec, random_params):
     np.testing.assert_array_equal(run(program, params, 1, 2, 3), whole)
     # The program of the trainer's sample grids is another one, and draws the same.
     sampler = StageSampler(StageNetwork(spec.stage))
-    pixels = sampler(params, seeds=INPUTS.seeds, text=INPUTS.text, mask=INPUTS.mask)
+    negative = INPUTS.negative_text, INPUTS.negative_mask
+    pixels = sampler(params, seeds=INPUTS.seeds, text=INPUTS.text, mask=INPUTS.mask, negative=negative)
     np.testing.assert_allclose(pixels.astype(int), to_pixels(whole).astype(int), atol=1)
 
 

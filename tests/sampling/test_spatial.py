@@ -35,8 +35,11 @@ def draw(stage, params, batch, mesh):
         text=generator.standard_normal((2, length, 16)).astype(np.float32)[:batch],
         mask=np.arange(length) < np.array([[4], [2]])[:batch],
         low_res=np.clip(generator.standard_normal((2, low, low, 3)), -1, 1).astype(np.float32)[:batch],
+        negative_text=np.zeros((batch, length, 16), np.float32),
+        negative_mask=np.arange(length) < np.ones((batch, 1)),
     )
-    program = prepare(ProgramSpec(stage=stage, sampling=stage.sampling, batch=batch, mesh=mesh))
+    spec = ProgramSpec(stage=stage, sampling=stage.sampling, batch=batch, negative=True, mesh=mesh)
+    program = prepare(spec)
     placed = jax.device_put(params, program.parameter_shardings)
     state = program(placed, program.place(inputs), program.empty_state(), 0, 4)
     return np.asarray(state.x0), program

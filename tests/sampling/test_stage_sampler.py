@@ -21,13 +21,14 @@ from imagen_jax.sampling.stage_sampler import StageSampler, guided_denoiser
 GENERATOR = np.random.default_rng(0)
 TEXT = GENERATOR.standard_normal((2, 8, 16)).astype(np.float32)
 MASK = np.arange(8) < np.array([[4], [6]])
+NULL = np.zeros_like(TEXT), np.arange(8) < np.array([[1], [1]])
 
 
 @pytest.fixture(scope="module")
 def base(stages, random_params):
     sampler, params = StageSampler(StageNetwork(stages[0])), random_params(stages[0])
 
-    def draw(text=TEXT, mask=MASK, seeds=(3, 3), negative=None, **changes):
+    def draw(text=TEXT, mask=MASK, seeds=(3, 3), negative=NULL, **changes):
         config = dataclasses.replace(stages[0].sampling, **changes)
         seeds = np.array(seeds, np.uint32)
         given = {"text": text, "mask": mask, "negative": negative}
@@ -82,6 +83,7 @@ def outputs(stage, guidance, weight=3.0, negative=None):
         guidance_weight=weight, guidance=guidance, threshold=ThresholdConfig(kind=Threshold.NONE)
     )
     text, mask = jnp.asarray([[[2.0]], [[-1.0]]]), jnp.ones((2, 1), bool)
+    negative = (jnp.zeros_like(text), mask) if negative is None else negative
     denoise = guided_denoiser(network, {}, text, mask, negative=negative, low_res=None, config=config)
     x_t, made = jnp.zeros((2, 2, 2, 3)), []
     run = jax.jit(denoise)
@@ -122,7 +124,14 @@ def test_one_program_for_a_shape_and_config(stages, random_params):
     guidance = GuidanceConfig(oscillate_after=1)
     for seed in (0, 5):
         config = dataclasses.replace(stages[0].sampling, guidance=dataclasses.replace(guidance))
-        sampler(params, seeds=np.full(2, seed, np.uint32), text=TEXT + seed, mask=MASK, config=config)
+        sampler(
+            params,
+            seeds=np.full(2, seed, np.uint32),
+            text=TEXT + seed,
+            mask=MASK,
+            negative=NULL,
+            config=config,
+        )
     assert sampler._run._cache_size() == 1
 
 

@@ -26,7 +26,8 @@ from imagen_jax.training.trainer import train
 
 def state_of(value):
     params = {"weight": jnp.full((64, 64), float(value))}
-    return TrainState(jnp.asarray(value, jnp.int32), params, params, {"mu": jnp.full((3,), float(value))})
+    moments = {"mu": jnp.full((3,), float(value))}
+    return TrainState(jnp.asarray(value, jnp.int32), {"d": params}, {"d": params}, {"d": moments})
 
 
 def abstract():

@@ -11,8 +11,10 @@ from etils import epath
 from imagen_jax.cli.main import main
 from imagen_jax.data import pipeline
 from imagen_jax.errors import UserError
+from imagen_jax.models.text_form import zero_text
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
-from imagen_jax.training.batches import whole_batch
+from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.training.batches import null_text, whole_batch
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config_file import write_config
 from imagen_jax.training.health import LAG, bin_name, load_batch, reproduce, save_batch
@@ -78,7 +80,8 @@ def test_a_bad_record_is_named_and_skipped_or_reproduced(make_config, bad_key, t
     report = json.loads((folder / "report.json").read_text())
     assert report["records"] == [bad_key] and report["step"] == BAD and report["loss"] is None
     assert len(report["batch"]) == 8 and len(report["gradients"]) > 10
-    saved = load_batch(epath.Path(folder))
+    saved, null = load_batch(epath.Path(folder))
+    assert not null.embeddings.any() and null.mask.sum() == 1
     assert [key for key, text in zip(saved["key"], saved["text"]) if not np.isfinite(text).all()] == [bad_key]
 
     skipping = make_config("base", *base, "train.on_nonfinite=skip", "train.checkpoint_every=1")
@@ -110,21 +113,26 @@ def test_a_step_with_padded_text_is_reproduced(make_config, text_encoder, tmp_pa
     padded = (f"data.text_encoder={text_encoder}", "stage.padded_text=true", "train.text_dropout=1")
     config, folder = make_config("base", *padded), epath.Path(tmp_path)
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    length = config.stage.max_text_length
-    online = OnlineText.load(text_encoder, dtype="float32", max_length=length, mesh=mesh, padded=True)
-    batch = whole_batch(config, online, 1)
-    assert "null_text" in batch and "caption" in batch
+    online = OnlineText.load(text_encoder, dtype="float32", form=config.stage.text_form, mesh=mesh)
+    batch, null = whole_batch(config, online, 1), null_text(config, online)
+    assert "caption" in batch
+    np.testing.assert_array_equal(
+        null.embeddings, TextEncoder.load(text_encoder).encode_padded([""], length=6)[0]
+    )
     run = Run.of(config, mesh)
     state = run.init()
     # Biases of a fresh network's output are zero, and so is all that the text says.
     state = state._replace(params=jax.tree.map(lambda value: value + 0.01, state.params))
-    losses = jax.jit(lambda params, arrays: run.losses(params, arrays)[DENOISER].loss.mean())
-    expected = losses(state.params, step_arrays(batch))
-    dropped = losses(state.params, {**step_arrays(batch), "null_text": batch["null_text"][..., ::-1]})
+    losses = jax.jit(lambda params, arrays, null: run.losses(params, arrays, null)[DENOISER].loss.mean())
+    expected = losses(state.params, step_arrays(batch), null)
+    dropped = losses(state.params, step_arrays(batch), null._replace(embeddings=null.embeddings[..., ::-1]))
     assert abs(expected - dropped) > 1e-5  # the null text has a say
     write_config(folder, config)
-    save_batch(folder, batch)
-    assert set(load_batch(folder)) == {*step_arrays(batch), "key"}
+    save_batch(folder, batch, null)
+    saved, saved_null = load_batch(folder)
+    assert set(saved) == {*step_arrays(batch), "key"}
+    np.testing.assert_array_equal(saved_null.embeddings, null.embeddings)
+    assert saved_null.mask.all()
     with contextlib.closing(Checkpoints(folder, keep=Keep())) as checkpoints:
         checkpoints.save(0, state, examples=0, config=config)
     report = reproduce(folder)
@@ -139,7 +147,7 @@ def test_names_of_bins():
 def test_a_damaged_batch_is_named(kind, tmp_path):
     folder = epath.Path(tmp_path)
     batch = {"image": np.zeros((2, 8, 8, 3), np.float32), "index": np.arange(2), "key": ["a", "b"]}
-    save_batch(folder, batch)
+    save_batch(folder, batch, zero_text(2, 3))
     FILE_KINDS[kind](tmp_path / "batch.npz")
     with pytest.raises(UserError, match=r"batch\.npz"):
         load_batch(folder)

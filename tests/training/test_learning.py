@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.errors import UserError
+from imagen_jax.models.text_form import zero_text
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.training.config import LoopConfig
 from imagen_jax.training.objectives import Losses
@@ -25,6 +26,7 @@ from imagen_jax.training.train_step import (
 )
 
 BATCH, DECAYS = 64, (0.5, 0.0)
+NULL = zero_text(6, 16)
 
 
 def examples(seed, count=BATCH):
@@ -54,7 +56,9 @@ def trained(make_config):
         check_accumulation(config, mesh)
         run = Run.of(config, mesh)
         state = run.init()
-        gradients = jax.jit(lambda p, b, run=run: batch_gradients(run, p, b, jnp.asarray(0))[0][DENOISER])
+        gradients = jax.jit(
+            lambda p, b, run=run: batch_gradients(run, p, b, NULL, jnp.asarray(0))[0][DENOISER]
+        )
         found = jax.device_get(gradients(state.params, put_batch(examples(0), mesh)))
         made[parts] = (run, mesh, make_train_step(run), state, found)
     return made
@@ -84,7 +88,7 @@ def test_steps_average_with_every_decay_and_freeze_after_a_bad_one(trained):
         for decay in (0.9, *DECAYS)
     }
     for number in range(3):
-        state, metrics = step(state, put_batch(examples(number), mesh))
+        state, metrics = step(state, put_batch(examples(number), mesh), NULL)
         assert bool(metrics["updated"]) and int(metrics["skipped"]) == 0
         assert sorted(np.asarray(metrics["index"])[:, 0]) == list(range(BATCH))
         np.testing.assert_allclose(float(metrics["loss"]), np.mean(metrics["losses"]), rtol=1e-6)
@@ -109,7 +113,7 @@ def test_steps_average_with_every_decay_and_freeze_after_a_bad_one(trained):
     bad["text"][5, 0, 0] = np.nan
     bad["text_mask"][5] = True
     for number, batch in enumerate((bad, examples(4), examples(5))):
-        state, metrics = step(state, put_batch(batch, mesh))
+        state, metrics = step(state, put_batch(batch, mesh), NULL)
         assert not bool(metrics["updated"]) and int(metrics["skipped"]) == 1
         if number == 0:
             index, losses = np.asarray(metrics["index"])[:, 0], np.asarray(metrics["losses"])

@@ -11,20 +11,15 @@ import pytest
 
 from imagen_jax.data.pipeline import TextCount, open_batches
 from imagen_jax.errors import UserError
+from imagen_jax.models.text_form import TextForm, zero_text
 from imagen_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.training.batches import check_data, device_batch, pipeline_config, training_batches
 from imagen_jax.training.metrics import MetricsWriter
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.run import Run
 from imagen_jax.training.train_step import make_train_step
-from imagen_jax.training.trainer import (
-    _Run,
-    check_data,
-    device_batch,
-    pipeline_config,
-    train,
-    training_batches,
-)
+from imagen_jax.training.trainer import _Loop, train
 
 RECORDS = 96  # as many as the split has
 STEPS = 8
@@ -49,12 +44,12 @@ def config(make_config, text_encoder):
 @pytest.fixture
 def online(text_encoder):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    return OnlineText.load(text_encoder, dtype="float32", max_length=LENGTH, mesh=mesh)
+    return OnlineText.load(text_encoder, dtype="float32", form=TextForm(length=LENGTH), mesh=mesh)
 
 
 def test_embeddings_are_the_encoders(online, text_encoder):
     """On a mesh with three axes, against the encoder on one device, caption by caption."""
-    tokens, mask = online.tokenize(CAPTIONS)
+    tokens, mask, _ = online.tokenize(CAPTIONS)
     text = online.embed(tokens, mask)
     assert text.sharding.is_equivalent_to(batch_sharding(text.sharding.mesh), 3)
     reference = TextEncoder.load(text_encoder)
@@ -81,8 +76,8 @@ def test_texts_longer_than_the_steps_are_cut_as_everywhere(online, text_encoder)
         "circle " * (LENGTH - 1),
         "",
     ]
-    assert online.count_cut(captions) == 1
-    tokens, mask = online.tokenize(captions)
+    tokens, mask, cut = online.tokenize(captions)
+    assert cut == 1
     text = np.asarray(online.embed(tokens, mask))
     host, host_mask = online.encode(captions)
     reference = TextEncoder.load(text_encoder)
@@ -100,7 +95,7 @@ def test_batches_keep_their_order_and_the_thread_ends(online, config):
     with TokenizedBatches(open_batches(pipeline, captions=True), online, ahead=2) as batches:
         for wanted in expected:
             batch = next(batches)
-            tokens, mask = online.tokenize(wanted["caption"])
+            tokens, mask, _ = online.tokenize(wanted["caption"])
             assert np.array_equal(batch["index"], wanted["index"])
             assert np.array_equal(batch["tokens"], tokens) and np.array_equal(batch["text_mask"], mask)
             assert "text" not in batch
@@ -117,7 +112,7 @@ def runs(config, text_encoder):
     start = Run.of(run, mesh).init()
     host, shardings = jax.device_get(start), jax.tree.map(lambda leaf: leaf.sharding, start)
     step = make_train_step(Run.of(run, mesh))
-    encoder = OnlineText.load(text_encoder, dtype="float32", max_length=LENGTH, mesh=mesh)
+    encoder = OnlineText.load(text_encoder, dtype="float32", form=TextForm(length=LENGTH), mesh=mesh)
     losses, texts = {}, {}
     for name, online in (("stored", None), ("online", encoder), ("rounded", encoder)):
         state, losses[name], texts[name] = jax.device_put(host, shardings), [], []
@@ -133,7 +128,7 @@ def runs(config, text_encoder):
                     stored = texts["stored"][number]
                     text = np.where(tipped(text.astype(np.float32), stored), stored, text)
                 batch["text"] = jax.device_put(text.astype(np.float32), batch["text"].sharding)
-                state, values = step(state, batch)
+                state, values = step(state, batch, zero_text(LENGTH, text.shape[-1]))
                 losses[name].append(float(values["loss"]))
     return losses, texts
 
@@ -212,7 +207,7 @@ def test_errors_name_the_field(config, make_config, tmp_path, text_encoder):
 
 
 def test_cut_captions_are_said_once(make_config):
-    run, said = object.__new__(_Run), []
+    run, said = object.__new__(_Loop), []
     run.config, run._said_cut = make_config("base"), False
     run.metrics = types.SimpleNamespace(say=said.append)
     for cut in (0, 3, 5):

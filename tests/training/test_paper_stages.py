@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.text_form import zero_text
 from imagen_jax.parallel.mesh import check_batch_size, make_mesh
 from imagen_jax.training.batches import device_batch
 from imagen_jax.training.config import load_config
@@ -82,6 +83,7 @@ def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimi
     state = state_of(run)
     before = {name: np.asarray(value) for name, value in state.params[DENOISER].items()}
     train_step = make_train_step(run)
+    null = zero_text(config.stage.max_text_length, config.stage.network.text_width)
     compiled: list[str] = []
     losses = []
     for step in range(20):
@@ -90,7 +92,7 @@ def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimi
             jax.monitoring.register_event_duration_secs_listener(
                 lambda event, *_, **__: "backend_compile" in event and compiled.append(event)
             )
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch, null)
         losses.append(float(metrics["loss"]))
     assert compiled == []
     assert int(state.step) == 20 and np.isfinite(losses).all()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from imagen_jax.models.text_form import zero_text
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import Decay, Optimizer, OptimizerConfig
@@ -17,6 +18,7 @@ from imagen_jax.training.run import Run
 from imagen_jax.training.state import gradient_names
 from imagen_jax.training.train_step import make_train_step, split_index
 
+NULL = zero_text(6, 16)
 SLOW = OptimizerConfig(
     kind=Optimizer.ADAM, learning_rate=1e-2, warmup_steps=0, decay=Decay.CONSTANT, clip_norm=None
 )
@@ -103,7 +105,7 @@ def test_a_second_network_has_its_optimizer_and_its_turn(run_of, gather):
     state = run.init()
     names, states = gradient_names(state), [host(state)]
     for _ in range(3):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, NULL)
         states.append(host(state))
         assert len(names) == len(metrics["tensor_squares"])
         assert (float(metrics["grad_norm/critic"]) > 0) == (len(states) % 2 == 0)
@@ -116,7 +118,7 @@ def test_a_second_network_has_its_optimizer_and_its_turn(run_of, gather):
     # The denoiser learns as it does alone.
     alone, single = plain.init(), make_train_step(plain)
     for _ in range(3):
-        alone, _ = single(alone, batch)
+        alone, _ = single(alone, batch, NULL)
     for name, value in alone.params[DENOISER].items():
         np.testing.assert_allclose(states[-1].params[DENOISER][name], value, atol=1e-5, err_msg=name)
 
@@ -125,7 +127,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch_for_every_role(run_o
     ends = []
     for parts in (1, 4):
         run = run_of(WithCritic, f"train.accumulate={parts}", "optimizer.warmup_steps=0")
-        ends.append(host(make_train_step(run)(run.init(), batch_of(run.mesh))[1]["tensor_squares"]))
+        ends.append(host(make_train_step(run)(run.init(), batch_of(run.mesh), NULL)[1]["tensor_squares"]))
     np.testing.assert_allclose(ends[1], ends[0], rtol=1e-3, atol=1e-9)
 
 
@@ -134,7 +136,7 @@ def test_an_adapter_learns_and_what_it_adapts_stays(run_of):
     state, step, batch = run.init(), make_train_step(run), batch_of(run.mesh)
     before, losses = host(state), []
     for _ in range(4):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, NULL)
         losses.append(float(metrics["loss"]))
     after = host(state)
     assert losses[-1] < losses[0]

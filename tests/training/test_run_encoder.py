@@ -14,6 +14,7 @@ from imagen_jax.config import to_dict
 from imagen_jax.data.pipeline import record_count
 from imagen_jax.data.records import write_key_index
 from imagen_jax.errors import UserError
+from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling import identity as sampling_identity
 from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.model_folder import ModelFolder
@@ -128,12 +129,12 @@ def test_an_encoder_beside_the_training_is_the_one_that_made_the_records(
     make_config, text_encoder, other_encoder, encoder, run_of, tmp_path
 ):
     """Computed in bfloat16 and spread over a mesh; under another name where that is known to be the same."""
-    from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+    from imagen_jax.models.text_form import TextForm
     from imagen_jax.training.online import OnlineText
 
     def online(folder):
         mesh = make_mesh(MeshConfig(data=4, fsdp=2))
-        return OnlineText.load(folder, dtype="bfloat16", max_length=6, mesh=mesh)
+        return OnlineText.load(folder, dtype="bfloat16", form=TextForm(length=6), mesh=mesh)
 
     config = make_config("base")
     assert data_encoder(config.data, None) == encoder
