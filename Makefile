@@ -6,7 +6,10 @@ OUT ?= runs/quickstart
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-.PHONY: quickstart test test-parity test-browser test-cloud test-kill test-launch lint clean
+NEWEST_PYTHON ?= python3.12
+SUITE := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+
+.PHONY: quickstart test test-parity test-browser test-cloud test-kill test-launch test-oldest test-newest lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -39,10 +42,10 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 test: lint  ## style, types and all tests but those below
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	JAX_PLATFORMS=cpu $(BIN)/python $(SUITE)
 
 test-parity: $(VENV)/.installed-parity  ## networks against transformers and diffusers on PyTorch
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m parity --numprocesses=2 --dist=loadfile --no-loadscope-reorder
+	JAX_PLATFORMS=cpu $(BIN)/python $(SUITE) -m parity
 
 test-browser: $(VENV)/.installed-browser  ## the page in the system's Chromium, which is installed where it may be
 	command -v chromium || command -v chromium-browser || command -v google-chrome || \
@@ -64,5 +67,24 @@ $(VENV)-xpk/.installed:
 test-launch: $(VENV)/.installed-test $(VENV)-xpk/.installed  ## the GKE launcher's command, parsed by xpk itself
 	XPK_PYTHON=$(abspath $(VENV)-xpk/bin/python) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m xpk
 
+# uv finds the lowest releases that the bounds in setup.py allow.
+$(VENV)-oldest/.installed: setup.py
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(abspath $(VENV)-oldest) $(VENV)-oldest/bin/uv pip install --quiet --resolution=lowest-direct \
+	    --editable '.[test,plan]'
+	touch $@
+
+test-oldest: $(VENV)-oldest/.installed  ## the suite at the lower bounds of setup.py
+	JAX_PLATFORMS=cpu $(VENV)-oldest/bin/python $(SUITE)
+
+$(VENV)-newest/.installed: setup.py
+	$(NEWEST_PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy=eager --editable '.[test,plan]'
+	touch $@
+
+test-newest: $(VENV)-newest/.installed  ## the suite on a newer Python with the newest releases
+	JAX_PLATFORMS=cpu $(VENV)-newest/bin/python $(SUITE)
+
 clean:
-	rm -rf $(VENV) $(VENV)-xpk build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-xpk $(VENV)-oldest $(VENV)-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -84,7 +84,9 @@ class Ours:
     def __init__(self) -> None:
         stage = our_stage()
         mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
-        spec = ProgramSpec(stage=stage, sampling=stage.sampling, batch=BATCH, mesh=mesh)
+        spec = ProgramSpec(
+            stage=stage, sampling=stage.sampling, batch=BATCH, negative=GUIDANCE != 1.0, mesh=mesh
+        )
         self.program: StageProgram = prepare(spec)
         generator = np.random.default_rng(0)
         params = {}
@@ -99,13 +101,15 @@ class Ours:
                 seeds=np.arange(BATCH, dtype=np.uint32),
                 text=generator.standard_normal((BATCH, TOKENS, WIDTH)).astype(np.float32),
                 mask=np.ones((BATCH, TOKENS), bool),
+                negative_text=np.zeros((BATCH, TOKENS, WIDTH), np.float32),
+                negative_mask=np.arange(TOKENS) < np.ones((BATCH, 1)),
             )
         )
 
     def steps(self, count: int) -> np.ndarray:
         """The first steps of a batch, as pictures so far."""
         state = self.program(self.params, self.inputs, self.program.empty_state(), 0, count)
-        return np.asarray(state[1])
+        return np.asarray(state.x0)
 
 
 def _without_their_text_encoder() -> None:
