@@ -1,7 +1,7 @@
 """From work directories to a model folder: each stage's averaged weights and the text encoder."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
@@ -21,6 +21,7 @@ from imagen_jax.text.encoder_folder import is_hub_id
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import LoopConfig, TrainConfig
 from imagen_jax.training.config_file import read_config
+from imagen_jax.training.objectives import Objective
 from imagen_jax.training.run import Run
 
 
@@ -31,6 +32,7 @@ def export(
     text_encoder: str | None = None,
     copy_text_encoder: bool = True,
     ema_decay: float | None = None,
+    objective: Callable[[TrainConfig], Objective] | None = None,
 ) -> tuple[StageConfig, ...]:
     """Writes a model folder from the newest checkpoint of each work directory.
 
@@ -41,6 +43,7 @@ def export(
       copy_text_encoder: whether a local encoder is copied into the model folder, else it is referred to.
       ema_decay: which average of the weights, one of `train.ema_decay` and `train.ema_decays` of every stage, or 0
         for the weights as they are; None: `train.ema_decay`.
+      objective: what a run of that config learned; None: diffusion.
 
     Returns:
       The stages, base first.
@@ -66,7 +69,7 @@ def export(
     out, identity = epath.Path(out), _stages_encoder(ordered)
     encoder = _check_encoder(text_encoder, identity)
     for workdir in ordered:
-        params = _averaged(workdir, configs[workdir], ema_decay)
+        params = _averaged(workdir, configs[workdir], ema_decay, objective)
         out = make_folder(out)  # not before: the checkpoint may be damaged
         save_stage(out, configs[workdir].stage, params)
         del params  # the next stage's need the memory
@@ -149,12 +152,18 @@ def check_decay(workdir: str, config: LoopConfig, decay: float | None) -> None:
         raise UserError(f"--ema_decay {decay}: the run in {workdir} keeps {shown}, and 0 for no average")
 
 
-def _averaged(workdir: epath.Path, config: TrainConfig, ema_decay: float | None) -> Params:
-    """The averaged weights of a run's newest checkpoint."""
+def _averaged(
+    workdir: epath.Path,
+    config: TrainConfig,
+    ema_decay: float | None,
+    objective: Callable[[TrainConfig], Objective] | None = None,
+) -> Params:
+    """The averaged weights of a run's newest checkpoint, adapters merged into them."""
     checkpoints = Checkpoints(workdir)
     try:
         step = _newest(checkpoints, workdir)
-        run = Run.of(config, make_mesh(MeshConfig(data=1, fsdp=-1)))
+        learned = None if objective is None else objective(config)
+        run = Run.of(config, make_mesh(MeshConfig(data=1, fsdp=-1)), learned)
         state, _ = checkpoints.restore(step, run.abstract)
     finally:
         checkpoints.close()

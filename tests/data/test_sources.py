@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from imagen_jax.data import pictures, shapes
+from imagen_jax.data import pictures, shapes, shapes_render
 from imagen_jax.data.examples import Example, Skipped, even_ranges
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
@@ -219,7 +219,7 @@ def fake_shapes(monkeypatch):
         return np.full((resolution, resolution, 3), scene.index % 256, np.uint8)
 
     monkeypatch.setattr(shapes, "scene", scene)
-    monkeypatch.setattr(shapes, "draw", draw)
+    monkeypatch.setattr(shapes_render, "render", draw)
 
 
 @pytest.mark.parametrize(

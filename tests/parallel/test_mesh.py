@@ -13,6 +13,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.network import Gather
 from imagen_jax.models.stage import StageNetwork
+from imagen_jax.models.text_form import zero_text
 from imagen_jax.parallel.mesh import (
     MIN_SHARDED_SIZE,
     MeshConfig,

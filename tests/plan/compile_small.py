@@ -130,7 +130,7 @@ def sampled(kind):
     )
     stage = StageConfig(name="base", resolution=16, network=network, max_text_length=8)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2), slice_devices(parse_topology("v5e:2x2")))
-    spec = programs.ProgramSpec(stage=stage, sampling=SamplingConfig(), batch=4, mesh=mesh)
+    spec = programs.ProgramSpec(stage=stage, sampling=SamplingConfig(), batch=4, negative=True, mesh=mesh)
     return (
         "tpu_custom_call"
         in programs.compile_program(programs.trace(spec, StageNetwork(spec.stage)), mesh).as_text()

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 from imagen_jax.models.text_form import zero_text
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh, put_batch
+from imagen_jax.training import export as export_module
 from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import Decay, Optimizer, OptimizerConfig
 from imagen_jax.training.keep import Keep
@@ -161,6 +163,19 @@ def test_roles_come_back_from_checkpoints(run_of, objective, tmp_path):
     assert jax.tree.structure(restored) == jax.tree.structure(state)
     for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_what_is_exported_has_the_adapter_merged(run_of, tmp_path):
+    run = run_of(Adapted)
+    state = run.init()
+    state.ema["offsets"] = jax.tree.map(lambda value: value + 0.5, state.ema["offsets"])
+    with contextlib.closing(Checkpoints(tmp_path, keep=Keep())) as checkpoints:
+        checkpoints.save(1, state, examples=8, config=run.config)
+        checkpoints.wait()
+    params = export_module._averaged(epath.Path(tmp_path), run.config, None, Adapted)
+    assert params.keys() == run.network.abstract_params.keys()
+    np.testing.assert_array_equal(params["conv_out.bias"], 0.5)
+    np.testing.assert_array_equal(params["conv_in.kernel"], state.params[DENOISER]["conv_in.kernel"])
 
 
 @pytest.mark.parametrize(
