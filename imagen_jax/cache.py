@@ -45,12 +45,17 @@ def enable_compilation_cache(folder: Path | None) -> None:
     """Lets JAX keep compiled programs in FOLDER/xla, unless it was told of another place already."""
     if folder is None or jax.config.values["jax_compilation_cache_dir"]:
         return
-    # JAX's own limit would have it lock the folder at every program.
-    remove_oldest(folder / "xla", most_bytes=MAX_BYTES)
+    trim(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "xla"))
     # A stage's start-up also has many small programs; together they take as long as a large one.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def trim(folder: Path | None) -> None:
+    """Makes room where more than MAX_BYTES are kept. JAX's own limit would have it lock the folder at every program."""
+    if folder is not None:
+        remove_oldest(folder / "xla", most_bytes=MAX_BYTES)
 
 
 def remove_oldest(folder: Path, *, most_bytes: int) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TypedDict, Unpack
 
 import numpy as np
@@ -89,6 +90,7 @@ class Imagen:
         mesh: Mesh | None = None,
         rows: Mapping[str, int] | None = None,
         free_stages: bool | None = None,
+        cache: Path | None = None,
     ):
         """Arguments as of `load`, but for the opened folder and encoder, and a way to open that again."""
         widths = {stage.name: stage.network.text_width for stage in folder.stages}
@@ -104,7 +106,7 @@ class Imagen:
         self._encoder_unknown = folder.index.encoder is None  # and nobody has been told so
         self._rows = dict(rows or {})
         self._meshes = _stage_meshes(folder, mesh, self._rows)
-        self._opened = OpenStages(folder)
+        self._opened = OpenStages(folder, cache)
 
     @classmethod
     def load(
@@ -133,7 +135,8 @@ class Imagen:
         """
         folder = model if isinstance(model, ModelFolder) else ModelFolder(model)
         folder.check_weights()
-        enable_compilation_cache(cache_folder(cache))
+        remembered = cache_folder(cache)
+        enable_compilation_cache(remembered)
 
         def load_encoder() -> TextEncoder:
             try:
@@ -150,6 +153,7 @@ class Imagen:
             mesh=mesh,
             rows=rows,
             free_stages=free_stages,
+            cache=remembered,
         )
 
     @property

@@ -1,7 +1,9 @@
 """Stages that are ready to draw: their programs and weights, opened when they are wanted."""
 
 import collections
+from pathlib import Path
 
+from imagen_jax.cache import trim
 from imagen_jax.models.network import Params
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
@@ -14,8 +16,9 @@ MAX_PROGRAMS = (
 class OpenStages:
     """Programs and weights of a model folder's stages; the weights can be freed."""
 
-    def __init__(self, folder: ModelFolder):
-        self._folder = folder
+    def __init__(self, folder: ModelFolder, cache: Path | None = None):
+        """`cache` is the folder of `imagen_jax.cache`, which is kept within its bounds; None: there is none."""
+        self._folder, self._cache = folder, cache
         self._most = max(MAX_PROGRAMS, len(folder.stages))
         # The one that was used longest ago comes first.
         self._programs: collections.OrderedDict[ProgramSpec, StageProgram] = collections.OrderedDict()
@@ -36,6 +39,7 @@ class OpenStages:
     def _program(self, spec: ProgramSpec) -> StageProgram:
         if spec not in self._programs:
             self._programs[spec] = prepare(spec)
+            trim(self._cache)
         self._programs.move_to_end(spec)
         while len(self._programs) > self._most:
             self._programs.popitem(last=False)

@@ -146,19 +146,23 @@ def test_files_that_were_used_longest_ago_make_room(tmp_path):
     remove_oldest(tmp_path / "missing", most_bytes=0)
 
 
-def test_memory_holds_the_programs_that_were_used_last(stages, model_folder, monkeypatch):
+def test_memory_holds_the_programs_that_were_used_last(stages, model_folder, monkeypatch, tmp_path):
     prepared = []
     monkeypatch.setattr(opened, "MAX_PROGRAMS", 2)
     monkeypatch.setattr(
         opened, "prepare", lambda spec: prepared.append(spec.batch) or StageProgram(spec, {}, print)
     )
-    open_stages = opened.OpenStages(ModelFolder(model_folder))
+    monkeypatch.setattr("imagen_jax.cache.MAX_BYTES", 10)
+    (tmp_path / "xla").mkdir()
+    (tmp_path / "xla" / "old").write_bytes(bytes(20))
+    open_stages = opened.OpenStages(ModelFolder(model_folder), tmp_path)
     monkeypatch.setattr(open_stages._folder, "params", lambda *_: {})
     specs = [ProgramSpec(stage=stages[0], sampling=stages[0].sampling, batch=i) for i in range(1, 40)]
     for number in (0, 1, 0, 2, 0, 1):
         open_stages.get(specs[number])
     assert prepared == [1, 2, 3, 2]
     assert len(open_stages._programs) == 2
+    assert not list((tmp_path / "xla").iterdir())  # the folder stays within its bounds, too
 
 
 def test_where_the_cache_lies(tmp_path, monkeypatch):
