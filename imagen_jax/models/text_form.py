@@ -1,6 +1,7 @@
 """How a stage has its texts: what is done to a caption before it is encoded, how long it is, and what no caption is."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -38,6 +39,13 @@ class TextForm:
     def mask(self, tokens: np.ndarray) -> Bool[np.ndarray, "batch length"]:
         """What of texts with so many tokens counts, int (batch,)."""
         return (np.arange(self.length) < tokens[:, None]) | self.padded
+
+    def pad(self, rows: Sequence[Float[np.ndarray, "_ width"]], width: int) -> "Text":
+        """Embeddings of captions, each of its own length, with zeros behind them: float32."""
+        embeddings = np.zeros((len(rows), self.length, width), np.float32)
+        for padded, row in zip(embeddings, rows, strict=True):
+            padded[: len(row)] = row
+        return Text(embeddings, self.mask(np.array([len(row) for row in rows], int)))
 
     @property
     def null_caption(self) -> str | None:

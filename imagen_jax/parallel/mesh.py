@@ -115,6 +115,15 @@ def state_shardings(abstract_state: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, mesh)), abstract_state)
 
 
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie."""
+    return jax.tree.map(
+        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
 def gather_weights(params: T, mesh: Mesh, *, dtype: jnp.dtype | None = None) -> T:
     """Parameters as a network uses them: whole along "fsdp", still split along "tensor".
 

@@ -17,7 +17,13 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.text_form import Text
 from imagen_jax.parallel.jax_internals import get_topology_desc
-from imagen_jax.parallel.mesh import batch_sharding, check_batch_size, make_mesh, replicated
+from imagen_jax.parallel.mesh import (
+    batch_sharding,
+    check_batch_size,
+    make_mesh,
+    replicated,
+    with_shardings,
+)
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.memory import out_of_memory_bytes
@@ -99,15 +105,6 @@ def null_text(config: TrainConfig, mesh: Mesh) -> Text:
     return Text(
         jax.ShapeDtypeStruct((length, width), jnp.float32, sharding=place),
         jax.ShapeDtypeStruct((length,), jnp.bool_, sharding=place),
-    )
-
-
-def with_shardings(shapes: Any, shardings: Any) -> Any:
-    """Shapes that know where they lie."""
-    return jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        shapes,
-        shardings,
     )
 
 

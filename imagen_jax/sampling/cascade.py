@@ -231,12 +231,12 @@ class Imagen:
           UserError: `Drawing.plan`, or batch_size is out of range. After all other pictures: some are not finite;
             names stage, network call and prompt of the first.
         """
-        plans = self.check(drawing, batch_size=batch_size)  # here and not when the first picture is asked for
+        self.check(drawing, batch_size=batch_size)  # here and not when the first picture is asked for
         if self._encoder_unknown:
             warn_unknown_encoder(f"the stages of {self.folder.path} do")
             self._encoder_unknown = False
         watcher = Watcher(progress=progress, preview=preview)
-        return self._draw(drawing, plans, batch_size, watcher, keep_x0)
+        return self._draw(drawing, batch_size, watcher, keep_x0)
 
     def check(self, drawing: Drawing, *, batch_size: int = 16) -> tuple[StagePlan, ...]:
         """What each stage has to do; raises what `draw` would raise."""
@@ -290,7 +290,6 @@ class Imagen:
     def _draw(
         self,
         drawing: Drawing,
-        plans: tuple[StagePlan, ...],
         batch_size: int,
         watcher: Watcher,
         keep_x0: bool,
@@ -301,8 +300,9 @@ class Imagen:
             for begin in range(0, total, group):
                 part = drawing.part(range(begin, min(total, begin + group)))
                 x0, good = None, np.ones(len(part.wanted), bool)
+                plans = part.plan(self.stages, str(self.folder.path))
                 self._encode_all(part, plans)
-                for plan in part.plan(self.stages, str(self.folder.path)):
+                for plan in plans:
                     run = self._stage_run(part, plan, batch_size)
                     x0, found = run(x0, good, watcher, leave=not several)
                     faults += found

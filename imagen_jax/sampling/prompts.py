@@ -121,9 +121,4 @@ class PromptEncoder:
 
     def __call__(self, prompts: Sequence[str], form: TextForm, width: int) -> Text:
         """Prompts in a stage's form, (prompts, length, width); any texts, of embeddings of that width."""
-        text = np.zeros((len(prompts), form.length, width), np.float32)
-        lengths = np.zeros(len(prompts), int)
-        for i, prompt in enumerate(prompts):
-            tokens = self._embed(prompt, form)
-            text[i, : len(tokens)], lengths[i] = tokens, len(tokens)
-        return Text(text, form.mask(lengths))
+        return form.pad([self._embed(prompt, form) for prompt in prompts], width)

@@ -76,12 +76,12 @@ def guided_denoiser(
         texts, masks = jnp.concatenate([text, negative[0]]), jnp.concatenate([mask, negative[1]])
         output = call(x_twice, log_snr, texts, masks, low_twice, aug_twice)
         conditional, unconditional = output.prediction[:batch], output.prediction[batch:]
-        guided = guide(conditional, unconditional, config.guidance_weight)
-        rescale = config.guidance.rescale
-        guided = rescale_guided(guided, conditional, rescale) if rescale > 0.0 else guided
+        prediction = guide(conditional, unconditional, config.guidance_weight)
+        if (rescale := config.guidance.rescale) > 0.0:
+            prediction = rescale_guided(prediction, conditional, rescale)
         # Guidance moves the mean; the spread stays that of the prompt's own prediction.
         variance = None if output.variance is None else output.variance[:batch]
-        return NetworkOutput(prediction=guided, variance=variance)
+        return NetworkOutput(prediction=prediction, variance=variance)
 
     def denoise(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
         if config.guidance_weight == 1.0:

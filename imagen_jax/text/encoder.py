@@ -211,10 +211,7 @@ class TextEncoder:
             text = self.encode_padded(captions, length=form.length)
             return Text(text, np.ones(text.shape[:2], bool))
         rows = self.encode(captions, max_length=form.length, dtype="float32")
-        text = np.zeros((len(rows), form.length, self.width), np.float32)
-        for padded, embedding in zip(text, rows, strict=True):
-            padded[: len(embedding)] = embedding
-        return Text(text, form.mask(np.array([len(row) for row in rows], int)))
+        return form.pad(rows, self.width)
 
     def encode_padded(
         self, captions: Sequence[str], *, length: int

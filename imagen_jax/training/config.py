@@ -14,7 +14,7 @@ import ml_collections
 import imagen_jax
 from imagen_jax.config import build
 from imagen_jax.diffusion.losses import LossConfig
-from imagen_jax.diffusion.noise_levels import NormalLogSNR, UniformInterval, UniformTime
+from imagen_jax.diffusion.noise_levels import NoiseLevels, UniformTime
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, MAX_SIDE, MAX_THREADS, check_numbers
 from imagen_jax.models.configs import StageConfig
@@ -191,7 +191,7 @@ class TrainConfig:
     train: LoopConfig  # for how long, and what is written on the way
     seed: int = 0  # of initial weights, order of examples, times, noise and dropout
     loss: LossConfig = LossConfig()  # which error is made small
-    noise_levels: UniformTime | UniformInterval | NormalLogSNR = UniformTime()  # at which it is measured
+    noise_levels: NoiseLevels = UniformTime()  # at which it is measured
     optimizer: OptimizerConfig = OptimizerConfig()  # by which rule, at which rate
     mesh: MeshConfig = MeshConfig()  # on which arrangement of devices
 

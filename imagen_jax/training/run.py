@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.text_form import Text
-from imagen_jax.parallel.mesh import state_shardings
+from imagen_jax.parallel.mesh import state_shardings, with_shardings
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.objectives import Batch, DiffusionObjective, Losses, Objective, example_keys
 from imagen_jax.training.roles import DENOISER, Role, Roles, Weights
@@ -124,11 +124,7 @@ class Run:
     @functools.cached_property
     def abstract(self) -> TrainState:
         """Shapes, dtypes and shardings of the state, for restoring onto this mesh."""
-        return jax.tree.map(
-            lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-            self._shapes,
-            self.shardings,
-        )
+        return with_shardings(self._shapes, self.shardings)
 
     def averages(self, state: TrainState, decay: float | None = None) -> dict[str, Params]:
         """Parameters by role, averaged where the role has averages.

@@ -277,8 +277,8 @@ class _Loop:
         self, step: int, values: Mapping[str, jax.Array], state: TrainState, seen: dict[str, float]
     ) -> None:
         self._check(step, state)
-        scalars = ("loss", "grad_norm", "learning_rate", "skipped", "loss/", "grad_norm/")
-        named = [name for name in values if name in scalars or name.startswith(scalars[-2:])]
+        scalars, of_roles = ("loss", "grad_norm", "learning_rate", "skipped"), ("loss/", "grad_norm/")
+        named = [name for name in values if name in scalars or name.startswith(of_roles)]
         numbers = {name: values[name].item() for name in named}
         numbers |= self.health.take_bins() | seen
         self._best = numbers.get(self.config.train.best_metric, self._best)
