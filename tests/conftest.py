@@ -1,5 +1,6 @@
-"""Eight fake CPU devices for every test, and the small things that several of them train on."""
+"""Eight fake CPU devices and strict promotion for every test, and the small things that several of them train on."""
 
+import functools
 import math
 import os
 import shutil
@@ -82,6 +83,35 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="imagen_jax_tests_")
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    _be_strict()
+
+
+def _be_strict() -> None:
+    """Arrays of two ranks or dtypes that meet are an error, but where other libraries let them meet on purpose."""
+    import jax
+    import optax
+    from flax import nnx
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+    def lenient(function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            with jax.numpy_dtype_promotion("standard"):
+                return function(*args, **kwargs)
+
+        return call
+
+    chain = optax.chain
+
+    def lenient_chain(*parts):
+        whole = chain(*parts)
+        return optax.GradientTransformationExtraArgs(whole.init, lenient(whole.update))
+
+    jax.nn.dot_product_attention = lenient(jax.nn.dot_product_attention)
+    nnx.LayerNorm.__call__ = lenient(nnx.LayerNorm.__call__)
+    optax.chain = lenient_chain
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -27,13 +27,13 @@ class DDPM(Rule):
         return Levels.of(log_snrs)
 
     def update(
-        self, call: Levels, state: SamplerState, found: Denoised, noise: Array | None
+        self, call: Levels, state: SamplerState, denoised: Denoised, noise: Array | None
     ) -> tuple[Array, Any]:
         """Draws from the posterior, of the learned variance where there is one."""
-        learned = found.variance_interpolation
+        learned = denoised.variance_interpolation
         gamma = self.variance_interpolation if learned is None else learned
         levels = each_example(call.log_snr, state.x), each_example(call.log_snr_next, state.x)
-        return ddpm_step(state.x, found.x0, needed(noise), *levels, variance_interpolation=gamma), ()
+        return ddpm_step(state.x, denoised.x0, needed(noise), *levels, variance_interpolation=gamma), ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +53,8 @@ class DDIM(Rule):
         return Levels.of(log_snrs)
 
     def update(
-        self, call: Levels, state: SamplerState, found: Denoised, noise: Array | None
+        self, call: Levels, state: SamplerState, denoised: Denoised, noise: Array | None
     ) -> tuple[Array, Any]:
         """The DDIM step."""
         levels = each_example(call.log_snr, state.x), each_example(call.log_snr_next, state.x)
-        return ddim_step(state.x, found.x0, noise, *levels, eta=self.eta), ()
+        return ddim_step(state.x, denoised.x0, noise, *levels, eta=self.eta), ()

@@ -39,10 +39,10 @@ class DPMSolverPP2M(Rule):
         return _Calls(*Levels.of(log_snrs), weight=weight)
 
     def update(
-        self, call: _Calls, state: SamplerState, found: Denoised, noise: Array | None
+        self, call: _Calls, state: SamplerState, denoised: Denoised, noise: Array | None
     ) -> tuple[Array, Any]:
         """A first-order step with x̂0 as it is expected in the middle of the step."""
-        middle = found.x0 + call.weight * (found.x0 - state.x0)
+        middle = denoised.x0 + call.weight * (denoised.x0 - state.x0)
         levels = each_example(call.log_snr, state.x), each_example(call.log_snr_next, state.x)
         if self.sde:
             return ddpm_step(state.x, middle, needed(noise), *levels, variance_interpolation=0.0), ()

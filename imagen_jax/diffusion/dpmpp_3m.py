@@ -72,9 +72,9 @@ class DPMSolverPP3M(Rule):
         return jnp.zeros_like(x)
 
     def update(
-        self, call: _Calls, state: SamplerState, found: Denoised, noise: Array | None
+        self, call: _Calls, state: SamplerState, denoised: Denoised, noise: Array | None
     ) -> tuple[Array, Array]:
         """A first-order step with the parabola's mean over the step."""
-        mean = found.x0 + call.newer * (found.x0 - state.x0) + call.older * (state.x0 - state.memory)
+        mean = denoised.x0 + call.newer * (denoised.x0 - state.x0) + call.older * (state.x0 - state.memory)
         levels = each_example(call.log_snr, state.x), each_example(call.log_snr_next, state.x)
         return ddim_step(state.x, mean, noise, *levels, eta=0.0), state.x0

@@ -115,7 +115,7 @@ class GridConfig:
         low = jnp.maximum(schedule.log_snr(jnp.ones(())), self.log_snr_min)
         high = jnp.minimum(schedule.log_snr(jnp.zeros(())), self.log_snr_max)
         if self.kind is Grid.LOG_SNR:
-            return low + (high - low) * jnp.arange(steps) / steps
+            return low + (high - low) * jnp.arange(steps, dtype=jnp.float32) / steps
         noisiest, cleanest = (jnp.exp(-0.5 * end / self.rho) for end in (low, high))
         ramp = jnp.arange(steps) / max(steps - 1, 1)
         return -2.0 * self.rho * jnp.log(noisiest + ramp * (cleanest - noisiest))

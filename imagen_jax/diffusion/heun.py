@@ -67,20 +67,20 @@ class Heun(Rule):
         )
 
     def update(
-        self, call: _Calls, state: SamplerState, found: Denoised, noise: Array | None
+        self, call: _Calls, state: SamplerState, denoised: Denoised, noise: Array | None
     ) -> tuple[Array, Any]:
         """The Euler step at a step's first call, its correction (and churn) at the second."""
         x = state.x
         begin, level, reached, churned = (
-            each_example(each, x)
-            for each in (call.log_snr_start, call.log_snr, call.log_snr_next, call.log_snr_churned)
+            each_example(log_snr, x)
+            for log_snr in (call.log_snr_start, call.log_snr, call.log_snr_next, call.log_snr_churned)
         )
 
         def predict() -> Array:
-            return ddim_step(x, found.x0, None, level, reached, eta=0.0)
+            return ddim_step(x, denoised.x0, None, level, reached, eta=0.0)
 
         def correct() -> Array:
-            corrected = heun_correction(x, state.x0, found.x0, begin, level)
+            corrected = heun_correction(x, state.x0, denoised.x0, begin, level)
             return (
                 corrected
                 if noise is None

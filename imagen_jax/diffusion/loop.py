@@ -57,7 +57,7 @@ def _moments(
 ) -> list[Moment]:
     """The same moment for each hook, with keys of its own."""
 
-    def own(index: int) -> Key[Array, " batch"]:
+    def keys_of_hook(index: int) -> Key[Array, " batch"]:
         def fold(key: Array) -> Array:
             for part in (_HOOK_NOISE, index, number):
                 key = jax.random.fold_in(key, part)
@@ -65,7 +65,7 @@ def _moments(
 
         return jax.vmap(fold)(keys)
 
-    return [Moment(step, log_snr, own(index)) for index in range(len(hooks))]
+    return [Moment(step, log_snr, keys_of_hook(index)) for index in range(len(hooks))]
 
 
 def start(keys: Key[Array, " batch"], shape: tuple[int, ...], config: SamplerConfig) -> SamplerState:
@@ -109,14 +109,14 @@ def advance(
         moments = _moments(hooks, number, call.step, call.log_snr, keys)
         for hook, moment in zip(hooks, moments, strict=True):
             state = state._replace(x=hook.before_call(state.x, moment))
-        found = denoiser(state.x, call.log_snr, call.step)
-        if not isinstance(found, Denoised):
-            found = Denoised(found, None)
+        denoised = denoiser(state.x, call.log_snr, call.step)
+        if not isinstance(denoised, Denoised):
+            denoised = Denoised(denoised, None)
         for hook, moment in zip(hooks, moments, strict=True):
-            found = found._replace(x0=hook.after_x0(found.x0, moment))
+            denoised = denoised._replace(x0=hook.after_x0(denoised.x0, moment))
         noise = image_noise(keys, call.step + 1, state.x.shape[1:]) if rule.stochastic else None
-        x, memory = rule.update(call, state, found, noise)
-        return SamplerState(x, found.x0, memory)
+        x, memory = rule.update(call, state, denoised, noise)
+        return SamplerState(x, denoised.x0, memory)
 
     return jax.lax.fori_loop(first, config.network_calls if last is None else last, iterate, state)
 

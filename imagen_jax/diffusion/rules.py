@@ -83,14 +83,14 @@ class Rule(abc.ABC):
 
     @abc.abstractmethod
     def update(
-        self, call: Any, state: SamplerState, found: Denoised, noise: Float[Array, "batch *shape"] | None
+        self, call: Any, state: SamplerState, denoised: Denoised, noise: Float[Array, "batch *shape"] | None
     ) -> tuple[Float[Array, "batch *shape"], Any]:
         """What the network sees at the next call, and what is remembered then.
 
         Args:
           call: of `plan`, the one just made.
           state: before it; its x0 is that of the call before.
-          found: what the network gave.
+          denoised: what the network gave.
           noise: of unit variance where the rule is stochastic, else None.
         """
 
@@ -104,4 +104,4 @@ def needed(noise: Float[Array, "batch *shape"] | None) -> Float[Array, "batch *s
 
 def at_call(plan: Any, number: Int[Array, ""] | int) -> Any:
     """One call of a plan."""
-    return jax.tree.map(lambda each: each[number], plan)
+    return jax.tree.map(lambda x: x[number], plan)

@@ -57,7 +57,7 @@ def _moments_forward(x: Picture, shift: PerChannel) -> tuple:
 
 def _moments_backward(residuals: tuple, gradients: tuple) -> tuple:
     x, shift = residuals
-    first, second = (_spread(each) / (x.shape[1] * x.shape[2]) for each in gradients)
+    first, second = (_spread(gradient) / (x.shape[1] * x.shape[2]) for gradient in gradients)
     less = x.astype(jnp.float32) - _spread(shift)
     return (first + 2.0 * less * second).astype(x.dtype), jnp.zeros_like(shift)
 
@@ -94,7 +94,7 @@ scale_shift.defvjp(_scale_shift_forward, _scale_shift_backward)
 @jax.custom_vjp
 def add_bias(x: Float[Array, "*shape channels"], bias: Float[Array, " channels"]) -> Float[Array, "..."]:
     """X + bias, in the dtype of x."""
-    return x + bias.astype(x.dtype)
+    return x + jnp.expand_dims(bias.astype(x.dtype), range(x.ndim - 1))
 
 
 def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, None]:
@@ -138,8 +138,8 @@ class GroupNorm(nnx.Module):
     def __init__(self, channels: int, *, dtype: jnp.dtype, epsilon: float = 1e-5, groups: int | None = None):
         if groups is not None and channels % groups:
             raise ValueError(f"{groups} groups do not divide {channels} channels")
-        own = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
-        self.groups = groups or own
+        usual = 32 if channels % 32 == 0 and channels >= 256 else math.gcd(32, max(1, channels // 8))
+        self.groups = groups or usual
         self.epsilon, self.dtype = epsilon, dtype
         self.scale = nnx.Param(jnp.ones((channels,)))
         self.bias = nnx.Param(jnp.zeros((channels,)))
@@ -154,8 +154,8 @@ class GroupNorm(nnx.Module):
         """`moments` of pictures whose channels are side by side."""
         ends = list(itertools.accumulate(part.shape[-1] for part in parts))
         shifts = jnp.split(shift, ends[:-1], axis=-1)
-        each = [moments(part.astype(self.dtype), own) for part, own in zip(parts, shifts)]
-        first, second = (jnp.concatenate(values, axis=-1) for values in zip(*each))
+        pairs = [moments(part.astype(self.dtype), part_shift) for part, part_shift in zip(parts, shifts)]
+        first, second = (jnp.concatenate(values, axis=-1) for values in zip(*pairs))
         return first, second
 
     def __call__(
@@ -182,13 +182,14 @@ class GroupNorm(nnx.Module):
         pixel = x[:, 0, 0] if self.dtype == jnp.float32 else jnp.zeros((x.shape[0], x.shape[-1]))
         pixel = jax.lax.stop_gradient(pixel)
         first, second = checkpoint_name(self._moments(parts or (x,), pixel), "statistics")
-        channel_mean = first + pixel + bias
+        bias = jnp.reshape(bias, (1, -1))  # (1, C), or (1, 1) of a number
+        channel_mean = first + pixel + bias  # (N, C)
         mean = self._share(channel_mean)
         within = jnp.maximum(second - jnp.square(first), 0.0)
         variance = self._share(within + jnp.square(channel_mean - mean))
-        factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        factor = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...][None]  # (N, C)
         # (x + bias − mean)·factor + own bias, written with x − pixel.
-        offset = self.bias[...] + (pixel + bias - mean) * factor
+        offset = self.bias[...][None] + (pixel + bias - mean) * factor
         if scale is not None and shift is not None:
             factor, offset = factor * (1.0 + scale), offset * (1.0 + scale) + shift
         return scale_shift(x, pixel, factor, offset)

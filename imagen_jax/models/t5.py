@@ -169,7 +169,7 @@ def _rms_norm(
 ) -> Float[Array, "batch length width"]:
     """Root mean square norm (arXiv:1910.07467) without mean or bias, in float32."""
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + epsilon) * scale.astype(jnp.float32)
+    return x * jax.lax.rsqrt(mean_square + epsilon) * scale.astype(jnp.float32)[None, None]
 
 
 class T5Layers(nnx.Module):

@@ -65,8 +65,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     try:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # of a slice none of whose sides is such a size: 32 of 16×16 chips
-        found = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(found, AXES, axis_types=types)
+        placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
 
 
 def use_cpu_devices(count: int | None = None) -> None:
@@ -246,8 +246,8 @@ def data_share(mesh: Mesh) -> DataShare:
     device: Any
     for device, (part,) in slices.items():
         rows.setdefault(device.process_index, set()).update(range(*part.indices(parts)))
-    distinct = sorted({tuple(sorted(own)) for own in rows.values()})
-    if sum(map(len, distinct)) != parts or len({len(each) for each in distinct}) != 1:
+    distinct = sorted({tuple(sorted(members)) for members in rows.values()})
+    if sum(map(len, distinct)) != parts or len({len(members) for members in distinct}) != 1:
         raise UserError(
             f"config.mesh: data {mesh.shape['data']} × fsdp {mesh.shape['fsdp']} × tensor {mesh.shape['tensor']} "
             "gives some processes half of another one's examples; let tensor divide the devices of a process, or "

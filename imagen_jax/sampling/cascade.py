@@ -183,8 +183,8 @@ class Imagen:
         self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **options: Unpack[Options]
     ) -> list[Image.Image]:
         """Pictures of the prompts, as PIL images; arguments as in `pictures`."""
-        made = self.pictures(prompts, seed=seed, num_images=num_images, **options)
-        return [picture.image() for picture in made]
+        pictures = self.pictures(prompts, seed=seed, num_images=num_images, **options)
+        return [picture.image() for picture in pictures]
 
     def pictures(
         self, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **options: Unpack[Options]
@@ -304,8 +304,8 @@ class Imagen:
                 self._encode_all(part, plans)
                 for plan in plans:
                     run = self._stage_run(part, plan, batch_size)
-                    x0, found = run(x0, good, watcher, leave=not several)
-                    faults += found
+                    x0, new_faults = run(x0, good, watcher, leave=not several)
+                    faults += new_faults
                     del run
                     if self._frees:
                         self._opened.free(plan.stage.name)
@@ -328,7 +328,7 @@ class Imagen:
 
     def _encode_all(self, drawing: Drawing, plans: Sequence[StagePlan]) -> None:
         """Encodes what the stages will ask for, so that the encoder can leave memory before they come."""
-        for form in {each.stage.text_form for each in plans}:
+        for form in {plan.stage.text_form for plan in plans}:
             null = [] if form.null_caption is None else [form.null_caption]
             self.encode([*drawing.prompts, *null], form)
         if self._frees:
@@ -346,7 +346,7 @@ class Imagen:
         form, negative = stage.text_form, None
         if spec.negative:
             away = self._leads_away(drawing, form)
-            negative = Text(*(np.repeat(each, spec.batch, axis=0) for each in away))
+            negative = Text(*(np.repeat(array, spec.batch, axis=0) for array in away))
         program, params = self._opened.get(spec)
         text = self.encode([prompt for prompt, _ in drawing.wanted], form)
         return StageRun(

@@ -139,7 +139,7 @@ class Drawing:
             )
             for stage in stages
         )
-        if self.negative_prompt is not None and all(each.sampling.guidance_weight == 1.0 for each in plans):
+        if self.negative_prompt is not None and all(plan.sampling.guidance_weight == 1.0 for plan in plans):
             raise UserError(
                 f"negative_prompt {self.negative_prompt!r} needs guidance, but every stage's guidance weight is 1 (off)"
             )

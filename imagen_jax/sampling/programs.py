@@ -116,7 +116,7 @@ class StageProgram:
 
     def empty_state(self) -> SamplerState:
         """The state before the first call; what is in it is not looked at."""
-        zeros = jax.tree.map(lambda each: np.zeros(each.shape, each.dtype), self.spec.arguments()[1])
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), self.spec.arguments()[1])
         return jax.device_put(zeros, None if self._shardings is None else self._shardings[2])
 
     def __call__(

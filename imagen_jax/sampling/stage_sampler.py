@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from imagen_jax.diffusion.guidance import guide, rescale_guided
 from imagen_jax.diffusion.loop import Denoiser, advance, image_noise, start
@@ -72,7 +72,7 @@ def guided_denoiser(
 
     def guided(x_t: Array, log_snr: Array) -> NetworkOutput:
         both = (x_t, low_res, aug_log_snr)
-        x_twice, low_twice, aug_twice = jax.tree.map(lambda each: jnp.concatenate([each, each]), both)
+        x_twice, low_twice, aug_twice = jax.tree.map(lambda x: jnp.concatenate([x, x]), both)
         texts, masks = jnp.concatenate([text, negative[0]]), jnp.concatenate([mask, negative[1]])
         output = call(x_twice, log_snr, texts, masks, low_twice, aug_twice)
         conditional, unconditional = output.prediction[:batch], output.prediction[batch:]
@@ -97,6 +97,17 @@ def guided_denoiser(
         return Denoised(x0, variance) if variance is not None and config.sampler.learned_variance else x0
 
     return denoise
+
+
+def _augmented(
+    stage: StageConfig, inputs: StageInputs, keys: Key[Array, " batch"], size: Size, config: SamplingConfig
+) -> Float[Array, "batch low_height low_width channels"] | None:
+    """The low-resolution pictures with the noise that an SR stage is told of; None for a base stage."""
+    if inputs.low_res is None:
+        return None
+    low_res = stage.augmentation.prepare(inputs.low_res, size)
+    noise = image_noise(keys, _AUG_NOISE, low_res.shape[1:])
+    return stage.augmentation.apply(low_res, noise, jnp.full((len(low_res),), config.aug_level))
 
 
 def sample_stage(
@@ -133,12 +144,6 @@ def sample_stage(
     shape = (*size, stage.network.image_channels)
     # Another stream of numbers for each stage: the base's noise must not come again in the SR stages.
     keys = jax.vmap(lambda seed: jax.random.fold_in(jax.random.key(seed), stage.resolution))(inputs.seeds)
-    augmented = None
-    if inputs.low_res is not None:
-        low_res = stage.augmentation.prepare(inputs.low_res, size)
-        noise = image_noise(keys, _AUG_NOISE, low_res.shape[1:])
-        level = jnp.full((len(low_res),), config.aug_level)
-        augmented = stage.augmentation.apply(low_res, noise, level)
     negative = None
     if inputs.negative_text is not None and inputs.negative_mask is not None:
         negative = inputs.negative_text, inputs.negative_mask
@@ -148,14 +153,14 @@ def sample_stage(
         inputs.text,
         inputs.mask,
         negative=negative,
-        low_res=augmented,
+        low_res=_augmented(stage, inputs, keys, size, config),
         config=config,
         mesh=mesh,
     )
 
     def sharded(x_t: Array, log_snr: Array, step: Array) -> Array | Denoised:
-        found = denoise(shard_pictures(x_t, mesh), log_snr, step)
-        return jax.tree.map(lambda each: shard_pictures(each, mesh), found)
+        denoised = denoise(shard_pictures(x_t, mesh), log_snr, step)
+        return jax.tree.map(lambda x: shard_pictures(x, mesh), denoised)
 
     if state is None:
         state = start(keys, shape, config.sampler)

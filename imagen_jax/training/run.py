@@ -75,7 +75,8 @@ class Run:
         """Parameters of all roles; those of the first by the seed alone."""
         keys = [key, *(jax.random.fold_in(key, number) for number in range(1, len(self.roles)))]
         return {
-            name: role.network.init(own) for own, (name, role) in zip(keys, self.roles.items(), strict=True)
+            name: role.network.init(weights)
+            for weights, (name, role) in zip(keys, self.roles.items(), strict=True)
         }
 
     def _state(self, params: Weights) -> TrainState:
@@ -87,11 +88,11 @@ class Run:
             params=dict(params),
             # Copies: the training step reuses the memory of each of the state's arrays.
             ema={
-                name: jax.tree.map(jnp.copy, start_ema(own, decays))
-                for name, own in learning.items()
+                name: jax.tree.map(jnp.copy, start_ema(weights, decays))
+                for name, weights in learning.items()
                 if self.roles[name].averaged
             },
-            opt_state={name: self.optimizers[name].init(own) for name, own in learning.items()},
+            opt_state={name: self.optimizers[name].init(weights) for name, weights in learning.items()},
         )
 
     def init(self) -> TrainState:
@@ -138,8 +139,8 @@ class Run:
         """
         loop = self.config.train
         return {
-            name: average_of(own, state.ema[name], loop, decay) if name in state.ema else own
-            for name, own in state.params.items()
+            name: average_of(weights, state.ema[name], loop, decay) if name in state.ema else weights
+            for name, weights in state.params.items()
         }
 
     def average(self, state: TrainState, decay: float | None = None) -> Params:

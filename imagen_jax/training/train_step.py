@@ -37,7 +37,7 @@ def step_arrays(batch: Mapping[str, Any]) -> dict[str, Any]:
 
     Whatever a pipeline or an encoder adds to a batch is among them unless it is named here.
     """
-    arrays = {name: each for name, each in batch.items() if name not in ("key", "caption", "tokens")}
+    arrays = {name: value for name, value in batch.items() if name not in ("key", "caption", "tokens")}
     return arrays | {"index": split_index(batch["index"])}
 
 
@@ -54,7 +54,8 @@ StepMetrics = dict[str, Array]
 
 def ema_update(ema: Params, params: Params, step: Array, decay: float) -> Params:
     """Ema + (1 − d)·(params − ema) with d = min(decay, (1 + step) / (10 + step)), a warm-up of the average."""
-    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    done = step.astype(jnp.float32)
+    d = jnp.minimum(decay, (1.0 + done) / (10.0 + done))
     return jax.tree.map(lambda old, new: old + (1.0 - d) * (new - old), ema, params)
 
 
@@ -63,8 +64,8 @@ def update_averages(ema: Params, params: Params, step: Array, config: LoopConfig
     updated = ema_update({name: ema[name] for name in params}, params, step, config.ema_decay)
     for decay in config.ema_decays:
         names = {name: ema_name(name, decay) for name in params}
-        own = ema_update({name: ema[names[name]] for name in params}, params, step, decay)
-        updated |= {names[name]: value for name, value in own.items()}
+        average = ema_update({name: ema[names[name]] for name in params}, params, step, decay)
+        updated |= {names[name]: value for name, value in average.items()}
     return updated
 
 
@@ -130,8 +131,8 @@ def _gradients(
     share = 1 / (mesh.shape["data"] * mesh.shape["fsdp"]) if works_locally() else 1.0
 
     def of_role(role: str, part: Batch) -> tuple[Params, Losses]:
-        def loss(own: Params) -> tuple[Array, Losses]:
-            losses = run.losses({**params, role: own}, part, null)[role]
+        def loss(learned: Params) -> tuple[Array, Losses]:
+            losses = run.losses({**params, role: learned}, part, null)[role]
             return losses.loss.mean() * share, losses
 
         def gradient() -> tuple[Params, Losses]:
@@ -144,7 +145,7 @@ def _gradients(
 
     def gradients_of(part: Batch) -> tuple[dict[str, Params], dict[str, Losses]]:
         both = {role: of_role(role, part) for role in run.roles.learning}
-        return {role: each[0] for role, each in both.items()}, {role: each[1] for role, each in both.items()}
+        return {role: pair[0] for role, pair in both.items()}, {role: pair[1] for role, pair in both.items()}
 
     if parts == 1:
         return *gradients_of(batch), batch["index"]
@@ -156,14 +157,14 @@ def _gradients(
     split = split_batch(batch, parts, mesh)
     start = {role: jax.tree.map(jnp.zeros_like, params[role]) for role in run.roles.learning}
     total, losses = jax.lax.scan(add, start, split)
-    flat = jax.tree.map(lambda each: each.reshape(-1), losses)
+    flat = jax.tree.map(lambda x: x.reshape(-1), losses)
     return total, flat, split["index"].reshape(-1, 2)
 
 
 def bin_losses(losses: Losses) -> tuple[Float[Array, " bins"], Float[Array, " bins"]]:
     """Sum of the losses, and number of the examples, in each bin of log-SNR (see `LOG_SNR_EDGES`)."""
     bins = jnp.searchsorted(jnp.asarray(LOG_SNR_EDGES), losses.log_snr, side="right")
-    inside = bins[:, None] == jnp.arange(len(LOG_SNR_EDGES) + 1)
+    inside = bins[:, None] == jnp.arange(len(LOG_SNR_EDGES) + 1)[None]  # (N, bins)
     return jnp.where(inside, losses.loss[:, None], 0.0).sum(0), inside.astype(jnp.float32).sum(0)
 
 
@@ -178,10 +179,10 @@ def _updated(run: Run, state: TrainState, gradients: Mapping[str, Params]) -> Tr
     """The state after all roles that are due took their step."""
     params, ema, opt_state = dict(state.params), dict(state.ema), dict(state.opt_state)
     for role in run.roles.learning:
-        own = state.params[role]
-        updates, stepped = run.optimizers[role].update(gradients[role], state.opt_state[role], own)
-        new: dict[str, Any] = {"params": optax.apply_updates(own, updates), "opt_state": stepped}
-        old: dict[str, Any] = {"params": own, "opt_state": state.opt_state[role]}
+        weights = state.params[role]
+        updates, stepped = run.optimizers[role].update(gradients[role], state.opt_state[role], weights)
+        new: dict[str, Any] = {"params": optax.apply_updates(weights, updates), "opt_state": stepped}
+        old: dict[str, Any] = {"params": weights, "opt_state": state.opt_state[role]}
         if role in ema:
             new["ema"] = update_averages(ema[role], new["params"], state.step, run.config.train)
             old["ema"] = ema[role]
@@ -211,11 +212,11 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Text], tuple[Train
     def step(state: TrainState, batch: Batch, null: Text) -> tuple[TrainState, StepMetrics]:
         gradients, losses, index = batch_gradients(run, state.params, batch, null, state.step)
         squares = {
-            role: jnp.stack([jnp.sum(jnp.square(own[name])) for name in sorted(own)])
-            for role, own in gradients.items()
+            role: jnp.stack([jnp.sum(jnp.square(gradient[name])) for name in sorted(gradient)])
+            for role, gradient in gradients.items()
         }
-        means = {role: each.loss.mean() for role, each in losses.items()}
-        norms = {role: jnp.sqrt(each.sum()) for role, each in squares.items()}
+        means = {role: values.loss.mean() for role, values in losses.items()}
+        norms = {role: jnp.sqrt(values.sum()) for role, values in squares.items()}
         done = updates_done(state.opt_state[primary])
         running = state.step - done <= allowed
         finite = [jnp.isfinite(means[role]) & jnp.isfinite(norms[role]) for role in run.roles.learning]
@@ -227,7 +228,7 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Text], tuple[Train
         metrics = {
             "loss": means[primary],
             "grad_norm": norms[primary],
-            "learning_rate": jnp.asarray(rate(done), jnp.float32),
+            "learning_rate": jnp.asarray(rate(done.astype(jnp.float32)), jnp.float32),
             "updated": updated,
             "skipped": new.step - updates_done(new.opt_state[primary]),
             "bin_loss": bin_loss,

@@ -28,11 +28,13 @@ class Mixture:
         )
         z = (x_t @ basis)[:, None]  # (N, 1, D)
         variance = alpha**2 * stds**2 + sigma**2  # (K, D), of z given the component
-        away = z - alpha * means
-        logits = xp.log(weights) - 0.5 * xp.sum(away**2 / variance + xp.log(variance), axis=-1)
+        away = z - alpha * means[None]  # (N, K, D)
+        squares = away**2 / variance[None] + xp.log(variance)[None]
+        logits = xp.log(weights)[None] - 0.5 * xp.sum(squares, axis=-1)  # (N, K)
         odds = xp.exp(logits - logits.max(axis=-1, keepdims=True))
         odds = odds / odds.sum(axis=-1, keepdims=True)
-        return xp.sum(odds[..., None] * (means + alpha * stds**2 / variance * away), axis=1) @ basis.T
+        centres = means[None] + (alpha * stds**2 / variance)[None] * away
+        return xp.sum(odds[..., None] * centres, axis=1) @ basis.T
 
     def denoiser(self, x_t, log_snr, step):
         alpha, sigma = jnp.sqrt(jax.nn.sigmoid(log_snr)), jnp.sqrt(jax.nn.sigmoid(-log_snr))

@@ -67,7 +67,7 @@ def test_dpmpp_of_32_steps_is_as_close_as_ddpm_of_128(keys_of):
 
     def denoiser(x_t, log_snr, step):
         signal, noise = jax.nn.sigmoid(log_snr) * stds**2, jax.nn.sigmoid(-log_snr)
-        return jnp.sqrt(jax.nn.sigmoid(log_snr)) * stds**2 / (signal + noise) * x_t
+        return (jnp.sqrt(jax.nn.sigmoid(log_snr)) * stds**2 / (signal + noise))[None] * x_t
 
     def worst(kind, steps, count=4096):
         config = SamplerConfig(kind=kind, steps=steps)

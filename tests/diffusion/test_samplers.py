@@ -23,8 +23,8 @@ def denoiser(x_t, log_snr, step):
     """E[x0 | x_t] = μ + αΣ(α²Σ + σ²)⁻¹(x_t − αμ), in the eigenvectors of Σ."""
     alpha, sigma = alpha_sigma(log_snr)
     basis, values = jnp.asarray(EIGENVECTORS, jnp.float32), jnp.asarray(EIGENVALUES, jnp.float32)
-    mean = jnp.asarray(MEAN, jnp.float32)
-    gain = alpha * values / (alpha**2 * values + sigma**2)
+    mean = jnp.asarray(MEAN, jnp.float32)[None]
+    gain = (alpha * values / (alpha**2 * values + sigma**2))[None]
     return mean + (gain * ((x_t - alpha * mean) @ basis)) @ basis.T
 
 

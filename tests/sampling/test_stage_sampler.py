@@ -72,7 +72,7 @@ class Recorded(StageNetwork):
 
     def apply(self, params, x_t, log_snr, text, mask, *, low_res=None, aug_log_snr=None, mesh=None):
         jax.debug.callback(lambda size: self.sizes.append(int(size)), jnp.sum(jnp.ones(len(x_t))))
-        ramp = jnp.arange(x_t[0].size, dtype=jnp.float32).reshape(x_t.shape[1:])
+        ramp = jnp.arange(x_t[0].size, dtype=jnp.float32).reshape(1, *x_t.shape[1:])
         return NetworkOutput(prediction=text[:, :1, :1, None] * ramp)
 
 

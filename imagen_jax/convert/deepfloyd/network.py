@@ -65,8 +65,8 @@ def _per_level(config: Mapping[str, Any], name: str, levels: int, default: Any) 
     if len(values) != levels:
         raise UserError(f"{name} is {value!r}, expected one value for each of {levels} levels")
     if not isinstance(default, bool):
-        return tuple(_positive(each, name) for each in values)
-    if not all(isinstance(each, bool) for each in values):
+        return tuple(_positive(number, name) for number in values)
+    if not all(isinstance(value, bool) for value in values):
         raise UserError(f"{name} is {value!r}, expected true or false")
     return values
 
@@ -146,7 +146,7 @@ def _unet_config(config: Mapping[str, Any]) -> DeepFloydUNetConfig:
     channels = config.get("block_out_channels")
     if not isinstance(channels, (list, tuple)) or not channels:
         raise UserError(f"block_out_channels is {channels!r}, expected a list of channels")
-    channels = tuple(_positive(each, "block_out_channels") for each in channels)
+    channels = tuple(_positive(number, "block_out_channels") for number in channels)
     if channels[0] % 2:
         raise UserError(f"block_out_channels is {channels!r}, expected an even number first")
     levels = len(channels)
@@ -207,8 +207,8 @@ def diffusers_config(network: NetworkConfig, resolution: int) -> dict[str, Any]:
     attends = network.text_attention
     down = {attends: kind for kind, attends in _DOWN.items()}
     up = {attends: kind for kind, attends in _UP.items()}
-    only_cross = [text and not own for text, own in zip(attends, network.self_attention)]
-    if any(own and not text for text, own in zip(attends, network.self_attention)):
+    only_cross = [text and not itself for text, itself in zip(attends, network.self_attention)]
+    if any(itself and not text for text, itself in zip(attends, network.self_attention)):
         raise UserError("a level with self-attention and no text has no form in diffusers")
     act = network.embedding_activation
     return {
@@ -217,8 +217,8 @@ def diffusers_config(network: NetworkConfig, resolution: int) -> dict[str, Any]:
         "sample_size": resolution,
         "in_channels": network.image_channels + network.low_res_channels,
         "out_channels": network.channels_out,
-        "down_block_types": [down[each] for each in attends],
-        "up_block_types": [up[each] for each in reversed(attends)],
+        "down_block_types": [down[kind] for kind in attends],
+        "up_block_types": [up[kind] for kind in reversed(attends)],
         "only_cross_attention": only_cross,
         "mid_block_only_cross_attention": not network.mid_self_attention,
         "block_out_channels": list(network.channels),
