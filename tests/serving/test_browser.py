@@ -252,7 +252,9 @@ def test_an_error_is_one_line_in_the_page(page, prompt, fields, message):
 
 def test_a_broken_link_says_so(page, url):
     page.goto(f"{url}/?prompt=x&steps=many")
-    page.get_by_role("alert").filter(has_text="--steps many: 'many' is not a whole number").wait_for()
+    alert = page.get_by_role("alert").filter(has_text="--steps many: 'many' is not a whole number")
+    alert.wait_for()
+    assert alert.count() == 1 and cards(page).count() == 0
 
 
 LONG = {"base_steps": MAX_STEPS, "Pictures": MAX_IMAGES}
