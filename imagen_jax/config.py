@@ -2,8 +2,9 @@
 
 A dataclass that is one choice of several (a network, a schedule) has a class variable `KIND`; its dictionary
 carries that name under "kind". One that had more fields once lists them in a class variable `RETIRED`, with the value
-that means what is now always so: dictionaries that say this value still open. One whose dictionaries had another form
-once has a class method `from_former` which gives them in today's, and None for all others.
+that means what is now always so, or `ANY` where none changed a result: dictionaries that say this value still open.
+One whose dictionaries had another form once has a class method `from_former` which gives them in today's, and None for
+all others.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.limits import shown
 
 T = TypeVar("T")
+ANY = object()  # of a retired field: it may have had any value
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -46,7 +48,7 @@ def build(cls: type[T], values: Any, where: str) -> T:
     hints = typing.get_type_hints(cls)
     given = {name: value for name, value in values.items() if not (name == "kind" and hasattr(cls, "KIND"))}
     for name, only in getattr(cls, "RETIRED", {}).items():
-        if name in given and (value := given.pop(name)) != only:
+        if name in given and (value := given.pop(name)) != only and only is not ANY:
             raise UserError(f"{where}.{name} is no field any more and means {only!r} always, got {value!r}")
     for name in given:
         if name not in fields:

@@ -129,6 +129,15 @@ def optimizations():
     jax.config.update("jax_disable_most_optimizations", True)
 
 
+@pytest.fixture
+def mixed_dtypes():
+    """Dtypes are promoted as for a user: JAX's gradient of its attention in bfloat16 does so on purpose."""
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def text_encoder(tmp_path_factory):
     """Folder of a small text encoder of width TEXT_WIDTH."""

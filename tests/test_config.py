@@ -21,6 +21,7 @@ from imagen_jax.models.deepfloyd import DeepFloydUNetConfig
 from imagen_jax.models.efficient_unet import EfficientUNetConfig
 from imagen_jax.models.network import Attention, Gather, Remat
 from imagen_jax.models.unet import UNetConfig
+from imagen_jax.training.config import LoopConfig
 
 SIZES = {
     "channels": (8, 16),
@@ -136,6 +137,12 @@ def test_a_retired_field_opens_with_the_value_that_is_now_always_so():
         UserError, match=r"^stage\.network\.scan is no field any more and means 0 always, got 2$"
     ):
         build(StageConfig, values, "stage")
+
+
+def test_a_retired_field_that_changed_no_result_opens_with_any_value():
+    values = to_dict(LoopConfig(steps=3))
+    for value in (0, 8192):
+        assert build(LoopConfig, values | {"tpu_operation_kib": value}, "train") == LoopConfig(steps=3)
 
 
 def former(config):

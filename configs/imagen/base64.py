@@ -61,7 +61,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "steps": 2_500_000,  # [P]
                 "text_dropout": 0.1,  # [P]
                 "ema_decay": 0.9999,  # as in NeMo
-                "tpu_operation_kib": 8192,  # docs/performance.md
             },
             "mesh": {"data": 1, "fsdp": -1, "fsdp_limit": 32},
         }

@@ -28,7 +28,7 @@ def attend(
     mask: Bool[Array, "batch keys"],
     *,
     heads: int,
-    kind: Attention = Attention.XLA,
+    kind: Attention | str = Attention.XLA,
 ) -> Float[Array, "batch queries channels"]:
     """Attention of heads that lie side by side in the channels, scaled by the root of a head's.
 
@@ -43,8 +43,9 @@ def attend(
         Without a mesh it is XLA.
 
     Raises:
-      ValueError: for FLASH, where the kernels do not take the shapes.
+      ValueError: for FLASH, where the kernels do not take the shapes, or a kind that there is not.
     """
+    kind = Attention(kind)
     mesh = Execution.current().mesh
     length, channels = query.shape[1:]
     platform = None if mesh is None else mesh.devices.flat[0].platform

@@ -160,7 +160,7 @@ class TextPooling(nnx.Module):
         """Pools all tokens, padding included."""
         tokens = self.norm(text)
         mean = tokens.mean(axis=1, keepdims=True)
-        token = mean + self.positional_embedding[...].astype(tokens.dtype)
+        token = mean + self.positional_embedding[...][None].astype(tokens.dtype)  # (N, 1, text width)
         both = jnp.concatenate([token, tokens], axis=1)
         pooled = jax.nn.dot_product_attention(
             split_heads(self.query(token), self.heads),

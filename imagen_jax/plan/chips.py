@@ -1,7 +1,8 @@
 """The TPU chips that can be planned for: published peak numbers, and what the compiler's cycles mean on each.
 
-Sources: the Cloud TPU documentation's page of each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e) for
-bfloat16 peak, HBM bandwidth and interconnect; arXiv 2304.01433 for v4's links of 50 GB/s.
+Sources: the Cloud TPU documentation's page of each chip (docs.cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x) for
+bfloat16 peak and HBM bandwidth. Links: one way as "How to Scale Your Model" lists them (jax-ml.github.io/scaling-book,
+the chapter on TPUs), a tenth below the 400 GB/s and so on of the documentation's pages; that book measured 95 % of it.
 
 The clock that turns the compiler's `estimated_cycles` into seconds is not on those pages. It is taken from
 consistency: libtpu 0.0.51 estimates a 4096³ … 32768³ bfloat16 product at 115,000–127,000 FLOPs a cycle on v5e,
@@ -9,6 +10,9 @@ consistency: libtpu 0.0.51 estimates a 4096³ … 32768³ bfloat16 product at 11
 2^17, 2^18, 2^18 and 2^19, the FLOPs that the matrix units do in a cycle. The published peak over that power of two
 is the clock: 1.503, 1.751, 1.049 and 1.751 GHz. With it, adding a constant to a float32 array of 1 GiB reaches
 660, 1985, 945 and 1325 GB/s, 72–81 % of each chip's HBM bandwidth, so the same clock holds for memory.
+
+What the matrix units do in a cycle of the attention kernels is counted in libtpu's final schedule of them
+(`benchmarks/schedule.py`): heads of 64 channels fill half of a unit, and exponentials take turns with it.
 """
 
 import dataclasses
@@ -37,6 +41,7 @@ class Chip:
     flops_per_cycle: int  # bfloat16, of the clock of `estimated_cycles`; see the module's text
     hbm_bytes: int  # bytes that a program may use: what libtpu 0.0.51 calls available, its reserve taken off
     hbm_bandwidth: float  # bytes/s
+    kernel_flops_per_cycle: int  # of the attention kernels with heads of 64 channels; see the module's text
     link_bandwidth: float  # bytes/s of one interconnect link in one direction
     axes: int  # of the interconnect's grid; two links each
     wrap: Wrap
@@ -58,7 +63,8 @@ CHIPS = {
             flops_per_cycle=2**18,
             hbm_bytes=int(30.75 * _GIB),
             hbm_bandwidth=1200e9,
-            link_bandwidth=50e9,
+            kernel_flops_per_cycle=80_000,
+            link_bandwidth=45e9,
             axes=3,
             wrap=Wrap.CUBES,
             tensor_cores=2,
@@ -70,7 +76,8 @@ CHIPS = {
             flops_per_cycle=2**17,
             hbm_bytes=int(15.75 * _GIB),
             hbm_bandwidth=819e9,
-            link_bandwidth=50e9,  # 400 GB/s, both directions of 4 links
+            kernel_flops_per_cycle=39_000,
+            link_bandwidth=45e9,
             axes=2,
             wrap=Wrap.FULL_POD,
             tensor_cores=1,
@@ -82,7 +89,8 @@ CHIPS = {
             flops_per_cycle=2**18,
             hbm_bytes=int(95.73 * _GIB),
             hbm_bandwidth=2765e9,
-            link_bandwidth=100e9,  # 4800 Gbit/s over 6 links
+            kernel_flops_per_cycle=80_000,
+            link_bandwidth=90e9,
             axes=3,
             wrap=Wrap.CUBES,
             tensor_cores=2,
@@ -94,7 +102,8 @@ CHIPS = {
             flops_per_cycle=2**19,
             hbm_bytes=int(31.24 * _GIB),
             hbm_bandwidth=1638e9,
-            link_bandwidth=100e9,  # 800 GB/s, both directions of 4 links
+            kernel_flops_per_cycle=48_000,
+            link_bandwidth=90e9,
             axes=2,
             wrap=Wrap.FULL_POD,
             tensor_cores=1,
@@ -104,7 +113,8 @@ CHIPS = {
 }
 
 
-# Peak FLOP/s in bfloat16 by what JAX calls a device (`device_kind`). GPUs: NVIDIA's data sheets, dense, SXM boards.
+# Peak FLOP/s in bfloat16 by what JAX calls a device (`device_kind`). GPUs: NVIDIA's data sheets (of the RTX 4090: the
+# white paper of its architecture, with sums in float32), without sparsity. T4 has no bfloat16: its peak in float16.
 _DEVICE_PEAKS = {
     "TPU v4": CHIPS["v4"].peak_flops,
     "TPU v5 lite": CHIPS["v5e"].peak_flops,
@@ -113,10 +123,18 @@ _DEVICE_PEAKS = {
     "TPU v5p": CHIPS["v5p"].peak_flops,
     "TPU v6 lite": CHIPS["v6e"].peak_flops,
     "TPU v6e": CHIPS["v6e"].peak_flops,
+    "TPU7x": 2307e12 / 2,  # a device is one of the chip's two cores
+    "Tesla T4": 65e12,
+    "NVIDIA L4": 121e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
 }
 
 

@@ -33,6 +33,8 @@ from imagen_jax.training.run import Run
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.train_step import make_train_step
 
+_OPERATION_OPTION = "xla_tpu_scoped_vmem_limit_kib"
+
 
 class Program(enum.StrEnum):
     """What is planned."""
@@ -109,7 +111,13 @@ def null_text(config: TrainConfig, mesh: Mesh) -> Text:
 
 
 def compile_stage(
-    config: TrainConfig, devices: list[Any], program: Program, *, rows: int = 1, progress: bool = False
+    config: TrainConfig,
+    devices: list[Any],
+    program: Program,
+    *,
+    rows: int = 1,
+    operation_kib: int | None = None,
+    progress: bool = False,
 ) -> Compiled:
     """Compiles the very program that `train` or `sample` would run on the devices.
 
@@ -118,6 +126,8 @@ def compile_stage(
       devices: of a slice.
       program: which of the two.
       rows: devices over which each picture's rows are split, when sampling.
+      operation_kib: on-chip memory that one operation may use; less compiles faster, to a slower program than the one
+        that `train` runs. None: libtpu's.
       progress: whether to show on stderr how long it has taken.
 
     Raises:
@@ -155,7 +165,10 @@ def compile_stage(
             state = with_shardings(network.abstract_params, shardings[0])
             batch = with_shardings(spec.arguments()[0], shardings[1])
             lowered = lower(spec, network)
-        made, needed = _compile(lowered, mesh, program)
+        options: dict[str, str | bool] | None = None
+        if operation_kib is not None:
+            options = {_OPERATION_OPTION: str(operation_kib)}
+        made, needed = _compile(lowered, mesh, program, options)
     return Compiled(
         mesh=mesh,
         network=network,
@@ -167,10 +180,14 @@ def compile_stage(
     )
 
 
-def _compile(lowered: jax.stages.Lowered, mesh: Mesh, program: Program) -> tuple[Any | None, int | None]:
+def _compile(
+    lowered: jax.stages.Lowered, mesh: Mesh, program: Program, options: dict[str, str | bool] | None
+) -> tuple[Any | None, int | None]:
     """The program, or None and the bytes that it would need."""
     try:
-        return lowered.compile() if program is Program.TRAIN else compile_program(lowered, mesh), None
+        if program is Program.TRAIN:
+            return lowered.compile(compiler_options=options), None
+        return compile_program(lowered, mesh), None
     except jax.errors.JaxRuntimeError as error:
         needed = out_of_memory_bytes(str(error))
         if needed is None:

@@ -2,7 +2,7 @@
 
 The compiler puts `estimated_cycles` on every fusion, copy and reduction of a scheduled program. Added up in that
 order, a while body times its trip count and a conditional at its costlier branch, they are the time of the
-arithmetic. What carries no estimate is added: hand-written kernels at a share of their roofline, other instructions
+arithmetic. What carries no estimate is added: hand-written kernels by their own count of work, other instructions
 that move data at HBM bandwidth, and of each collective the part that nothing was scheduled to hide.
 """
 
@@ -15,8 +15,8 @@ from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.hlo import Instruction, Module, shape_bytes
 from imagen_jax.plan.network import Collective, Network, Transfer, collective_kind, transfer
 
-# A hand-written kernel is taken to reach this share of its roofline.
-KERNEL_EFFICIENCY = 0.6
+# A hand-written kernel is taken to reach this share of HBM bandwidth; its arithmetic is `Chip.kernel_flops_per_cycle`.
+KERNEL_BANDWIDTH = 0.6
 KERNEL_TARGET = "tpu_custom_call"
 # What takes no time, or is done by the DMA engines beside the arithmetic.
 _FREE = {
@@ -54,7 +54,7 @@ class Estimate:
 
     seconds: float  # in all: the sum of the four below
     compiler_s: float  # instructions that the compiler estimated
-    kernel_s: float  # hand-written kernels, at KERNEL_EFFICIENCY of their roofline
+    kernel_s: float  # hand-written kernels, by their own count of FLOPs and bytes
     unestimated_s: float  # other instructions that move data, at HBM bandwidth
     exposed_s: float  # waiting for collectives
     collectives: tuple[CollectiveTotal, ...]  # most bytes first
@@ -193,7 +193,7 @@ class Estimator:
         elif each.opcode in _FREE or each.target in _FREE_TARGETS:
             return
         elif each.target == KERNEL_TARGET:
-            seconds = self._roofline(each, shapes) / KERNEL_EFFICIENCY
+            seconds = self._kernel_seconds(each, shapes)
             cost.kernel += seconds
         else:
             seconds = self._moved_bytes(each, shapes) / self._chip.hbm_bandwidth
@@ -201,11 +201,12 @@ class Estimator:
         if seconds:
             cost.origins[self.origin(each, each.opcode)] += seconds
 
-    def _roofline(self, kernel: Instruction, shapes: dict[str, str]) -> float:
-        """Seconds that a kernel needs at the least, by its own cost_estimate or else by its arrays."""
+    def _kernel_seconds(self, kernel: Instruction, shapes: dict[str, str]) -> float:
+        """What a kernel needs by its own cost_estimate or else by its arrays."""
         known = kernel.kernel_cost or {"bytes_accessed": self._moved_bytes(kernel, shapes)}
-        arithmetic = known.get("flops", 0) / self._chip.peak_flops
-        return max(arithmetic, known.get("bytes_accessed", 0) / self._chip.hbm_bandwidth)
+        cycles = known.get("flops", 0) / self._chip.kernel_flops_per_cycle
+        moved = known.get("bytes_accessed", 0) / (KERNEL_BANDWIDTH * self._chip.hbm_bandwidth)
+        return max(cycles / self._chip.clock_hz, moved)
 
     def _moved_bytes(self, each: Instruction, shapes: dict[str, str]) -> int:
         arrays = [each.shape, *(shapes[operand] for operand in each.operands if operand in shapes)]

@@ -62,7 +62,7 @@ class Plan:
         if self.estimate is not None and self.estimate.kernel_s > KERNEL_SHARE * self.estimate.seconds:
             share = self.estimate.kernel_s / self.estimate.seconds
             lines.append(
-                f"{share:.0%} of the time is hand-written kernels, assumed at 60 % of their roofline"
+                f"{share:.0%} of the time is hand-written kernels, reckoned by a rate, not by the compiler"
             )
         if self.estimate is not None and self.estimate.unknown_loops:
             lines.append(f"loops of unknown length count once: {', '.join(self.estimate.unknown_loops)}")
@@ -70,7 +70,13 @@ class Plan:
 
 
 def make_plan(
-    config: TrainConfig, topology: Topology, program: Program, *, rows: int = 1, progress: bool = False
+    config: TrainConfig,
+    topology: Topology,
+    program: Program,
+    *,
+    rows: int = 1,
+    operation_kib: int | None = None,
+    progress: bool = False,
 ) -> Plan:
     """Compiles a stage's program for a slice and predicts what it needs.
 
@@ -79,13 +85,16 @@ def make_plan(
       topology: the slice.
       program: what of the stage.
       rows: devices over which each picture's rows are split, when sampling.
+      operation_kib: see `compile_stage`.
       progress: whether to show on stderr how long compiling takes.
 
     Raises:
       UserError: for a slice that there is not, or a mesh, rows or batch that do not fit it.
     """
     devices = slice_devices(topology)
-    compiled = compile_stage(config, devices, program, rows=rows, progress=progress)
+    compiled = compile_stage(
+        config, devices, program, rows=rows, operation_kib=operation_kib, progress=progress
+    )
     memory = _memory(compiled, program, topology)
     stage = config.stage
     train = program is Program.TRAIN

@@ -43,7 +43,7 @@ def device_checksum(array: Array) -> UInt32[Array, ""]:
     for axis, side in enumerate(array.shape):
         stride = math.prod(array.shape[axis + 1 :]) % 2**32
         along = jnp.arange(side, dtype=jnp.uint32) * jnp.uint32(stride)
-        place = place + along.reshape(-1, *(1,) * (array.ndim - axis - 1))
+        place = place + along.reshape(*(1,) * axis, -1, *(1,) * (array.ndim - axis - 1))
     return jnp.sum(_mix(bits + place * jnp.uint32(_GOLDEN)), dtype=jnp.uint32)
 
 

@@ -7,12 +7,12 @@ import importlib.util
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_collections
 
 import imagen_jax
-from imagen_jax.config import build
+from imagen_jax.config import ANY, build
 from imagen_jax.diffusion.losses import LossConfig
 from imagen_jax.diffusion.noise_levels import NoiseLevels, UniformTime
 from imagen_jax.errors import UserError
@@ -131,6 +131,8 @@ class Best(enum.StrEnum):
 class LoopConfig:
     """How long to train, and what to write on the way."""
 
+    RETIRED: ClassVar[dict[str, Any]] = {"tpu_operation_kib": ANY}
+
     steps: int  # optimizer steps in all
     text_dropout: float = 0.1  # probability of the null text (classifier-free guidance)
     accumulate: int = 1  # parts of a batch that go through the network one after the other; memory for time
@@ -157,7 +159,6 @@ class LoopConfig:
     )
     eval_split: str = "test"  # their split
     eval_batches: int = 4  # batches of data.batch_size, the same examples and noise every time
-    tpu_operation_kib: int = 0  # on-chip memory of a TPU operation, less compiles faster; 0: libtpu's
 
     def __post_init__(self) -> None:
         check_numbers(self, sample_count=MAX_PICTURES, accumulate=MAX_BATCH)
@@ -167,8 +168,7 @@ class LoopConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.keep_every is not None and self.keep_every < 1:
             raise ValueError(f"keep_every must be at least 1 or None, got {self.keep_every}")
-        not_negative = ("keep_best", "watchdog_seconds", "sample_every", "eval_every", "max_skipped")
-        for name in (*not_negative, "tpu_operation_kib"):
+        for name in ("keep_best", "watchdog_seconds", "sample_every", "eval_every", "max_skipped"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("text_dropout", "ema_decay"):

@@ -168,13 +168,6 @@ def bin_losses(losses: Losses) -> tuple[Float[Array, " bins"], Float[Array, " bi
     return jnp.where(inside, losses.loss[:, None], 0.0).sum(0), inside.astype(jnp.float32).sum(0)
 
 
-def compiler_options(config: LoopConfig, mesh: Mesh) -> dict[str, str] | None:
-    """What the compiler is told of a training step; None: nothing."""
-    if not config.tpu_operation_kib or mesh.devices.flat[0].platform != "tpu":
-        return None
-    return {"xla_tpu_scoped_vmem_limit_kib": str(config.tpu_operation_kib)}
-
-
 def _updated(run: Run, state: TrainState, gradients: Mapping[str, Params]) -> TrainState:
     """The state after all roles that are due took their step."""
     params, ema, opt_state = dict(state.params), dict(state.ema), dict(state.opt_state)
@@ -247,5 +240,4 @@ def make_train_step(run: Run) -> Callable[[TrainState, Batch, Text], tuple[Train
         in_shardings=(run.shardings, batch_sharding(run.mesh), replicated(run.mesh)),
         out_shardings=(run.shardings, replicated(run.mesh)),
         donate_argnums=0,
-        compiler_options=compiler_options(loop, run.mesh),
     )

@@ -8,7 +8,7 @@ COMMAND = ("train", "--config=config.py", "--workdir=out")
 # Counts of what takes no memory, and texts that are not looked at before they are needed.
 FREE = (
     *("seed", "steps", "max_skipped", "log_every", "checkpoint_every", "keep_checkpoints", "keep_every"),
-    *("keep_best", "sample_every", "eval_every", "eval_batches", "tpu_operation_kib", "warmup_steps"),
+    *("keep_best", "sample_every", "eval_every", "eval_batches", "warmup_steps"),
     *("best_metric", "eval_split", "sample_split"),
 )
 OVERRIDES = {

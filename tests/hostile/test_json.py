@@ -34,7 +34,7 @@ IMPORT = ("import", "deepfloyd", "--stage1=pipeline", "--out=out")
 UNREAD_INFO = ("description", "version", "fileFormat", "filepathTemplate", "numBytes")
 # How long to train and how often to do what: 10⁹ is the most.
 LOOP_NUMBERS = ("steps", "max_skipped", "log_every", "checkpoint_every", "keep_checkpoints", "keep_best")
-LOOP_NUMBERS += ("sample_every", "eval_every", "eval_batches", "tpu_operation_kib", "seed")
+LOOP_NUMBERS += ("sample_every", "eval_every", "eval_batches", "seed")
 T5 = {
     "unread": (
         *("architectures", "0", "dropout_rate", "is_encoder_decoder", "pad_token_id", "eos_token_id"),

@@ -101,6 +101,14 @@ def test_automatic_choice_looks_at_the_mesh_and_not_at_this_machine():
     assert not supports(1024, 96, 32) and not supports(8, 128, 64) and not supports(64, 128, 48)
 
 
+def test_a_kind_may_be_named_and_a_wrong_name_is_refused():
+    x, mask = jnp.ones((1, 16, 128)), jnp.ones((1, 16), bool)
+    with pytest.raises(ValueError, match="'fast' is not a valid Attention"):
+        attend(x, x, x, mask, heads=2, kind="fast")
+    with pytest.raises(ValueError, match="16 positions"):
+        attend(x[:, :3], x, x, mask, heads=2, kind="flash")  # it is the kernel that is asked
+
+
 def test_shapes_that_the_kernels_do_not_take_are_refused():
     with pytest.raises(ValueError, match="got 16 positions and 96 channels in 2 heads"):
         kernels(Attention.FLASH, None, channels=96)

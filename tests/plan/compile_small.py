@@ -22,19 +22,17 @@ from imagen_jax.models.stage import StageNetwork  # noqa: E402
 from imagen_jax.models.unet import UNetConfig  # noqa: E402
 from imagen_jax.parallel.mesh import MeshConfig, gather_shard, make_mesh  # noqa: E402
 from imagen_jax.plan.chips import parse_topology  # noqa: E402
-from imagen_jax.plan.compile import slice_devices  # noqa: E402
+from imagen_jax.plan.compile import _OPERATION_OPTION, slice_devices  # noqa: E402
 from imagen_jax.plan.estimate import estimate  # noqa: E402
 from imagen_jax.sampling import programs  # noqa: E402
-from imagen_jax.training.config import LoopConfig  # noqa: E402
-from imagen_jax.training.train_step import compiler_options  # noqa: E402
 
 SIDE = 4096
 
 
-def predict(name, function, specs, shapes, count=1, sampling=False, training=None, mesh=None):
+def predict(name, function, specs, shapes, count=1, sampling=False, options=None, mesh=None):
     """The estimate of a function of bfloat16 arrays on some chips of a slice, or on those of a mesh.
 
-    `sampling`: compiled as a stage is; `training`: as its training step is, with a LoopConfig's fields.
+    `sampling`: compiled as a stage is; `options`: of the compiler.
     """
     topology = parse_topology(name)
     devices = slice_devices(topology)[:count]
@@ -43,7 +41,6 @@ def predict(name, function, specs, shapes, count=1, sampling=False, training=Non
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(shapes, specs, strict=True)
     ]
-    options = None if training is None else compiler_options(LoopConfig(steps=1, **training), mesh)
     lowered = jax.jit(function, compiler_options=options).lower(*args)
     compiled = programs.compile_program(lowered, mesh) if sampling else lowered.compile()
     found = estimate(compiled, topology, devices)
@@ -155,7 +152,7 @@ def main():
     level = ("v5e:2x2", normalised, [P(), P()], [(8, 128, 128, 128), (3, 3, 128, 128)])
     results["with sums"] = predict(*level)
     results["without sums"] = predict("v5e:2x2", lambda *args: normalised(*args)[0], *level[2:])
-    results["small operations"] = predict(*level, training={"tpu_operation_kib": 1024})
+    results["small operations"] = predict(*level, options={_OPERATION_OPTION: "1024"})
     for name, function in (("summed", position_sums), ("plainly summed", plainly_summed)):
         results[name] = predict("v5e:2x2", function, [P()], [(8, 128, 128, 128)])
     doubling = [(8, 32, 32, 128), (3, 3, 128, 128), (8, 64, 64, 128)]

@@ -54,17 +54,25 @@ def test_received_bytes_are_those_of_a_ring(size):
 
 def test_a_ring_has_two_links_and_a_line_one():
     network = whole("v5e:16x4")
-    link = network.topology.chip.link_bandwidth
+    link = 0.95 * network.topology.chip.link_bandwidth
     assert network.bandwidth(range(16)) == 2 * link  # a whole axis of 16 closes
     assert network.bandwidth(range(8)) == link
     assert network.bandwidth([0, 16, 32, 48]) == link  # the axis of 4 does not
-    assert network.bandwidth(range(64)) == 3 * link
+    assert network.bandwidth(range(64)) == pytest.approx(3 * link)
 
 
-def test_all_chips_of_a_pod_have_the_published_bandwidth():
-    # 400 GB/s in both directions for a v5e chip, 4800 Gbit/s for v5p.
-    assert whole("v5e:16x16").bandwidth(range(256)) == 200e9
-    assert whole("v5p:4x4x4").bandwidth(range(64)) == 600e9
+def test_all_chips_of_a_pod_have_nearly_the_published_bandwidth():
+    # 400 GB/s in both directions for a v5e chip, 4800 Gbit/s for v5p: measured in public, 0.855 of it.
+    assert whole("v5e:16x16").bandwidth(range(256)) == pytest.approx(0.855 * 200e9)
+    assert whole("v5p:4x4x4").bandwidth(range(64)) == pytest.approx(0.855 * 600e9)
+
+
+def test_what_is_sent_goes_from_chip_to_chip():
+    network = whole("v5e:16x4")
+    assert network.hops(range(16)) == 8  # round a ring, both ways
+    assert network.hops([0, 16, 32, 48]) == 3  # along a line
+    assert network.hops(range(64)) == 11
+    assert network.hops([5]) == 0
 
 
 def test_transfer_of_an_instruction_takes_its_slowest_group():
@@ -73,7 +81,7 @@ def test_transfer_of_an_instruction_takes_its_slowest_group():
     moved = transfer(parse_instruction(line), 128, network.count)
     assert moved.kind is Collective.ALL_GATHER and moved.received_bytes == 128
     assert len(moved.groups) == 16
-    assert network.seconds(moved) == pytest.approx(128 / 50e9)
+    assert network.seconds(moved) == pytest.approx(128 / 42.75e9 + 1e-6)
 
 
 def test_alone_in_a_group_nothing_moves():

@@ -52,6 +52,13 @@ PLAN = Plan(
 )
 
 
+@pytest.mark.parametrize(("share", "warned"), [(0.19, False), (0.21, True)])
+def test_kernels_are_warned_of_above_a_fifth_of_the_time(share, warned):
+    estimate = dataclasses.replace(ESTIMATE, kernel_s=share * ESTIMATE.seconds)
+    lines = dataclasses.replace(PLAN, estimate=estimate).warnings
+    assert any("hand-written kernels" in line for line in lines) is warned
+
+
 @pytest.fixture(autouse=True)
 def _versions(monkeypatch):
     """The report names libtpu's version; these tests do without it."""

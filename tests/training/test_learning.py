@@ -137,7 +137,7 @@ def test_bins_of_log_snr():
     edges = [-np.inf, *LOG_SNR_EDGES, np.inf]
     for i, (low, high) in enumerate(itertools.pairwise(edges)):
         inside = (log_snr >= low) & (log_snr < high)
-        assert counts[i] == inside.sum()
+        assert int(counts[i]) == inside.sum()
         np.testing.assert_array_equal(sums[i], loss[inside].sum())
 
 

@@ -64,7 +64,7 @@ def state_of(run):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimizations):
+def test_debug_variant_steps_on_eight_devices_and_is_compiled_once(stage, optimizations, mixed_dtypes):
     full, config = load_config(f"imagen/{stage}.py"), load_config(f"imagen/{stage}.py:debug")
     for field in (
         "KIND",

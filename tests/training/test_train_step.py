@@ -1,12 +1,10 @@
 import dataclasses
 import functools
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from imagen_jax.diffusion.losses import diffusion_loss
 from imagen_jax.diffusion.process import diffuse
@@ -17,7 +15,7 @@ from imagen_jax.training.config import Decay, LoopConfig, Optimizer, OptimizerCo
 from imagen_jax.training.objectives import example_keys, random_numbers
 from imagen_jax.training.roles import DENOISER
 from imagen_jax.training.run import Run
-from imagen_jax.training.train_step import compiler_options, ema_update, make_train_step, split_index
+from imagen_jax.training.train_step import ema_update, make_train_step, split_index
 
 SHAPE, LOW_SHAPE = (4, 4, 3), (2, 2, 3)
 LENGTH, TEXT_WIDTH = 6, 16
@@ -42,14 +40,6 @@ def test_draws_depend_on_seed_and_index_only():
     other_seed = draws_of(17, seed=1)
     for name, array in alone._asdict().items():
         assert not np.array_equal(array, other_seed._asdict()[name]), name
-
-
-def test_only_the_tpu_compiler_is_told_about_a_tpu():
-    config = LoopConfig(steps=1, tpu_operation_kib=8192)
-    tpu = mock.Mock(spec=Mesh, devices=np.array([mock.Mock(platform="tpu")]))
-    assert compiler_options(config, tpu) == {"xla_tpu_scoped_vmem_limit_kib": "8192"}
-    assert compiler_options(dataclasses.replace(config, tpu_operation_kib=0), tpu) is None
-    assert compiler_options(config, make_mesh(MeshConfig())) is None
 
 
 def test_draws_of_different_indices_differ():
