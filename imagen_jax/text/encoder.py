@@ -2,8 +2,9 @@
 
 import collections
 import functools
+import itertools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,8 @@ _TOKENS_PER_BATCH = 4096
 _ROWS = (1, 8, 32, 128)
 # What starting a batch costs, in tokens: more than the padding it may save.
 _BATCH_COST = 64
+# Parameters are copied to every device where they leave it this share of its memory, for a batch and its program.
+_FREE_SHARE = 0.35
 
 
 class TextEncoder:
@@ -65,10 +68,12 @@ class TextEncoder:
         params: dict[str, jax.Array],
         dtype: str,
         mesh: jax.sharding.Mesh | None = None,
+        copied: bool = False,
     ):
         self.folder, self.name, self.dtype = folder, name, dtype
         self.width, self.vocab_size = config.width, config.vocab_size
         self.tokenizer, self._params, self._mesh = tokenizer, params, mesh
+        self._at_once = mesh.size if mesh is not None and copied else 1
         self._encode = jax.jit(functools.partial(_encode_as, config, dtype), static_argnames="dtype")
         self._tokenized: tuple[list[str], list[list[int]]] | None = None
 
@@ -79,6 +84,7 @@ class TextEncoder:
         *,
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
+        copied: bool | None = None,
     ) -> "TextEncoder":
         """Opens an encoder from a local folder or from the hub.
 
@@ -87,8 +93,9 @@ class TextEncoder:
                 pipeline folder with `text_encoder` and `tokenizer` in it; or a hub id such as
                 "google/t5-v1_1-small".
             dtype: of the parameters and of the matrix products (norms and softmax are float32).
-            mesh: of this process's devices, to spread the parameters and the batches over; None: one
-                device holds everything.
+            mesh: of this process's devices; None: one device holds and does everything.
+            copied: whether every device of the mesh holds all parameters and encodes a batch of its own, or the
+                parameters and every batch are spread over them; None: what their memory has room for.
 
         Raises:
             UserError: no such folder or hub id, no network, pickled or quantised weights, not a T5 encoder, or a
@@ -100,14 +107,16 @@ class TextEncoder:
             name = os.fspath(folder_or_hub_id)
             folder = download(name)
         model, tokenizer_folder = parts(folder)
-        config, params = load_t5(
-            model,
-            dtype=_check_dtype(dtype),
-            # A placement even for one device: it spares JAX a small program for each shape.
-            shardings=jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            if mesh is None
-            else functools.partial(_spread, mesh),
-        )
+
+        def placement(abstract: dict[str, jax.ShapeDtypeStruct]) -> Any:
+            nonlocal copied
+            if mesh is None:
+                # Even for one device: it spares JAX a small program for each shape.
+                return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            copied = _fits(mesh, abstract) if copied is None else copied
+            return _copy(mesh, abstract) if copied else _spread(mesh, abstract)
+
+        config, params = load_t5(model, dtype=_check_dtype(dtype), shardings=placement)
         return cls(
             folder=model,
             name=name,
@@ -116,6 +125,7 @@ class TextEncoder:
             params=params,
             dtype=dtype,
             mesh=mesh,
+            copied=bool(copied),
         )
 
     @functools.cached_property
@@ -179,18 +189,19 @@ class TextEncoder:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         rows = [tuple(cut_tokens(ids, WHOLE_LENGTH)) for ids in self._rows(captions)]
         found: dict[tuple[int, ...], np.ndarray] = {}
-        waiting: collections.deque[tuple[list[tuple[int, ...]], jax.Array]] = collections.deque()
+        waiting: collections.deque[tuple[list[_Batch], jax.Array]] = collections.deque()
 
         def finish_one() -> int:
-            done, result = waiting.popleft()
+            batches, result = waiting.popleft()
             host = np.asarray(result)
-            for i, ids in enumerate(done):
-                found[ids] = cut_embedding(host[i, : len(ids)], max_length).copy()
-            return len(done)
+            for number, (texts, tokens, _) in enumerate(batches):
+                for i, ids in enumerate(texts, number * len(tokens)):
+                    found[ids] = cut_embedding(host[i, : len(ids)], max_length).copy()
+            return sum(len(texts) for texts, _, _ in batches)
 
         with tqdm(total=len(set(rows)), unit="caption", desc="text encoder", disable=not progress) as bar:
-            for batch, tokens, mask in _batches(rows):
-                waiting.append((batch, self._run(tokens, mask, wanted)))
+            for batches in _groups(_batches(rows), self._at_once):
+                waiting.append((batches, self._run(*_side_by_side(batches, self._at_once), wanted)))
                 # One batch runs while the one before it is copied back.
                 if len(waiting) > 1:
                     bar.update(finish_one())
@@ -286,11 +297,29 @@ def _encode_as(
     return encode(config, params, tokens, mask, dtype=compute_dtype).astype(dtype)
 
 
-def _batches(
-    rows: Sequence[tuple[int, ...]],
-) -> Iterator[
-    tuple[list[tuple[int, ...]], Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]
-]:
+# Texts as token ids, then tokens (rows, length) and mask (rows, length) of the rows that they fill.
+_Batch = tuple[list[tuple[int, ...]], Int[np.ndarray, "rows length"], Bool[np.ndarray, "rows length"]]
+
+
+def _groups(batches: Iterable[_Batch], size: int) -> Iterator[list[_Batch]]:
+    """Batches of one shape that follow each other, up to `size` together."""
+    for _, alike in itertools.groupby(batches, key=lambda batch: batch[1].shape):
+        while group := list(itertools.islice(alike, size)):
+            yield group
+
+
+def _side_by_side(
+    batches: list[_Batch], size: int
+) -> tuple[Int[np.ndarray, "all_rows length"], Bool[np.ndarray, "all_rows length"]]:
+    """Tokens and mask of `size` batches one after the other; empty ones fill up, so that few shapes are compiled."""
+    arrays = []
+    for part in (1, 2):
+        given = [batch[part] for batch in batches]
+        arrays.append(np.concatenate(given + [np.zeros_like(given[0])] * (size - len(given))))
+    return arrays[0], arrays[1]
+
+
+def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[_Batch]:
     """Distinct rows, the longest first, in batches of few shapes."""
     distinct = sorted(dict.fromkeys(rows), key=len, reverse=True)
     start = 0
@@ -338,6 +367,23 @@ def _padded_length(length: int) -> int:
         if length <= bucket:
             return bucket
     return -(-length // _BUCKETS[-1]) * _BUCKETS[-1]
+
+
+def _fits(mesh: jax.sharding.Mesh, abstract: dict[str, jax.ShapeDtypeStruct]) -> bool:
+    """Whether a copy of all parameters leaves each device of the mesh enough; False where it does not say."""
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.values())
+    for device in mesh.devices.flat:
+        stats = device.memory_stats() or {}
+        free = stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)
+        if needed > (1.0 - _FREE_SHARE) * free:
+            return False
+    return True
+
+
+def _copy(mesh: jax.sharding.Mesh, abstract: dict[str, jax.ShapeDtypeStruct]) -> Any:
+    """Every parameter whole on each device of the mesh."""
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.tree.map(lambda _: whole, abstract)
 
 
 def _spread(mesh: jax.sharding.Mesh, abstract: dict[str, jax.ShapeDtypeStruct]) -> Any:

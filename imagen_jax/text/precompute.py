@@ -118,7 +118,7 @@ def _job_description(config: PrecomputeConfig, source: Source, num_shards: int) 
 def _load_encoder(name: str) -> Encoder:
     """Loads the text encoder; imported late, because a complete folder needs none of it.
 
-    On accelerators it is spread over those of this process, as the largest encoders fit no single one.
+    All accelerators of this process work on it: each with a copy, or all with one where a copy does not fit.
     """
     import jax
     import numpy as np

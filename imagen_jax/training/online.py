@@ -66,7 +66,7 @@ class OnlineText:
         Raises:
           UserError: no such encoder.
         """
-        encoder = TextEncoder.load(folder_or_hub_id, dtype=dtype, mesh=mesh.local_mesh)
+        encoder = TextEncoder.load(folder_or_hub_id, dtype=dtype, mesh=mesh.local_mesh, copied=False)
         return cls(encoder, form=form, mesh=mesh)
 
     @functools.cached_property

@@ -2,6 +2,7 @@ import importlib
 import itertools
 import json
 import os
+from unittest import mock
 
 import jax
 import ml_dtypes
@@ -174,6 +175,37 @@ def test_mesh_gives_the_same_embeddings(folder, encoder):
     got = TextEncoder.load(folder, mesh=mesh).encode(CAPTIONS[:9])
     for a, b in zip(got, encoder.encode(CAPTIONS[:9]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_devices_of_a_mesh_give_the_same_embeddings(folder, encoder, copied):
+    """Each encodes batches of its own, or all of them each batch; the last group of batches is not full."""
+    mesh = jax.make_mesh((4,), ("devices",), (jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    several = TextEncoder.load(folder, mesh=mesh, copied=copied)
+    captions = CAPTIONS[:700]
+    for a, b in zip(several.encode(captions), encoder.encode(captions), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    parts = {shard.data.size for shard in several._params["layers.query"].addressable_shards}
+    assert parts == {several._params["layers.query"].size // (1 if copied else 4)}
+
+
+def test_parameters_are_copied_where_a_third_of_the_memory_stays_free():
+    size = 2**20
+    abstract = {
+        "a": jax.ShapeDtypeStruct((size // 8,), np.float32),
+        "b": jax.ShapeDtypeStruct((size // 4,), ml_dtypes.bfloat16),
+    }
+
+    def mesh_with(**stats):
+        devices = np.array(
+            [mock.Mock(**{"memory_stats.return_value": each}) for each in ({"bytes_limit": 2**40}, stats)]
+        )
+        return mock.Mock(spec=jax.sharding.Mesh, devices=devices)
+
+    assert encoder_module._fits(mesh_with(bytes_limit=size * 1.6), abstract)
+    assert not encoder_module._fits(mesh_with(bytes_limit=size * 1.5), abstract)
+    assert not encoder_module._fits(mesh_with(bytes_limit=size * 1.6, bytes_in_use=size * 0.2), abstract)
+    assert not encoder_module._fits(mesh_with(), abstract)  # CPUs do not say
 
 
 def test_saved_copy_is_complete(encoder, tmp_path):
