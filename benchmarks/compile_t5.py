@@ -1,28 +1,35 @@
-"""Compiles a T5 encoder for a TPU slice that is not here, and says what it needs of each device's memory.
+"""Compiles a T5 encoder for a TPU slice that is not here: memory of each chip, predicted tokens/s and MFU.
 
-JAX_PLATFORMS=cpu python benchmarks/compile_t5.py --topology=v5e:2x4
+python benchmarks/compile_t5.py --topology=v5e:2x4
 
-Needs `pip install libtpu`, and no TPU. The program is the one that `TextEncoder` runs: bfloat16, parameters spread
-over all devices, batches of a token budget at each padded length. The last line is one JSON object, in bytes per
-device; `fits` says whether the largest batch leaves room in `--memory`.
+Needs `pip install 'imagen_jax[plan]'`, and no TPU. The programs are those that `TextEncoder` runs: bfloat16, a batch of
+a token budget for every chip at each padded length, with the parameters copied to every chip or spread over them. MFU
+counts the matrix products of the tokens, padding included. The last line is one JSON object, in bytes of each chip;
+times are predictions of the TPU compiler (docs/planning.md).
 """
 
 import argparse
 import functools
 import json
-import os
 import time
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from imagen_jax.plan.environment import find_compiler
 
-from imagen_jax.models.t5 import T5Config
-from imagen_jax.models.t5_weights import t5_shapes
-from imagen_jax.parallel.jax_internals import get_topology_desc
-from imagen_jax.text.encoder import _ROWS, _TOKENS_PER_BATCH, _encode_as, _spread
+find_compiler()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
+
+from imagen_jax.models.t5 import T5Config  # noqa: E402
+from imagen_jax.models.t5_weights import t5_shapes  # noqa: E402
+from imagen_jax.plan.chips import Topology, parse_topology  # noqa: E402
+from imagen_jax.plan.compile import slice_devices  # noqa: E402
+from imagen_jax.plan.estimate import estimate  # noqa: E402
+from imagen_jax.plan.flops import jaxpr_flops  # noqa: E402
+from imagen_jax.text.encoder import _ROWS, _TOKENS_PER_BATCH, _copy, _encode_as, _spread  # noqa: E402
 
 # google/t5-v1_1-xxl
 XXL = T5Config(
@@ -30,36 +37,40 @@ XXL = T5Config(
 )
 
 
-def compile_batch(mesh: jax.sharding.Mesh, length: int) -> dict[str, Any]:
-    """Memory per device of one batch of a padded length."""
+def compile_batch(topology: Topology, length: int, copied: bool) -> dict[str, Any]:
+    """Memory of each chip and time of one batch, or of one a chip, at a padded length."""
+    devices = slice_devices(topology)
+    mesh = jax.sharding.Mesh(np.array(devices), ("devices",), axis_types=(AxisType.Auto,))
     abstract = t5_shapes(XXL, jnp.bfloat16)
     params = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         abstract,
-        _spread(mesh, abstract),
+        (_copy if copied else _spread)(mesh, abstract),
     )
-    rows = max(rows for rows in _ROWS if rows * length <= _TOKENS_PER_BATCH)
-    spec = PartitionSpec() if rows % mesh.size else PartitionSpec(mesh.axis_names)
-    split = NamedSharding(mesh, spec)
+    rows = max(rows for rows in _ROWS if rows * length <= _TOKENS_PER_BATCH) * mesh.size
+    split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=split)
     mask = jax.ShapeDtypeStruct((rows, length), jnp.bool_, sharding=split)
+    gathers = None if copied else mesh
+    run = functools.partial(_encode_as, XXL, "bfloat16", dtype=jnp.dtype(jnp.bfloat16), mesh=gathers)
+    flops = jaxpr_flops(jax.make_jaxpr(run)(params, tokens, mask).jaxpr)
     start = time.monotonic()
-    run = jax.jit(functools.partial(_encode_as, XXL, "bfloat16"), static_argnames="dtype")
-    compiled = run.lower(params, tokens, mask, dtype=jnp.dtype(jnp.bfloat16)).compile()
-    memory = compiled.memory_analysis()
+    compiled = jax.jit(run).lower(params, tokens, mask).compile()
+    memory, seconds = compiled.memory_analysis(), estimate(compiled, topology, devices).seconds
     sizes = {
         "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "output": memory.output_size_in_bytes,
         "program": memory.generated_code_size_in_bytes,
     }
-    largest = max(np.prod(leaf.shape) * leaf.dtype.itemsize for leaf in abstract.values())
     return {
+        "parameters": "copied" if copied else "spread",
         "rows": rows,
         "length": length,
         **sizes,
         "total": sum(sizes.values()),
-        "largest_parameter_whole": int(largest),
+        "tokens_per_s": round(rows * length / seconds),
+        "mfu": round(flops / (seconds * topology.count * topology.chip.peak_flops), 3),
         "compile_s": round(time.monotonic() - start, 1),
     }
 
@@ -72,28 +83,18 @@ def main() -> None:
     parser.add_argument(
         "--lengths", type=int, nargs="+", default=[32, 128], help="padded lengths, tokens (32 128)"
     )
-    parser.add_argument("--memory", type=float, default=16.0, help="of one device, GiB (%(default)s)")
     args = parser.parse_args()
-    # Otherwise libtpu asks a metadata server that only Google's machines have.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    topology = get_topology_desc(topology_name=args.topology, platform="tpu")
-    count = len(topology.devices)
-    mesh = topologies.make_mesh(topology, (count,), ("devices",))
-    mesh = jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,))
+    topology = parse_topology(args.topology)
     batches = []
-    for length in args.lengths:
-        batches.append(compile_batch(mesh, length))
-        print(
-            {name: round(value / 2**20, 1) if value > 2**20 else value for name, value in batches[-1].items()}
-        )
-    peak = max(batch["total"] for batch in batches)
-    report = {
-        "topology": args.topology,
-        "devices": count,
-        "batches": batches,
-        "peak_gib": round(peak / 2**30, 3),
+    for copied in (True, False):
+        for length in args.lengths:
+            batches.append(compile_batch(topology, length, copied))
+            print(batches[-1])
+    peak = {
+        kind: max(b["total"] for b in batches if b["parameters"] == kind) for kind in ("copied", "spread")
     }
-    print(json.dumps({**report, "fits": peak <= args.memory * 2**30}))
+    fits = {kind: total <= topology.chip.hbm_bytes for kind, total in peak.items()}
+    print(json.dumps({"topology": topology.name, "batches": batches, "peak_bytes": peak, "fits": fits}))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from imagen_jax.config import build
@@ -285,7 +286,10 @@ class T5Encoder(nnx.Module):
         self.final_norm = nnx.Param(jnp.ones((config.width,), param_dtype))
 
     def __call__(
-        self, tokens: Int[Array, "batch length"], mask: Bool[Array, "batch length"]
+        self,
+        tokens: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"],
+        mesh: Mesh | None = None,
     ) -> Float[Array, "batch length width"]:
         """Embeds token ids.
 
@@ -293,6 +297,8 @@ class T5Encoder(nnx.Module):
             tokens: ids in [0, vocab_size).
             mask: True at real tokens. Padding never changes a real token's embedding; what comes out at
                 padding is finite and means nothing.
+            mesh: whose devices share the texts evenly, while each layer's parameters, which are spread over them,
+                are gathered when it runs; None: the compiler decides.
 
         Returns:
             float32 embeddings, after the final norm.
@@ -305,7 +311,13 @@ class T5Encoder(nnx.Module):
         position_bias = None if config.bias_per_layer else _position_bias(self.relative_bias[...], buckets)
         graph, stacked = nnx.split(self.layers)
 
+        def place(tree: Any, spec: PartitionSpec) -> Any:
+            return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, spec))
+
+        split = PartitionSpec(None if mesh is None else mesh.axis_names)
+
         def step(x: Array, layer: nnx.State) -> tuple[Array, None]:
+            x, layer = place(x, split), place(layer, PartitionSpec())
             return nnx.merge(graph, layer)(x, position_bias, mask_bias, buckets), None
 
         x = self.token_embedding[...][tokens].astype(jnp.float32)
@@ -329,9 +341,10 @@ def encode(
     mask: Bool[Array, "batch length"],
     *,
     dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
 ) -> Float[Array, "batch length width"]:
     """`T5Encoder.__call__` as a pure function of parameters under dotted names, for `jax.jit`."""
     graph, abstract = abstract_t5(config, dtype=dtype)
     named, tree = flatten_names(abstract)
     state = jax.tree.unflatten(tree, [params[name] for name in named])
-    return nnx.merge(graph, state)(tokens, mask)
+    return nnx.merge(graph, state)(tokens, mask, mesh)

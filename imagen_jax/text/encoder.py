@@ -36,6 +36,7 @@ _ROWS = (1, 8, 32, 128)
 # What starting a batch costs, in tokens: more than the padding it may save.
 _BATCH_COST = 64
 # Parameters are copied to every device where they leave it this share of its memory, for a batch and its program.
+# On v5e:2x4 T5-XXL is predicted to take 3 % longer where they are not (benchmarks/compile_t5.py).
 _FREE_SHARE = 0.35
 
 
@@ -73,8 +74,10 @@ class TextEncoder:
         self.folder, self.name, self.dtype = folder, name, dtype
         self.width, self.vocab_size = config.width, config.vocab_size
         self.tokenizer, self._params, self._mesh = tokenizer, params, mesh
-        self._at_once = mesh.size if mesh is not None and copied else 1
-        self._encode = jax.jit(functools.partial(_encode_as, config, dtype), static_argnames="dtype")
+        self._copied, self._at_once = copied, 1 if mesh is None else mesh.size  # batches
+        self._encode = jax.jit(
+            functools.partial(_encode_as, config, dtype), static_argnames=("dtype", "mesh")
+        )
         self._tokenized: tuple[list[str], list[list[int]]] | None = None
 
     @classmethod
@@ -93,9 +96,9 @@ class TextEncoder:
                 pipeline folder with `text_encoder` and `tokenizer` in it; or a hub id such as
                 "google/t5-v1_1-small".
             dtype: of the parameters and of the matrix products (norms and softmax are float32).
-            mesh: of this process's devices; None: one device holds and does everything.
-            copied: whether every device of the mesh holds all parameters and encodes a batch of its own, or the
-                parameters and every batch are spread over them; None: what their memory has room for.
+            mesh: of this process's devices, each of which encodes batches; None: one device does everything.
+            copied: whether every device of the mesh holds all parameters, or they are spread over them and a layer's
+                are gathered when it runs; None: what their memory has room for.
 
         Raises:
             UserError: no such folder or hub id, no network, pickled or quantised weights, not a T5 encoder, or a
@@ -268,15 +271,13 @@ class TextEncoder:
 
     def _run(self, tokens: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> jax.Array:
         """Embeddings of one batch, on the devices."""
-        return self._encode(self._params, *self._place(tokens, mask), dtype=dtype)
-
-    def _place(self, tokens: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
         if self._mesh is None:
-            return tokens, mask
-        spec = jax.sharding.PartitionSpec(self._mesh.axis_names)
-        if tokens.shape[0] % self._mesh.size:
-            spec = jax.sharding.PartitionSpec()
-        return jax.device_put((tokens, mask), jax.sharding.NamedSharding(self._mesh, spec))
+            return self._encode(self._params, tokens, mask, dtype=dtype)
+        shared = tokens.shape[0] % self._mesh.size == 0
+        spec = jax.sharding.PartitionSpec(self._mesh.axis_names if shared else None)
+        placed = jax.device_put((tokens, mask), jax.sharding.NamedSharding(self._mesh, spec))
+        gathers = self._mesh if shared and not self._copied else None
+        return self._encode(self._params, *placed, dtype=dtype, mesh=gathers)
 
 
 def _check_dtype(name: str) -> np.dtype:
@@ -293,8 +294,9 @@ def _encode_as(
     mask: Bool[Array, "batch length"],
     *,
     dtype: Any,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Float[Array, "batch length width"]:
-    return encode(config, params, tokens, mask, dtype=compute_dtype).astype(dtype)
+    return encode(config, params, tokens, mask, dtype=compute_dtype, mesh=mesh).astype(dtype)
 
 
 # Texts as token ids, then tokens (rows, length) and mask (rows, length) of the rows that they fill.
