@@ -69,6 +69,21 @@ def test_kernels_in_bfloat16_keep_statistics_in_float32():
     np.testing.assert_allclose(made.astype(jnp.float32), expected, atol=0.03)
 
 
+def test_gradients_in_bfloat16_are_those_of_plain_attention():
+    arrays, mask = inputs(64, 128, 128)
+    rounded = [x.astype(jnp.bfloat16) for x in arrays]
+    made = jax.grad(
+        lambda *x: flash_attention(*x, mask, head_channels=64, interpret=True).astype(jnp.float32).sum() ** 2,
+        (0, 1, 2),
+    )(*rounded)
+    plain = jax.grad(lambda *x: attend(*x, mask, heads=2).sum() ** 2, (0, 1, 2))
+    exact = plain(*(x.astype(jnp.float32) for x in rounded))
+    for gradient, expected in zip(made, exact, strict=True):
+        assert gradient.dtype == jnp.bfloat16
+        error = np.linalg.norm(gradient.astype(jnp.float32) - expected)
+        assert error < 0.03 * np.linalg.norm(expected)
+
+
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
 def test_kernels_on_a_mesh_see_their_own_examples_and_heads(sizes):
     mesh = make_mesh(MeshConfig(data=sizes[0], fsdp=sizes[1], tensor=sizes[2]))
@@ -97,8 +112,9 @@ def test_automatic_choice_looks_at_the_mesh_and_not_at_this_machine():
     here = make_mesh(MeshConfig())
     assert kernels(Attention.AUTO, here) == kernels(Attention.AUTO, None) == 0
     assert kernels(Attention.XLA, here) == 0 and kernels(Attention.FLASH, here) == 1
-    assert supports(1024, 1024, 64) and supports(64, 2048, 64)
-    assert not supports(1024, 96, 32) and not supports(8, 128, 64) and not supports(64, 128, 48)
+    assert supports(1024, 1152, 1024, 64) and supports(64, 192, 2048, 64)
+    for shapes in ((1024, 1152, 96, 32), (8, 136, 128, 64), (64, 192, 128, 48), (4096, 4097, 128, 64)):
+        assert not supports(*shapes), shapes
 
 
 def test_a_kind_may_be_named_and_a_wrong_name_is_refused():

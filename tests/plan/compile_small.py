@@ -14,7 +14,10 @@ from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from imagen_jax.models.attention import attend  # noqa: E402
 from imagen_jax.models.configs import SamplingConfig, StageConfig  # noqa: E402
+from imagen_jax.models.execution import Execution  # noqa: E402
+from imagen_jax.models.flash_attention import LANES, MAX_KEYS  # noqa: E402
 from imagen_jax.models.layers import upsample_nearest, upsampled_convolution  # noqa: E402
 from imagen_jax.models.network import Attention  # noqa: E402
 from imagen_jax.models.normalisation import moments, position_sums  # noqa: E402
@@ -134,12 +137,31 @@ def sampled(kind):
     )
 
 
+def attention(name):
+    """Whether the attention kernels, backward too, are compiled for a chip, with as many keys as they take."""
+    devices = slice_devices(parse_topology(name))[:1]
+    mesh = make_mesh(MeshConfig(), devices)
+    place = NamedSharding(mesh, P())
+    query = jax.ShapeDtypeStruct((1, 1024, LANES), jnp.bfloat16, sharding=place)
+    keys = jax.ShapeDtypeStruct((1, MAX_KEYS, LANES), jnp.bfloat16, sharding=place)
+    mask = jax.ShapeDtypeStruct((1, MAX_KEYS), jnp.bool_, sharding=place)
+
+    def gradient(q, k, v, mask, d):
+        with Execution(mesh=mesh).active():
+            return jax.vjp(lambda *x: attend(*x, mask, heads=2, kind=Attention.AUTO), q, k, v)[1](d)
+
+    return (
+        jax.jit(gradient).lower(query, keys, keys, mask, query).compile().as_text().count("tpu_custom_call")
+    )
+
+
 def main():
     square = (SIDE, SIDE)
     slices = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")
     results = {name: predict(name, product, [P(), P()], [square] * 2) for name in slices}
     for length in (7, 14):
         results[f"scan{length}"] = predict("v5e:2x2", repeated(length), [P(), P()], [square] * 2)
+    results["attention"] = {name: attention(name) for name in slices}
     results["kernel"] = predict("v5e:2x2", added, [P()], [square])
     # Both factors are split along what is summed over: every chip has a part of each sum.
     results["split"] = predict("v5e:2x2", product, [P(None, "x"), P("x", None)], [square] * 2, count=4)

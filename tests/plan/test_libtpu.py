@@ -44,6 +44,11 @@ def test_a_kernel_is_found_with_its_own_estimate(small):
     assert small["kernel"]["kernel_s"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def test_the_attention_kernels_compile_with_all_the_keys_that_they_take(name, small):
+    assert small["attention"][name] >= 1
+
+
 def test_partial_sums_are_exchanged(small):
     """Whatever collective it chooses, each of 4 chips receives at least its part of the others' sums."""
     received = sum(size for _, chips, size in small["split"]["collectives"] if chips == 4)
