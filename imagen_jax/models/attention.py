@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float
 
 from imagen_jax.models.execution import Execution
-from imagen_jax.models.flash_attention import LANES, MAX_KEYS, flash_attention, supports
+from imagen_jax.models.flash_attention import LANES, flash_attention, most_keys, supports
 from imagen_jax.models.network import Attention
 from imagen_jax.parallel.mesh import works_locally
 from imagen_jax.parallel.spatial import ROWS
@@ -50,13 +50,14 @@ def attend(
     length, channels = query.shape[1:]
     platform = None if mesh is None else mesh.devices.flat[0].platform
     parts = 1 if mesh is None else mesh.shape["tensor"]
+    size = key.dtype.itemsize
     shapes = length, key.shape[1], channels // parts, channels // heads
-    possible = channels % parts == 0 and supports(*shapes)
+    possible = channels % parts == 0 and supports(*shapes, size)
     if kind is Attention.FLASH and not possible:
         raise ValueError(
             f"attention 'flash' needs a multiple of 16 positions and of {LANES} channels a device, whole heads "
-            f"in each {LANES}, and at most {MAX_KEYS} keys; got {length} positions and {channels} channels in {heads} "
-            f"heads, and {key.shape[1]} keys"
+            f"in each {LANES}, and at most {most_keys(size)} keys; got {length} positions and {channels} channels in "
+            f"{heads} heads, and {key.shape[1]} keys"
         )
     # A kernel sees whole pictures: where their rows lie on several devices each would do the work of all.
     whole = mesh is None or mesh.shape.get(ROWS, 1) == 1

@@ -16,17 +16,22 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Bool, Float
 
 LANES = 128
-# In the backward kernel a key's lanes lie in VMEM six times in bfloat16 and twice in float32: 16 MiB at 6,553 keys.
-MAX_KEYS = 4096
+# Of the 16 MiB of VMEM that a kernel has, for what lies there of the keys; the rest is for a block of queries.
+_KEY_BYTES = 13 * 2**20
 _MASKED = -1e30  # finite: a row whose keys are all masked attends to all alike, as in plain attention
 _MAX_LOGITS = 2**18  # float32 logits of a block: 1 MiB, a few of which live at once
 
 
-def supports(query_length: int, key_length: int, channels: int, head_channels: int) -> bool:
+def most_keys(itemsize: int) -> int:
+    """Keys that fit: the backward kernel has their lanes six times in their dtype, and twice in float32."""
+    return _KEY_BYTES // (LANES * (6 * itemsize + 2 * 4)) // LANES * LANES
+
+
+def supports(query_length: int, key_length: int, channels: int, head_channels: int, itemsize: int) -> bool:
     """Whether the kernels take these shapes: whole heads in lanes, whole lanes, whole sublanes, keys that fit."""
     return (
         channels % LANES == 0
-        and key_length <= MAX_KEYS
+        and key_length <= most_keys(itemsize)
         and LANES % head_channels == 0
         and query_length % 16 == 0
         and _block(query_length, LANES) >= 16

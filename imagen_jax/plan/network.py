@@ -176,9 +176,11 @@ class Network:
         """From chip to chip, that what the farthest of a group sends takes to arrive."""
         hops = 0
         for axis, size in enumerate(self.topology.sizes):
-            places = sorted({self._coordinates[chip][axis] for chip in group})
-            ring = len(places) == size and self.topology.wraps(axis)
-            hops += size // 2 if ring else places[-1] - places[0]
+            places = {self._coordinates[chip][axis] for chip in group}
+            ways = {abs(a - b) for a, b in itertools.combinations(places, 2)}
+            hops += max(
+                (min(way, size - way) if self.topology.wraps(axis) else way for way in ways), default=0
+            )
         return hops
 
     def seconds(self, moved: Transfer) -> float:

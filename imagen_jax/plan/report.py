@@ -12,7 +12,7 @@ from imagen_jax.plan.memory import Memory, account, program_bytes
 from imagen_jax.plan.suggest import suggestions
 from imagen_jax.training.config import TrainConfig
 
-# Above this share of the time, hand-written kernels (which are only assumed to be good) carry the prediction.
+# Above this share of the time, hand-written kernels, of which the compiler says nothing, carry the prediction.
 KERNEL_SHARE = 0.2
 OPERATIONS = 10  # costliest ones in a report
 _GIB = 2**30
@@ -36,6 +36,7 @@ class Plan:
     estimate: Estimate | None  # of one run; None: the program was refused for want of memory
     compile_s: float
     suggestions: tuple[str, ...]  # where it does not fit
+    operation_kib: int | None = None  # on-chip memory that an operation was kept to
 
     @property
     def step_s(self) -> float | None:
@@ -63,6 +64,10 @@ class Plan:
             share = self.estimate.kernel_s / self.estimate.seconds
             lines.append(
                 f"{share:.0%} of the time is hand-written kernels, reckoned by a rate, not by the compiler"
+            )
+        if self.operation_kib is not None:
+            lines.append(
+                f"operations were kept to {self.operation_kib} KiB: train runs another, faster program"
             )
         if self.estimate is not None and self.estimate.unknown_loops:
             lines.append(f"loops of unknown length count once: {', '.join(self.estimate.unknown_loops)}")
@@ -115,6 +120,7 @@ def make_plan(
         network_steps=calls,
         estimate=found,
         compile_s=compiled.seconds,
+        operation_kib=operation_kib,
         suggestions=() if memory.fits else tuple(suggestions(config, topology, compiled, program, memory)),
     )
 

@@ -2,9 +2,8 @@
 
 import collections
 import functools
-import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -74,7 +73,7 @@ class TextEncoder:
         self.folder, self.name, self.dtype = folder, name, dtype
         self.width, self.vocab_size = config.width, config.vocab_size
         self.tokenizer, self._params, self._mesh = tokenizer, params, mesh
-        self._copied, self._at_once = copied, 1 if mesh is None else mesh.size  # batches
+        self._copied, self._devices = copied, 1 if mesh is None else mesh.size
         self._encode = jax.jit(
             functools.partial(_encode_as, config, dtype), static_argnames=("dtype", "mesh")
         )
@@ -96,9 +95,9 @@ class TextEncoder:
                 pipeline folder with `text_encoder` and `tokenizer` in it; or a hub id such as
                 "google/t5-v1_1-small".
             dtype: of the parameters and of the matrix products (norms and softmax are float32).
-            mesh: of this process's devices, each of which encodes batches; None: one device does everything.
-            copied: whether every device of the mesh holds all parameters, or they are spread over them and a layer's
-                are gathered when it runs; None: what their memory has room for.
+            mesh: of this process's devices, which share each batch; None: one device does everything.
+            copied: whether every device of the mesh holds all parameters, or they are spread over them and `encode`
+                gathers a layer's when it runs; None: what their memory has room for.
 
         Raises:
             UserError: no such folder or hub id, no network, pickled or quantised weights, not a T5 encoder, or a
@@ -153,7 +152,7 @@ class TextEncoder:
         kept = min(max_length, WHOLE_LENGTH)
         longer = self._rows(captions)
         rows = [tuple(cut_tokens(ids, WHOLE_LENGTH)) for ids in longer]
-        plan = _plan([len(row) for row in dict.fromkeys(rows)])
+        plan = _plan([len(row) for row in dict.fromkeys(rows)], self._devices)
         return TokenCounts(
             unknown=tuple(row[: kept - 1].count(self.tokenizer.unknown) for row in rows),
             useful=sum(len(row) for row in set(rows)),
@@ -192,19 +191,18 @@ class TextEncoder:
             raise ValueError(f"max_length must be at least 1, got {max_length}")
         rows = [tuple(cut_tokens(ids, WHOLE_LENGTH)) for ids in self._rows(captions)]
         found: dict[tuple[int, ...], np.ndarray] = {}
-        waiting: collections.deque[tuple[list[_Batch], jax.Array]] = collections.deque()
+        waiting: collections.deque[tuple[list[tuple[int, ...]], jax.Array]] = collections.deque()
 
         def finish_one() -> int:
-            batches, result = waiting.popleft()
+            done, result = waiting.popleft()
             host = np.asarray(result)
-            for number, (texts, tokens, _) in enumerate(batches):
-                for i, ids in enumerate(texts, number * len(tokens)):
-                    found[ids] = cut_embedding(host[i, : len(ids)], max_length).copy()
-            return sum(len(texts) for texts, _, _ in batches)
+            for i, ids in enumerate(done):
+                found[ids] = cut_embedding(host[i, : len(ids)], max_length).copy()
+            return len(done)
 
         with tqdm(total=len(set(rows)), unit="caption", desc="text encoder", disable=not progress) as bar:
-            for batches in _groups(_batches(rows), self._at_once):
-                waiting.append((batches, self._run(*_side_by_side(batches, self._at_once), wanted)))
+            for batch, tokens, mask in _batches(rows, self._devices):
+                waiting.append((batch, self._run(tokens, mask, wanted)))
                 # One batch runs while the one before it is copied back.
                 if len(waiting) > 1:
                     bar.update(finish_one())
@@ -299,33 +297,15 @@ def _encode_as(
     return encode(config, params, tokens, mask, dtype=compute_dtype, mesh=mesh).astype(dtype)
 
 
-# Texts as token ids, then tokens (rows, length) and mask (rows, length) of the rows that they fill.
-_Batch = tuple[list[tuple[int, ...]], Int[np.ndarray, "rows length"], Bool[np.ndarray, "rows length"]]
-
-
-def _groups(batches: Iterable[_Batch], size: int) -> Iterator[list[_Batch]]:
-    """Batches of one shape that follow each other, up to `size` together."""
-    for _, alike in itertools.groupby(batches, key=lambda batch: batch[1].shape):
-        while group := list(itertools.islice(alike, size)):
-            yield group
-
-
-def _side_by_side(
-    batches: list[_Batch], size: int
-) -> tuple[Int[np.ndarray, "all_rows length"], Bool[np.ndarray, "all_rows length"]]:
-    """Tokens and mask of `size` batches one after the other; empty ones fill up, so that few shapes are compiled."""
-    arrays = []
-    for part in (1, 2):
-        given = [batch[part] for batch in batches]
-        arrays.append(np.concatenate(given + [np.zeros_like(given[0])] * (size - len(given))))
-    return arrays[0], arrays[1]
-
-
-def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[_Batch]:
+def _batches(
+    rows: Sequence[tuple[int, ...]], devices: int
+) -> Iterator[
+    tuple[list[tuple[int, ...]], Int[np.ndarray, "batch length"], Bool[np.ndarray, "batch length"]]
+]:
     """Distinct rows, the longest first, in batches of few shapes."""
     distinct = sorted(dict.fromkeys(rows), key=len, reverse=True)
     start = 0
-    for count, size, length in _plan([len(ids) for ids in distinct]):
+    for count, size, length in _plan([len(ids) for ids in distinct], devices):
         batch = distinct[start : start + count]
         start += count
         tokens = np.zeros((size, length), np.int32)
@@ -336,11 +316,11 @@ def _batches(rows: Sequence[tuple[int, ...]]) -> Iterator[_Batch]:
         yield batch, tokens, mask
 
 
-def _plan(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
+def _plan(lengths: Sequence[int], devices: int = 1) -> list[tuple[int, int, int]]:
     """How to batch texts: (texts in the batch, its rows, its padded length), the longest texts first.
 
-    Among all ways to cut the sorted texts into batches of `_ROWS` rows, the one with the fewest tokens
-    computed, a batch counting `_BATCH_COST` more: shortest path over the texts.
+    Among all ways to cut the sorted texts into batches of `_ROWS` rows for every device, the one with the fewest
+    tokens computed by each, a batch counting `_BATCH_COST` more: shortest path over the texts.
     """
     ordered = sorted(lengths, reverse=True)
     total = len(ordered)
@@ -351,10 +331,10 @@ def _plan(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
         for rows in _ROWS:
             if rows > _ROWS[1] and rows * length > _TOKENS_PER_BATCH:
                 break
-            end = min(start + rows, total)
+            end = min(start + rows * devices, total)
             cost = costs[start] + rows * length + _BATCH_COST
             if cost < costs[end]:
-                costs[end], steps[end] = cost, (end - start, rows, length)
+                costs[end], steps[end] = cost, (end - start, rows * devices, length)
             if end == total:
                 break
     plan = []

@@ -112,9 +112,10 @@ def test_automatic_choice_looks_at_the_mesh_and_not_at_this_machine():
     here = make_mesh(MeshConfig())
     assert kernels(Attention.AUTO, here) == kernels(Attention.AUTO, None) == 0
     assert kernels(Attention.XLA, here) == 0 and kernels(Attention.FLASH, here) == 1
-    assert supports(1024, 1152, 1024, 64) and supports(64, 192, 2048, 64)
-    for shapes in ((1024, 1152, 96, 32), (8, 136, 128, 64), (64, 192, 128, 48), (4096, 4097, 128, 64)):
-        assert not supports(*shapes), shapes
+    assert supports(1024, 1152, 1024, 64, 4) and supports(4096, 4224, 2048, 64, 2)
+    for shapes in ((1024, 1152, 96, 32), (8, 136, 128, 64), (64, 192, 128, 48), (4096, 5376, 128, 64)):
+        assert not supports(*shapes, 2), shapes
+    assert not supports(4096, 4224, 2048, 64, 4)
 
 
 def test_a_kind_may_be_named_and_a_wrong_name_is_refused():

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from imagen_jax.models.attention import attend  # noqa: E402
 from imagen_jax.models.configs import SamplingConfig, StageConfig  # noqa: E402
 from imagen_jax.models.execution import Execution  # noqa: E402
-from imagen_jax.models.flash_attention import LANES, MAX_KEYS  # noqa: E402
+from imagen_jax.models.flash_attention import LANES, most_keys  # noqa: E402
 from imagen_jax.models.layers import upsample_nearest, upsampled_convolution  # noqa: E402
 from imagen_jax.models.network import Attention  # noqa: E402
 from imagen_jax.models.normalisation import moments, position_sums  # noqa: E402
@@ -137,14 +137,15 @@ def sampled(kind):
     )
 
 
-def attention(name):
+def attention(name, dtype):
     """Whether the attention kernels, backward too, are compiled for a chip, with as many keys as they take."""
     devices = slice_devices(parse_topology(name))[:1]
     mesh = make_mesh(MeshConfig(), devices)
     place = NamedSharding(mesh, P())
-    query = jax.ShapeDtypeStruct((1, 1024, LANES), jnp.bfloat16, sharding=place)
-    keys = jax.ShapeDtypeStruct((1, MAX_KEYS, LANES), jnp.bfloat16, sharding=place)
-    mask = jax.ShapeDtypeStruct((1, MAX_KEYS), jnp.bool_, sharding=place)
+    most = most_keys(jnp.dtype(dtype).itemsize)
+    query = jax.ShapeDtypeStruct((1, 1024, LANES), dtype, sharding=place)
+    keys = jax.ShapeDtypeStruct((1, most, LANES), dtype, sharding=place)
+    mask = jax.ShapeDtypeStruct((1, most), jnp.bool_, sharding=place)
 
     def gradient(q, k, v, mask, d):
         with Execution(mesh=mesh).active():
@@ -161,7 +162,8 @@ def main():
     results = {name: predict(name, product, [P(), P()], [square] * 2) for name in slices}
     for length in (7, 14):
         results[f"scan{length}"] = predict("v5e:2x2", repeated(length), [P(), P()], [square] * 2)
-    results["attention"] = {name: attention(name) for name in slices}
+    results["attention"] = {name: attention(name, jnp.bfloat16) for name in slices}
+    results["attention"]["float32"] = attention("v5e:2x2", jnp.float32)
     results["kernel"] = predict("v5e:2x2", added, [P()], [square])
     # Both factors are split along what is summed over: every chip has a part of each sum.
     results["split"] = predict("v5e:2x2", product, [P(None, "x"), P("x", None)], [square] * 2, count=4)

@@ -44,7 +44,7 @@ def test_a_kernel_is_found_with_its_own_estimate(small):
     assert small["kernel"]["kernel_s"] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("name", ["v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "float32"])
 def test_the_attention_kernels_compile_with_all_the_keys_that_they_take(name, small):
     assert small["attention"][name] >= 1
 

@@ -72,6 +72,8 @@ def test_what_is_sent_goes_from_chip_to_chip():
     assert network.hops(range(16)) == 8  # round a ring, both ways
     assert network.hops([0, 16, 32, 48]) == 3  # along a line
     assert network.hops(range(64)) == 11
+    assert network.hops([0, 15]) == 1  # neighbours where the ring closes
+    assert network.hops([0, 48]) == 3  # not neighbours where it does not
     assert network.hops([5]) == 0
 
 

@@ -59,6 +59,14 @@ def test_kernels_are_warned_of_above_a_fifth_of_the_time(share, warned):
     assert any("hand-written kernels" in line for line in lines) is warned
 
 
+def test_a_program_that_train_does_not_run_says_so():
+    assert (
+        dataclasses.replace(PLAN, operation_kib=8192)
+        .warnings[-1]
+        .startswith("operations were kept to 8192 KiB")
+    )
+
+
 @pytest.fixture(autouse=True)
 def _versions(monkeypatch):
     """The report names libtpu's version; these tests do without it."""
