@@ -15,6 +15,9 @@ keeps in memory, how long a step is predicted to take and where the time goes. S
 v4:2x2x1 and v5p:2x2x1 upwards, v5e:1x1 and v6e:1x1 to 16x16."""
 
 
+_MOST_KIB = 2**17  # no chip has more on-chip memory
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.epilog = EXAMPLE
@@ -65,10 +68,10 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
         raise UserError(f"--batch_size={args.batch_size}: must be at least 1")
     if args.batch_size is not None and args.batch_size > MAX_BATCH:
         raise UserError(f"--batch_size={shown(args.batch_size)}: must be at most {MAX_BATCH}")
-    if args.operation_kib is not None and (args.operation_kib < 1 or args.program != "train"):
-        raise UserError(
-            f"--operation_kib={args.operation_kib}: must be at least 1, and is for --program=train"
-        )
+    if args.operation_kib is not None and args.program != "train":
+        raise UserError(f"--operation_kib={shown(args.operation_kib)}: is for --program=train")
+    if args.operation_kib is not None and not 1 <= args.operation_kib <= _MOST_KIB:
+        raise UserError(f"--operation_kib={shown(args.operation_kib)}: must be from 1 to {_MOST_KIB}")
     from etils import epath
 
     if args.json is not None and (
