@@ -25,11 +25,12 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec  # noqa: E402
 
 from imagen_jax.models.t5 import T5Config  # noqa: E402
 from imagen_jax.models.t5_weights import t5_shapes  # noqa: E402
+from imagen_jax.parallel.mesh import replicated, with_shardings  # noqa: E402
 from imagen_jax.plan.chips import Topology, parse_topology  # noqa: E402
 from imagen_jax.plan.compile import slice_devices  # noqa: E402
 from imagen_jax.plan.estimate import estimate  # noqa: E402
 from imagen_jax.plan.flops import jaxpr_flops  # noqa: E402
-from imagen_jax.text.encoder import _ROWS, _TOKENS_PER_BATCH, _copy, _encode_as, _spread  # noqa: E402
+from imagen_jax.text.encoder import _ROWS, _TOKENS_PER_BATCH, _encode_as, _spread  # noqa: E402
 
 # google/t5-v1_1-xxl
 XXL = T5Config(
@@ -38,15 +39,12 @@ XXL = T5Config(
 
 
 def compile_batch(topology: Topology, length: int, copied: bool) -> dict[str, Any]:
-    """Memory of each chip and time of one batch, or of one a chip, at a padded length."""
+    """Memory of each chip and time of a batch for every chip, at a padded length."""
     devices = slice_devices(topology)
     mesh = jax.sharding.Mesh(np.array(devices), ("devices",), axis_types=(AxisType.Auto,))
     abstract = t5_shapes(XXL, jnp.bfloat16)
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        (_copy if copied else _spread)(mesh, abstract),
-    )
+    shardings = dict.fromkeys(abstract, replicated(mesh)) if copied else _spread(mesh, abstract)
+    params = with_shardings(abstract, shardings)
     rows = max(rows for rows in _ROWS if rows * length <= _TOKENS_PER_BATCH) * mesh.size
     split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=split)

@@ -24,8 +24,8 @@ SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x
 PROGRAMS = ("attention forward", "attention backward", "block 32x1024", "block 16x1536", "block 8x2048")
 BATCH = 8
 
-_BUNDLE = re.compile(r"^\s*(?:0x)?([0-9a-f]+)\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{")
-_EXIT = re.compile(r"scmp\.(ge|eq)\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
+_BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{")
+_EXIT = re.compile(r"scmp\.(?:ge|eq)\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
 
 
 def scheduled_cycles(bundles: str) -> int:
@@ -40,9 +40,9 @@ def scheduled_cycles(bundles: str) -> int:
         match = _BUNDLE.match(line)
         if match is None:
             continue
-        depth = len(match.group(2))
+        depth = len(match.group(1))
         if test := _EXIT.search(line):
-            turns.setdefault(depth, []).append((len(depths), int(test.group(2))))
+            turns.setdefault(depth, []).append((len(depths), int(test.group(1))))
         depths.append(depth)
     cycles = 0
     for place, depth in enumerate(depths):

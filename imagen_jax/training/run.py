@@ -75,8 +75,8 @@ class Run:
         """Parameters of all roles; those of the first by the seed alone."""
         keys = [key, *(jax.random.fold_in(key, number) for number in range(1, len(self.roles)))]
         return {
-            name: role.network.init(weights)
-            for weights, (name, role) in zip(keys, self.roles.items(), strict=True)
+            name: role.network.init(role_key)
+            for role_key, (name, role) in zip(keys, self.roles.items(), strict=True)
         }
 
     def _state(self, params: Weights) -> TrainState:

@@ -47,9 +47,9 @@ class FakeEncoder:
         return TokenCounts(unknown=tuple(unknown), useful=sum(tokens), computed=10 * len(captions))
 
 
-def png(number):
+def png(number, side=8):
     encoded = io.BytesIO()
-    array = np.random.default_rng(number).integers(0, 255, (8, 8, 3)).astype(np.uint8)
+    array = np.random.default_rng(number).integers(0, 255, (side, side, 3)).astype(np.uint8)
     Image.fromarray(array).save(encoded, "PNG")
     return encoded.getvalue()
 

@@ -10,7 +10,6 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from imagen_jax.cli import precompute as cli
 from imagen_jax.data import records
@@ -21,6 +20,7 @@ from imagen_jax.text import precompute as job
 from imagen_jax.text import shards as job_shards
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.text.store import TokenCounts
+from tests.text.fake_job import contents, png
 
 pa = pytest.importorskip("pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
@@ -43,16 +43,9 @@ class FakeEncoder:
         return TokenCounts(unknown=(0,) * len(captions), useful=2 * len(captions), computed=2 * len(captions))
 
 
-def png(number):
-    encoded = io.BytesIO()
-    noise = np.random.default_rng(number).integers(0, 255, (6, 6, 3)).astype(np.uint8)
-    Image.fromarray(noise).save(encoded, "PNG")
-    return encoded.getvalue()
-
-
 def damaged_files(rng, number, suffix):
     """Files of one sample, of which something is wrong: (what is put after the key, content)."""
-    picture, caption = png(number), f"caption {number}".encode()
+    picture, caption = png(number, 6), f"caption {number}".encode()
     return rng.choice(
         [
             {suffix: picture},
@@ -74,7 +67,7 @@ def make_folder(rng, path, count):
     for number in range(count):
         stem = path / rng.choice(["", "sub"]) / f"{number:03d}"
         suffix = rng.choice([".png", ".PNG", ".jpg"])
-        files = {suffix: png(number), ".txt": f"caption {number}".encode()}
+        files = {suffix: png(number, 6), ".txt": f"caption {number}".encode()}
         if rng.random() < 0.5:
             files = damaged_files(rng, number, suffix)
         for end, content in files.items():
@@ -92,7 +85,7 @@ def make_listing(rng, path, count):
     lines = []
     for number in range(count):
         name = f"{number:03d}.png"
-        (path / name).write_bytes(png(number))
+        (path / name).write_bytes(png(number, 6))
         line = json.dumps(
             {"file_name": name, "caption": f"caption {number}\x85\u2028"}, ensure_ascii=False
         ).encode()
@@ -122,21 +115,23 @@ def make_tars(rng, path, count):
     path.mkdir()
     samples = []
     for number in range(count):
-        files = {".png": png(number), ".txt": f"caption {number}".encode()}
+        files = {".png": png(number, 6), ".txt": f"caption {number}".encode()}
         if rng.random() < 0.3:
             files = damaged_files(rng, number, ".png")
         elif rng.random() < 0.2:
             captions = [b'{"caption": "\\ud83c"}', b"[" * 100_000, b"{", b"[]", b'{"caption": 3}']
-            files = {".png": png(number), ".json": rng.choice(captions)}
+            files = {".png": png(number, 6), ".json": rng.choice(captions)}
         folder = rng.choice(["", "caf\udce9/"])  # a byte of Latin-1
         samples.append((f"{folder}{number:03d}", files))
     for _ in range(3):  # other samples under a key that is there already, side by side
         place = rng.randrange(count // 2, count)
-        samples.insert(place, (samples[place][0], {".png": png(count), ".txt": b"again"}))
-    samples.append((samples[rng.randrange(count // 2, count)][0], {".png": png(count), ".txt": b"far away"}))
+        samples.insert(place, (samples[place][0], {".png": png(count, 6), ".txt": b"again"}))
+    samples.append(
+        (samples[rng.randrange(count // 2, count)][0], {".png": png(count, 6), ".txt": b"far away"})
+    )
     for number, half in enumerate((samples[: count // 3], samples[count // 3 :])):
         members = [(key + end, content) for key, files in half for end, content in files.items()]
-        members.insert(1, ("scattered.png", png(0)))  # inside another sample, and far from its caption
+        members.insert(1, ("scattered.png", png(0, 6)))  # inside another sample, and far from its caption
         members.append(("scattered.txt", b"caption"))
         name = path / f"{number}.tar{rng.choice(['', '.gz', '.xz'])}"
         mode = {".tar": "w", ".gz": "w:gz", ".xz": "w:xz"}[name.suffix]
@@ -152,7 +147,7 @@ def make_tars(rng, path, count):
 
 def make_parquet(rng, path, count):
     path.mkdir()
-    rows = [(png(number), f"caption {number}".encode()) for number in range(count)]
+    rows = [(png(number, 6), f"caption {number}".encode()) for number in range(count)]
     for place in rng.sample(range(count), count // 3):
         picture, caption = rows[place]
         choices = [
@@ -178,10 +173,6 @@ def make_parquet(rng, path, count):
         opened.write(b"\xff" * 60)
     (path / "y.parquet").write_bytes(file.read_bytes()[:-9])
     return count + 1, f"parquet:{path}"
-
-
-def contents(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def all_keys(folder):
@@ -236,7 +227,7 @@ def run_with(monkeypatch, tmp_path, source, **changes):
 
 
 def example(number, *captions):
-    return Example(file="file", key=str(number), image=png(number), captions=captions)
+    return Example(file="file", key=str(number), image=png(number, 6), captions=captions)
 
 
 def test_what_a_source_lets_through_is_checked_again(monkeypatch, tmp_path):

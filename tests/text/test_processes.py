@@ -34,6 +34,7 @@ import json, os, sys, traceback
 from transformers import AutoTokenizer
 import imagen_jax.cli.precompute, imagen_jax.text.encoder, imagen_jax.text.precompute
 from imagen_jax.cli.main import main
+from tests.text.fake_job import contents
 for line in sys.stdin:
     command = json.loads(line)
     if "wait" in command:
@@ -109,10 +110,6 @@ class Interrupted(FakeEncoder):
 def config(out, **changes):
     values = {"source": SOURCE, "text_encoder": "fake", "out": str(out), "num_shards": 5}
     return PrecomputeConfig(**(values | changes))
-
-
-def contents(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def shard_numbers(folder):
