@@ -19,7 +19,6 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode
 from imagen_jax.models.t5_weights import load_t5
 from imagen_jax.models.text_form import Text, TextForm
-from imagen_jax.parallel.mesh import replicated
 from imagen_jax.text.encoder_folder import copy_encoder, download, parts
 from imagen_jax.text.identity import identify
 from imagen_jax.text.store import WHOLE_LENGTH, TokenCounts
@@ -117,7 +116,8 @@ class TextEncoder:
                 # Even for one device: it spares JAX a small program for each shape.
                 return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             copied = _fits(mesh, abstract) if copied is None else copied
-            return replicated(mesh) if copied else _spread(mesh, abstract)
+            whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+            return whole if copied else _spread(mesh, abstract)
 
         config, params = load_t5(model, dtype=_check_dtype(dtype), shardings=placement)
         return cls(

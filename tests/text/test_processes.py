@@ -25,6 +25,7 @@ from imagen_jax.text import job_folder
 from imagen_jax.text import precompute as job
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.text.store import EmbeddingDtype, TokenCounts
+from tests.text.fake_job import contents
 
 SOURCE = "shapes:count=23,resolution=16"
 
@@ -34,7 +35,6 @@ import json, os, sys, traceback
 from transformers import AutoTokenizer
 import imagen_jax.cli.precompute, imagen_jax.text.encoder, imagen_jax.text.precompute
 from imagen_jax.cli.main import main
-from tests.text.fake_job import contents
 for line in sys.stdin:
     command = json.loads(line)
     if "wait" in command:
