@@ -3,14 +3,15 @@
 python benchmarks/schedule.py [--chips=v4,v5e,v5p,v6e]
 
 Needs `pip install 'imagen_jax[plan]'` and no TPU. libtpu compiles each program for a chip and writes its final
-bundles; a bundle is one cycle. A loop's bundles count as often as its exit test says, and what a kernel does in some
-turns of its grid only counts in every turn, so that the schedule is an upper bound of itself. Memory that a schedule
-waits for is not in it. A line a chip and program: scheduled and predicted microseconds and predicted / scheduled; the
-last line is one JSON object.
+bundles; a bundle is one cycle. A loop's bundles count as often as its exit test says. What a loop does in some of its
+turns only is counted once a loop and in every turn: the schedule is between the two. Memory that a schedule waits for
+is not in it. A line a chip and program: least and most scheduled and the predicted microseconds, predicted / least and
+predicted / most; the last line is one JSON object.
 """
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -26,38 +27,81 @@ BATCH = 8
 
 _BUNDLE = re.compile(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:\s*(>*)\s*\{")
 _EXIT = re.compile(r"scmp\.(?:ge|eq)\.s32\.totalorder %\S+, (\d+) /\* loop exit test \*/")
+_SKIP = re.compile(r"sbr\.rel \((%p\w+)\) target = \$region(\d+)")
+_BOTH = re.compile(r"(%p\w+) = pnand (%p\w+), (%p\w+)")
+_COMPARISON = re.compile(r"(%p\w+) = scmp\.(ge|lt)\.s32\.totalorder (%s\w+), (\d+)")
 
 
-def scheduled_cycles(bundles: str) -> int:
-    """Cycles of one program, from the text of its final bundles.
+def _skips(lines: list[str]) -> list[tuple[range, int | None]]:
+    """Bundles that a branch passes over, and in how many turns of their loop they run; None if that is not plain.
+
+    A pipeline over blocks of an array takes a few turns more than there are blocks, to bring the first and to write
+    the last; its body runs where the turn is at least one number and less than another.
+    """
+    text = "\n".join(lines)
+    both = {name: (a, b) for name, a, b in _BOTH.findall(text)}
+    compared = {name: (kind, index, int(bound)) for name, kind, index, bound in _COMPARISON.findall(text)}
+    starts = {}
+    for place, line in enumerate(lines):
+        for region in re.findall(r"Start(?:/End empty)? region (\d+)", line):
+            starts[region] = place
+    skips: list[tuple[range, int | None]] = []
+    for place, line in enumerate(lines):
+        for predicate, region in _SKIP.findall(line):
+            if starts.get(region, 0) <= place:
+                continue  # the way back of a loop
+            parts = [compared.get(name, ("", "", 0)) for name in both.get(predicate, ())]
+            low = next((bound for kind, _, bound in parts if kind == "ge"), None)
+            high = next((bound for kind, _, bound in parts if kind == "lt"), None)
+            window = low is not None and high is not None and len({index for _, index, _ in parts}) == 1
+            skips.append((range(place + 1, starts[region]), high - low if window else None))
+    return skips
+
+
+def scheduled_cycles(bundles: str) -> tuple[int, int]:
+    """Least and most cycles of one program, from the text of its final bundles.
 
     Loops are marked by `>` before a bundle, one for every loop around it; the bundle with the exit test of a loop,
-    its last ones, names the number of turns.
+    its last ones, names the number of turns. What a loop does in some turns only counts once in the least, in every
+    turn in the most.
     """
-    depths: list[int] = []
+    lines, depths = [], []
     turns: dict[int, list[tuple[int, int]]] = {}
     for line in bundles.splitlines():
         match = _BUNDLE.match(line)
         if match is None:
+            if lines:
+                lines[-1] += line  # a bundle's remarks
             continue
-        depth = len(match.group(1))
+        depths.append(len(match.group(1)))
+        lines.append(line)
         if test := _EXIT.search(line):
-            turns.setdefault(depth, []).append((len(depths), int(test.group(1))))
-        depths.append(depth)
-    cycles = 0
+            turns.setdefault(depths[-1], []).append((len(depths) - 1, int(test.group(1))))
+    least, most = [], []
     for place, depth in enumerate(depths):
-        times = 1
-        for level in range(1, depth + 1):
-            # The next exit test of that level is that of the loop around the bundle.
-            times *= next((count for at, count in turns.get(level, ()) if at >= place), 1)
-        cycles += times
-    return cycles
+        # The next exit test of a level is that of the loop around the bundle.
+        counts = [
+            next((count for at, count in turns.get(level, ()) if at >= place), 1)
+            for level in range(1, depth + 1)
+        ]
+        least.append(math.prod(counts))
+        most.append(math.prod(counts))
+    for skipped, runs in _skips(lines):
+        depth = depths[skipped.start - 1]
+        if depth == 0:
+            continue  # once or not at all
+        around = next((count for at, count in turns.get(depth, ()) if at >= skipped.start), 1)
+        for place in skipped:
+            least[place] = least[place] * min(runs or 1, around) // around
+            most[place] = most[place] * min(runs or around, around) // around
+    return sum(least), sum(most)
 
 
-def read_dump(folder: Path) -> int:
-    """Cycles of all operations of a program that was compiled into the folder."""
+def read_dump(folder: Path) -> tuple[int, int]:
+    """Least and most cycles of all operations of a program that was compiled into the folder."""
     texts = (path.read_text() for path in folder.glob("*-final_bundles.txt") if "analysis" not in path.name)
-    return sum(map(scheduled_cycles, texts))
+    cycles = [scheduled_cycles(text) for text in texts]
+    return sum(least for least, _ in cycles), sum(most for _, most in cycles)
 
 
 def _program(name: str, mesh: Any) -> tuple[Callable[..., Any], list[Any]]:
@@ -153,13 +197,15 @@ def main() -> None:
                     command, env={**os.environ, "LIBTPU_INIT_ARGS": flags}, stdout=subprocess.PIPE, check=True
                 )
                 planned = json.loads(done.stdout.splitlines()[-1])
-                scheduled = read_dump(Path(folder)) / planned["clock_hz"]
-            ratio = planned["seconds"] / scheduled
+                bounds = [cycles / planned["clock_hz"] for cycles in read_dump(Path(folder))]
+            ratios = [planned["seconds"] / seconds for seconds in bounds]
             print(
-                f"{chip} {name}: {1e6 * scheduled:.0f} us, predicted {1e6 * planned['seconds']:.0f} us, {ratio:.2f}"
+                f"{chip} {name}: {1e6 * bounds[0]:.0f} to {1e6 * bounds[1]:.0f} us, "
+                f"predicted {1e6 * planned['seconds']:.0f} us, {ratios[0]:.2f} to {ratios[1]:.2f}",
+                flush=True,
             )
             results.append(
-                {"chip": chip, "program": name, "scheduled_s": scheduled, **planned, "ratio": ratio}
+                {"chip": chip, "program": name, "scheduled_s": bounds, **planned, "ratios": ratios}
             )
     print(json.dumps(results))
 

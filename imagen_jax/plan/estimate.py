@@ -188,7 +188,7 @@ class Estimator:
     def _work(self, each: Instruction, shapes: dict[str, str], cost: _Cost) -> None:
         """Adds an instruction that computes or moves data within the chip."""
         if each.cycles is not None:
-            seconds = each.cycles / self._chip.clock_hz
+            seconds = self._chip.scheduled_share * each.cycles / self._chip.clock_hz
             cost.compiler += seconds
         elif each.opcode in _FREE or each.target in _FREE_TARGETS:
             return
