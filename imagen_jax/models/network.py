@@ -21,9 +21,12 @@ Params = dict[str, Any]  # arrays (or their shapes) under dotted names
 class Attention(enum.StrEnum):
     """Which implementation of attention a network runs."""
 
-    AUTO = "auto"  # FLASH on a mesh of TPUs where the shapes allow it and pictures lie whole, else XLA
+    # On a mesh of TPUs FLASH where the shapes allow it and pictures lie whole, on one of GPUs CUDNN where dtype and
+    # shapes allow it, else XLA.
+    AUTO = "auto"
     XLA = "xla"  # `jax.nn.dot_product_attention`
     FLASH = "flash"  # `models.flash_attention`; where there is no TPU its kernels are interpreted, slowly
+    CUDNN = "cudnn"  # cuDNN's, through `jax.nn.dot_product_attention`; NVIDIA GPUs only
 
 
 class Remat(enum.StrEnum):
@@ -112,7 +115,7 @@ class NetworkConfig(abc.ABC):
     image_channels: int = 3  # of the pictures: red, green, blue
     dtype: str = "float32"  # of the computation: "float32" or "bfloat16"
     param_dtype: str = "float32"  # of parameters in memory; "bfloat16" halves them, for drawing pictures only
-    attention: Attention = Attention.AUTO  # kernels on TPU, plain XLA elsewhere, unless told otherwise
+    attention: Attention = Attention.AUTO  # kernels where the devices have them, unless told otherwise
     remat: Remat = Remat.NONE  # what the backward pass computes again; memory against time, same numbers
     gather: Gather = Gather.BLOCK  # when weights that chips share are made whole; memory against traffic
     learned_variance: bool = False  # beside each channel's output another, which says how much noise to add

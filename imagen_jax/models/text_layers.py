@@ -97,12 +97,13 @@ class TextAttention(nnx.Module):
         n, height, width, channels = x.shape
         h = self.norm(x).reshape(n, height * width, channels)
         pairs, masks = [], []
-        if self.text_norm is not None and self.text_key_value is not None:
-            pairs.append(self.text_key_value(self.text_norm(text)))
-            masks.append(mask)
+        # Text last: its padding ends the keys, so that a number of keys says the mask.
         if self.key_value is not None:
             pairs.append(self.key_value(h))
             masks.append(jnp.ones(h.shape[:2], dtype=bool))
+        if self.text_norm is not None and self.text_key_value is not None:
+            pairs.append(self.text_key_value(self.text_norm(text)))
+            masks.append(mask)
         keys, values = jnp.split(jnp.concatenate(pairs, axis=1), 2, axis=-1)
         attended = attend(
             self.query(h),

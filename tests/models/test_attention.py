@@ -1,5 +1,7 @@
 """The attention kernels, interpreted, against plain attention, and which of both is taken."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -129,3 +131,63 @@ def test_a_kind_may_be_named_and_a_wrong_name_is_refused():
 def test_shapes_that_the_kernels_do_not_take_are_refused():
     with pytest.raises(ValueError, match="got 16 positions and 96 channels in 2 heads"):
         kernels(Attention.FLASH, None, channels=96)
+
+
+@pytest.fixture
+def lengths_seen(monkeypatch):
+    """cuDNN's place is taken by XLA, which understands the same number of keys; gives what it was handed."""
+    plain, seen = jax.nn.dot_product_attention, []
+
+    def instead(*arrays, implementation=None, **options):
+        if implementation == "cudnn":
+            seen.append(options["key_value_seq_lengths"])
+        return plain(*arrays, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    return seen
+
+
+@pytest.fixture
+def on_gpus(monkeypatch):
+    """Parameters lie on GPUs, as far as attention can see; the function says over how many rows are split."""
+
+    def lie(rows=1):
+        mesh = types.SimpleNamespace(
+            devices=np.array([types.SimpleNamespace(platform="gpu")]), shape={"tensor": 1, "rows": rows}
+        )
+        monkeypatch.setattr(Execution, "current", lambda: types.SimpleNamespace(mesh=mesh))
+
+    return lie
+
+
+def test_cudnn_is_told_the_number_of_keys(lengths_seen, on_gpus):
+    (query, key, value), mask = inputs(16, 21, 128)
+    half = [x.astype(jnp.bfloat16) for x in (query, key, value)]
+    on_gpus()
+    chosen = attend(*half, mask, heads=2, kind=Attention.AUTO)
+    np.testing.assert_array_equal(lengths_seen[0], mask.sum(axis=1))
+    np.testing.assert_allclose(
+        np.asarray(chosen, np.float32), reference(*half, mask, 2), rtol=2e-2, atol=2e-2
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "rows"),
+    [("float32", 128, 1), ("bfloat16", 24, 1), ("bfloat16", 512, 1), ("bfloat16", 128, 2)],
+)
+def test_what_cudnn_does_not_take_runs_plainly(lengths_seen, on_gpus, dtype, channels, rows):
+    arrays, mask = inputs(16, 21, channels)
+    on_gpus(rows)
+    attend(*(x.astype(dtype) for x in arrays), mask, heads=2, kind=Attention.AUTO)
+    assert lengths_seen == []
+    if rows == 1:
+        with pytest.raises(ValueError, match=f"attention 'cudnn' needs bfloat16.*{dtype} and heads of"):
+            attend(*(x.astype(dtype) for x in arrays), mask, heads=2, kind="cudnn")
+
+
+def test_an_example_without_keys_stays_finite(lengths_seen, on_gpus):
+    (query, key, value), mask = inputs(16, 21, 128)
+    half = [x.astype(jnp.bfloat16) for x in (query, key, value)]
+    on_gpus()
+    made = attend(*half, jnp.zeros_like(mask), heads=2, kind="cudnn")
+    assert np.isfinite(np.asarray(made, np.float32)).all() and (np.asarray(lengths_seen[0]) == 1).all()
