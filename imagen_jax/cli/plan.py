@@ -4,11 +4,18 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imagen_jax.training.config import TrainConfig
 
 EXAMPLE = """example:
   imagen-jax plan --config=imagen/sr256.py --topology=v5e:16x16 --json=plan.json
   imagen-jax plan --config=imagen/base64.py --topology=v4:8x8x4 --program=sample --batch_size=256
   imagen-jax plan --config=imagen/base64.py --topology=v5p:4x4x8 --config.mesh.fsdp=32
+  imagen-jax plan --program=sample --config=imagen/base64.py --config=imagen/sr256.py --topology=v5e:2x4 \\
+      --batch_size=8 --steps=32 --config.mesh.fsdp=1 --config.mesh.data=-1
+  imagen-jax plan --config=pictures/base32.py --device=rtx4090
 
 Compiles the stage's program with the TPU compiler (pip install libtpu; no TPU is needed) and prints what each chip
 keeps in memory, how long a step is predicted to take and where the time goes. Slices are chips along each axis:
@@ -22,15 +29,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.epilog = EXAMPLE
     parser.usage = (
-        "%(prog)s --config=FILE[:variant] --topology=CHIP:SHAPE [--program=train|sample] [--batch_size=N]\n"
-        "       [--rows=N] [--size=WxH] [--operation_kib=N] [--json=FILE] [--config.some.field=value ...]"
+        "%(prog)s --config=FILE[:variant] [--config=FILE ...] | --model=MODEL  --topology=CHIP:SHAPE | --device=GPU\n"
+        "       [--program=train|sample] [--batch_size=N] [--rows=N] [--size=WxH] [--steps=N] [--operation_kib=N]\n"
+        "       [--json=FILE] [--config.some.field=value ...]"
     )
     parser.add_argument(
         "--config",
-        required=True,
-        help="config file, or its path below the installed configs/, and its variant",
+        action="append",
+        help="config file, or its path below the installed configs/, and its variant; with --program=sample once for "
+        "every stage of a cascade, base first",
     )
-    parser.add_argument("--topology", required=True, help="slice of v4, v5e, v5p or v6e chips, as v5e:16x16")
+    parser.add_argument(
+        "--model", help="with --program=sample: model folder, all of whose stages are planned"
+    )
+    parser.add_argument("--topology", help="slice of v4, v5e, v5p or v6e chips, as v5e:16x16")
+    parser.add_argument(
+        "--device", metavar="GPU", help="instead: one h100, h200, a100, l4, t4 or rtx4090, by formula"
+    )
     parser.add_argument(
         "--program", choices=["train", "sample"], default="train", help="what is planned (default train)"
     )
@@ -44,7 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --program=sample: devices over which the rows of a picture are split, of the mesh's data (1)",
     )
     parser.add_argument(
-        "--size", metavar="WIDTHxHEIGHT", help="of the stage's pictures; default: the config's data.size"
+        "--size",
+        metavar="WIDTHxHEIGHT",
+        help="of the pictures, of a cascade the last stage's; default: the config's data.size, or the model's own",
+    )
+    parser.add_argument(
+        "--steps",
+        metavar="N[,N…]",
+        help="with --program=sample: sampling steps of all stages, or of every one",
     )
     parser.add_argument(
         "--operation_kib",
@@ -58,12 +80,70 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Plans; `overrides` are the arguments --config.some.field=value."""
+    _check(args)
+    if args.topology is not None:
+        from imagen_jax.plan.chips import parse_topology
+        from imagen_jax.plan.environment import find_compiler
+
+        topology = parse_topology(args.topology)
+        find_compiler()
+    configs = _configs(args, overrides)
+    from imagen_jax.files import write_text
+    from imagen_jax.plan.compile import Program
+
+    program = Program(args.program)
+    if args.device is not None:
+        from imagen_jax.plan.gpus import make_gpu_plan, parse_device
+
+        gpu = parse_device(args.device)
+        plans = [make_gpu_plan(config, gpu, program) for config in configs]
+        text = "\n\n".join(plan.to_text() for plan in plans)
+        numbers: object = [plan.to_json() for plan in plans] if len(plans) > 1 else plans[0].to_json()
+    elif args.model is not None or len(configs) > 1:
+        from imagen_jax.plan.cascade import make_cascade_plan
+
+        cascade = make_cascade_plan(configs, topology, rows=args.rows, progress=True)
+        text, numbers = cascade.to_text(), cascade.to_json()
+    else:
+        from imagen_jax.plan.report import make_plan, to_json, to_text
+
+        plan = make_plan(
+            configs[0],
+            topology,
+            program,
+            rows=args.rows,
+            operation_kib=args.operation_kib,
+            progress=True,
+        )
+        text, numbers = to_text(plan), to_json(plan)
+    print(text)
+    if args.json is not None:
+        write_text(args.json, json.dumps(numbers, indent=2) + "\n")
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises UserError for flags that mean nothing, before anything is read."""
     from imagen_jax.errors import UserError
     from imagen_jax.limits import MAX_BATCH, shown
-    from imagen_jax.plan.chips import parse_topology
-    from imagen_jax.plan.environment import find_compiler
 
-    topology = parse_topology(args.topology)
+    if (args.topology is None) == (args.device is None):
+        raise UserError("give --topology, a slice of TPUs, or --device, a GPU")
+    if (args.config is None) == (args.model is None):
+        raise UserError("give --config, once for every stage, or --model")
+    if args.program != "sample":
+        for flag, given in (
+            ("--model", args.model is not None),
+            ("--config", len(args.config or ()) > 1),
+            ("--steps", args.steps is not None),
+        ):
+            if given:
+                what = "given more than once" if flag == "--config" else "given"
+                raise UserError(f"{flag}: {what}, which is for --program=sample")
+    if args.device is not None and args.rows != 1:
+        raise UserError(f"--rows={shown(args.rows)}: a GPU of --device has whole pictures")
+    if args.device is not None and args.operation_kib is not None:
+        raise UserError(f"--operation_kib={shown(args.operation_kib)}: is for --topology")
     if args.batch_size is not None and args.batch_size < 1:
         raise UserError(f"--batch_size={args.batch_size}: must be at least 1")
     if args.batch_size is not None and args.batch_size > MAX_BATCH:
@@ -79,33 +159,39 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
     ):
         # Before minutes of compiling.
         raise UserError(f"--json {args.json}: no file can be written there")
-    find_compiler()
-    from imagen_jax.files import write_text
-    from imagen_jax.plan.compile import Program
-    from imagen_jax.plan.report import make_plan, to_json, to_text
+
+
+def _configs(args: argparse.Namespace, overrides: Sequence[str]) -> "list[TrainConfig]":
+    """What is planned, with the flags applied."""
+    from imagen_jax.errors import UserError
+    from imagen_jax.plan.cascade import in_order, model_configs
+    from imagen_jax.sampling.overrides import override_all, parse_overrides
     from imagen_jax.sizes import parse_size
     from imagen_jax.training.config import load_config
 
-    config = load_config(args.config, overrides)
+    if args.model is not None:
+        configs = model_configs(args.model, overrides)
+    else:
+        configs = [load_config(spec, overrides) for spec in args.config]
+    size = None if args.size is None else parse_size(args.size, "--size")
     if args.batch_size is not None:
-        data = dataclasses.replace(config.data, batch_size=args.batch_size)
-        config = dataclasses.replace(config, data=data)
-    if args.size is not None:
-        size = parse_size(args.size, "--size")
-        try:
-            data = dataclasses.replace(config.data, size=(size.width, size.height))
-            config = dataclasses.replace(config, data=data)
-        except ValueError as error:
-            raise UserError(f"--size {args.size}: {error}") from error
-    plan = make_plan(
-        config,
-        topology,
-        Program(args.program),
-        rows=args.rows,
-        operation_kib=args.operation_kib,
-        progress=True,
-    )
-    print(to_text(plan))
-    if args.json is not None:
-        write_text(args.json, json.dumps(to_json(plan), indent=2) + "\n")
-    return 0
+        configs = [
+            dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=args.batch_size))
+            for config in configs
+        ]
+    if args.steps is not None:
+        own = [config.stage.sampling for config in configs]
+        sampling = override_all(own, parse_overrides({"steps": args.steps}, len(configs)))
+        configs = [
+            dataclasses.replace(config, stage=dataclasses.replace(config.stage, sampling=chosen))
+            for config, chosen in zip(configs, sampling)
+        ]
+    if args.model is not None or len(configs) > 1:
+        return in_order(configs, size)
+    if size is None:
+        return configs
+    try:
+        data = dataclasses.replace(configs[0].data, size=(size.width, size.height))
+        return [dataclasses.replace(configs[0], data=data)]
+    except ValueError as error:
+        raise UserError(f"--size {args.size}: {error}") from error

@@ -113,12 +113,12 @@ def attend(
     )
     if kind is Attention.FLASH:
         return checkpoint_name(_flash(query, key, value, mask, channels // heads), "attended")
-    parts = [split_heads(x, heads) for x in (query, key, value)]
+    q, k, v = (split_heads(x, heads) for x in (query, key, value))
     if kind is Attention.CUDNN:
         count = jnp.maximum(mask.sum(axis=1, dtype=jnp.int32), 1)
-        attended = jax.nn.dot_product_attention(*parts, key_value_seq_lengths=count, implementation="cudnn")
+        attended = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=count, implementation="cudnn")
     else:
-        attended = jax.nn.dot_product_attention(*parts, mask=mask[:, None, None, :])
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None, None, :])
     return checkpoint_name(attended.reshape(query.shape), "attended")
 
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from imagen_jax.errors import UserError
+from imagen_jax.models.network import Params
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.text_form import Text
 from imagen_jax.parallel.jax_internals import get_topology_desc
@@ -110,6 +111,28 @@ def null_text(config: TrainConfig, mesh: Mesh) -> Text:
     )
 
 
+def sampling_program(
+    config: TrainConfig, network: StageNetwork, mesh: Mesh
+) -> tuple[ProgramSpec, Params, dict[str, Any]]:
+    """What decides the sampler's program, and shapes with shardings of its parameters and inputs."""
+    spec = ProgramSpec(
+        stage=config.stage,
+        sampling=config.stage.sampling,
+        batch=config.data.batch_size,
+        negative=config.stage.sampling.guidance_weight != 1.0,
+        mesh=mesh,
+        size=config.size,
+    )
+    shardings = spec.shardings(network.abstract_params)
+    if shardings is None:
+        raise AssertionError("a program on a mesh has shardings")
+    return (
+        spec,
+        with_shardings(network.abstract_params, shardings[0]),
+        with_shardings(spec.arguments()[0], shardings[1]),
+    )
+
+
 def compile_stage(
     config: TrainConfig,
     devices: list[Any],
@@ -151,19 +174,7 @@ def compile_stage(
             step: Any = make_train_step(run)
             lowered = step.lower(state, batch, null_text(config, mesh))
         else:
-            spec = ProgramSpec(
-                stage=config.stage,
-                sampling=config.stage.sampling,
-                batch=config.data.batch_size,
-                negative=config.stage.sampling.guidance_weight != 1.0,
-                mesh=mesh,
-                size=config.size,
-            )
-            shardings = spec.shardings(network.abstract_params)
-            if shardings is None:
-                raise AssertionError("a program on a mesh has shardings")
-            state = with_shardings(network.abstract_params, shardings[0])
-            batch = with_shardings(spec.arguments()[0], shardings[1])
+            spec, state, batch = sampling_program(config, network, mesh)
             lowered = lower(spec, network)
         options: dict[str, str | bool] | None = None
         if operation_kib is not None:

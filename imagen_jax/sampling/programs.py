@@ -165,6 +165,17 @@ def trace(spec: ProgramSpec, network: StageNetwork) -> jax.stages.Lowered:
     return jitted.lower(network.abstract_params, *spec.arguments(), number, number)
 
 
+def whole_way(spec: ProgramSpec, network: StageNetwork) -> Callable[[Params, dict[str, Any]], jax.Array]:
+    """(params, inputs) → x̂0, from noise to pictures in one call: for planning."""
+    mesh = spec.kernel_mesh
+
+    def whole(params: Params, inputs: dict[str, Any]) -> jax.Array:
+        given = StageInputs(**inputs)
+        return sample_stage(network, params, given, None, config=spec.sampling, size=spec.size, mesh=mesh).x0
+
+    return whole
+
+
 def lower(spec: ProgramSpec, network: StageNetwork | None = None) -> jax.stages.Lowered:
     """The whole way from noise to pictures, not compiled: for planning and for reading what the compiler makes.
 
@@ -172,12 +183,7 @@ def lower(spec: ProgramSpec, network: StageNetwork | None = None) -> jax.stages.
     """
     network = network or StageNetwork(spec.stage)
     inputs, _ = spec.arguments()
-    shardings, mesh = spec.shardings(network.abstract_params), spec.kernel_mesh
-
-    def whole(params: Params, inputs: dict[str, Any]) -> jax.Array:
-        given = StageInputs(**inputs)
-        return sample_stage(network, params, given, None, config=spec.sampling, size=spec.size, mesh=mesh).x0
-
+    shardings, whole = spec.shardings(network.abstract_params), whole_way(spec, network)
     if shardings is None:
         return jax.jit(whole).lower(network.abstract_params, inputs)
     jitted = jax.jit(whole, in_shardings=shardings[:2], out_shardings=shardings[2].x0)
