@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# For --programs only: "splash forward" and "splash backward", the same attention by the kernel of JAX's library.
 SLICES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 PROGRAMS = ("attention forward", "attention backward", "block 32x1024", "block 16x1536", "block 8x2048")
 BATCH = 8
@@ -104,6 +105,37 @@ def read_dump(folder: Path) -> tuple[int, int]:
     return sum(least for least, _ in cycles), sum(most for _, most in cycles)
 
 
+def _splash(query: Any, key: Any, value: Any, mask: Any, *, heads: int) -> Any:
+    """The same by the splash attention of JAX's library, whose masks are segments, with its largest blocks."""
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    (queries, channels), keys = query.shape[1:], key.shape[1]
+    block = max(size for size in range(128, keys + 1, 128) if keys % size == 0)
+    kernel = splash.make_splash_mha_single_device(
+        masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=queries,
+            block_kv=block,
+            block_kv_compute=block,
+            block_q_dkv=queries,
+            block_kv_dkv=block,
+            block_kv_dkv_compute=block,
+            use_fused_bwd_kernel=True,
+        ),
+    )
+
+    def split(x: Any) -> Any:
+        return x.reshape(*x.shape[:2], heads, -1).swapaxes(1, 2)
+
+    segments = splash.SegmentIds(jnp.ones((len(query), queries), jnp.int32), mask.astype(jnp.int32))
+    scale = (channels // heads) ** -0.5
+    out = jax.vmap(kernel)(split(query) * scale, split(key), split(value), segments)
+    return out.swapaxes(1, 2).reshape(query.shape)
+
+
 def _program(name: str, mesh: Any) -> tuple[Callable[..., Any], list[Any]]:
     """A function and the shapes of its arguments."""
     import jax
@@ -119,7 +151,7 @@ def _program(name: str, mesh: Any) -> tuple[Callable[..., Any], list[Any]]:
     def shape(*sides: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sides, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    if name.startswith("attention"):
+    if name.startswith(("attention", "splash")):
         # The base's level of 32×32 positions with 128 tokens of text.
         query, key, mask = (
             shape(BATCH, 1024, 1024),
@@ -128,6 +160,8 @@ def _program(name: str, mesh: Any) -> tuple[Callable[..., Any], list[Any]]:
         )
 
         def forward(q: Any, k: Any, v: Any, m: Any) -> Any:
+            if name.startswith("splash"):
+                return _splash(q, k, v, m, heads=16)
             with Execution(mesh=mesh).active():
                 return attend(q, k, v, m, heads=16, kind=Attention.FLASH)
 
