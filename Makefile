@@ -7,9 +7,14 @@ OUT ?= runs/quickstart
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
 NEWEST_PYTHON ?= python3.12
+# Such a machine is taken to have JAX, Flax, Optax, Orbax, transformers and PyTorch, with what those need.
+WHEELS := grain ml-collections tensorflow-datasets diffusers etils array-record jaxtyping wadler-lindig google-crc32c \
+    tensorboardX tensorflow-metadata simple-parsing docstring-parser immutabledict toml dm-tree absl-py \
+    googleapis-common-protos protobuf sentencepiece importlib-resources importlib-metadata portpicker psutil zipp cloudpickle termcolor wrapt
+WHEELS_OF_SOURCE := promise
 SUITE := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-parity test-browser test-cloud test-kill test-launch test-oldest test-newest lint clean
+.PHONY: quickstart test test-parity test-browser test-cloud test-kill test-launch test-oldest test-newest wheels lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -85,6 +90,11 @@ $(VENV)-newest/.installed: setup.py
 
 test-newest: $(VENV)-newest/.installed  ## the suite on a newer Python with the newest releases
 	JAX_PLATFORMS=cpu $(VENV)-newest/bin/python $(SUITE)
+
+wheels: $(VENV)/.installed  ## what a GPU machine without network lacks for benchmarks/gpu.sh, as files in wheels/
+	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest=wheels $(WHEELS)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir=wheels $(WHEELS_OF_SOURCE)
+	du -ch wheels/*.whl
 
 clean:
 	rm -rf $(VENV) $(VENV)-xpk $(VENV)-oldest $(VENV)-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache
