@@ -10,7 +10,8 @@ NEWEST_PYTHON ?= python3.12
 # Such a machine is taken to have JAX, Flax, Optax, Orbax, transformers and PyTorch, with what those need.
 WHEELS := grain ml-collections tensorflow-datasets diffusers etils array-record jaxtyping wadler-lindig google-crc32c \
     tensorboardX tensorflow-metadata simple-parsing docstring-parser immutabledict toml dm-tree absl-py \
-    googleapis-common-protos protobuf sentencepiece importlib-resources importlib-metadata portpicker psutil zipp cloudpickle termcolor wrapt
+    googleapis-common-protos protobuf sentencepiece importlib-resources importlib-metadata portpicker psutil \
+    zipp cloudpickle termcolor wrapt
 WHEELS_OF_SOURCE := promise
 SUITE := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
@@ -97,4 +98,4 @@ wheels: $(VENV)/.installed  ## what a GPU machine without network lacks for benc
 	du -ch wheels/*.whl
 
 clean:
-	rm -rf $(VENV) $(VENV)-xpk $(VENV)-oldest $(VENV)-newest build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-xpk $(VENV)-oldest $(VENV)-newest build wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,6 +1,5 @@
 """The same networks in PyTorch, turn by turn on the same device: DeepFloyd's stage I and T5's encoder."""
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,7 +27,6 @@ class TorchReader:
 
     def __init__(self, module: torch.nn.Module):
         self._tensors = module.state_dict()
-        self.names = frozenset(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor."""
@@ -58,21 +56,15 @@ def device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
-def torch_seconds(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median of a call's seconds; it has been called before."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        if device() == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+def wait_for_torch(_: Any) -> None:
+    """Until PyTorch's device has done all it was given."""
+    if device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def turn_by_turn(ours: Callable[[], Any], theirs: Callable[[], Any], *, rounds: int) -> dict[str, float]:
     """Median milliseconds of both and the median of theirs / ours over the rounds."""
-    pairs = [(seconds(ours, 5), torch_seconds(theirs, 5)) for _ in range(rounds)]
+    pairs = [(seconds(ours, 5), seconds(theirs, 5, wait_for_torch)) for _ in range(rounds)]
     return {
         "ours_ms": 1e3 * float(np.median([a for a, _ in pairs])),
         "torch_ms": 1e3 * float(np.median([b for _, b in pairs])),

@@ -74,12 +74,14 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def seconds(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median of a call's seconds; it has been called before."""
+def seconds(
+    run: Callable[[], Any], repeats: int = 10, wait: Callable[[Any], Any] = jax.block_until_ready
+) -> float:
+    """Median of the seconds until a call's result is there; it has been called before."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
-        jax.block_until_ready(run())
+        wait(run())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -169,16 +169,13 @@ def _configs(args: argparse.Namespace, overrides: Sequence[str]) -> "list[TrainC
     from imagen_jax.sizes import parse_size
     from imagen_jax.training.config import load_config
 
+    if args.batch_size is not None:
+        overrides = [*overrides, f"--config.data.batch_size={args.batch_size}"]
     if args.model is not None:
         configs = model_configs(args.model, overrides)
     else:
         configs = [load_config(spec, overrides) for spec in args.config]
     size = None if args.size is None else parse_size(args.size, "--size")
-    if args.batch_size is not None:
-        configs = [
-            dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=args.batch_size))
-            for config in configs
-        ]
     if args.steps is not None:
         own = [config.stage.sampling for config in configs]
         sampling = override_all(own, parse_overrides({"steps": args.steps}, len(configs)))

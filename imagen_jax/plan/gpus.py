@@ -21,6 +21,7 @@ from imagen_jax.plan.compile import Program, null_text, sampling_program, traini
 from imagen_jax.plan.flops import forward_flops
 from imagen_jax.plan.memory import Memory, account, bytes_per_device
 from imagen_jax.sampling.programs import whole_way
+from imagen_jax.sizes import Size
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.run import Run
 from imagen_jax.training.train_step import batch_gradients
@@ -226,12 +227,11 @@ def make_gpu_plan(config: TrainConfig, gpu: Gpu, program: Program) -> GpuPlan:
     config = dataclasses.replace(config, mesh=MeshConfig())
     train, stage = program is Program.TRAIN, config.stage
     half = stage.network.dtype == "bfloat16"
-    if half and (kernel := _with_attention(config, Attention.FLASH)) is not None:
-        config = kernel  # keeps what cuDNN's keeps: no logits
-    else:
-        config = _with_attention(config, Attention.XLA) or config
     if train:
         config.check_trainable()
+    # Our kernel keeps what cuDNN's keeps: no logits.
+    kinds = (Attention.FLASH, Attention.XLA) if half else (Attention.XLA,)
+    config, per_image = _counted(config, kinds, config.step_size if train else config.size)
     state, inputs, most = _training(config) if train else _sampling(config)
     guided = 1 if stage.sampling.guidance_weight == 1.0 else 2
     calls = 3 if train else stage.sampling.sampler.network_calls * guided
@@ -244,7 +244,6 @@ def make_gpu_plan(config: TrainConfig, gpu: Gpu, program: Program) -> GpuPlan:
         prefetched=train,
         available=gpu.available,
     )
-    per_image = forward_flops(network, size=config.step_size if train else config.size)
     return GpuPlan(
         stage=stage.name,
         program=program,
@@ -261,15 +260,17 @@ def make_gpu_plan(config: TrainConfig, gpu: Gpu, program: Program) -> GpuPlan:
     )
 
 
-def _with_attention(config: TrainConfig, kind: Attention) -> TrainConfig | None:
-    """The config with another attention; None where that does not take the network's shapes."""
-    network = dataclasses.replace(config.stage.network, attention=kind)
-    changed = dataclasses.replace(config, stage=dataclasses.replace(config.stage, network=network))
-    try:
-        forward_flops(StageNetwork(changed.stage), size=config.step_size)
-    except ValueError:
-        return None
-    return changed
+def _counted(config: TrainConfig, kinds: tuple[Attention, ...], size: Size) -> tuple[TrainConfig, int]:
+    """The config with the first of the attentions that takes the network's shapes, and its forward FLOPs a picture."""
+    for kind in kinds:
+        network = dataclasses.replace(config.stage.network, attention=kind)
+        changed = dataclasses.replace(config, stage=dataclasses.replace(config.stage, network=network))
+        try:
+            return changed, forward_flops(StageNetwork(changed.stage), size=size)
+        except ValueError:
+            if kind is Attention.XLA:
+                raise
+    raise AssertionError("plain attention takes all shapes")
 
 
 def _training(config: TrainConfig) -> tuple[Any, Any, int]:
