@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.epilog = EXAMPLE
     parser.usage = (
-        "%(prog)s --config=FILE[:variant] [--config=FILE ...] | --model=MODEL  --topology=CHIP:SHAPE | --device=GPU\n"
-        "       [--program=train|sample] [--batch_size=N] [--rows=N] [--size=WxH] [--steps=N] [--operation_kib=N]\n"
-        "       [--json=FILE] [--config.some.field=value ...]"
+        "%(prog)s --config=FILE[:variant] [--config=FILE ...] | --model=MODEL  --topology=CHIP:SHAPE [--slices=N] |\n"
+        "       --device=GPU [--program=train|sample] [--batch_size=N] [--rows=N] [--size=WxH] [--steps=N]\n"
+        "       [--operation_kib=N] [--json=FILE] [--config.some.field=value ...]"
     )
     parser.add_argument(
         "--config",
@@ -43,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", help="with --program=sample: model folder, all of whose stages are planned"
     )
     parser.add_argument("--topology", help="slice of v4, v5e, v5p or v6e chips, as v5e:16x16")
+    parser.add_argument("--slices", type=int, default=1, help="number of such slices (1)")
     parser.add_argument(
         "--device", metavar="GPU", help="instead: one h100, h200, a100, l4, t4 or rtx4090, by formula"
     )
@@ -85,7 +86,7 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
         from imagen_jax.plan.chips import parse_topology
         from imagen_jax.plan.environment import find_compiler
 
-        topology = parse_topology(args.topology)
+        topology = parse_topology(args.topology, args.slices)
         find_compiler()
     configs = _configs(args, overrides)
     from imagen_jax.files import write_text
@@ -140,6 +141,8 @@ def _check(args: argparse.Namespace) -> None:
             if given:
                 what = "given more than once" if flag == "--config" else "given"
                 raise UserError(f"{flag}: {what}, which is for --program=sample")
+    if args.device is not None and args.slices != 1:
+        raise UserError(f"--slices={shown(args.slices)}: is for --topology")
     if args.device is not None and args.rows != 1:
         raise UserError(f"--rows={shown(args.rows)}: a GPU of --device has whole pictures")
     if args.device is not None and args.operation_kib is not None:

@@ -13,8 +13,8 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 # A gradient's order of axes in memory is prescribed where the TPU compiler would sum it whole on all chips.
 from jax.experimental.layout import Layout, with_layout_constraint
 
-# `jax.make_mesh` cannot divide the side of a slice among two axes of the mesh.
-from jax.experimental.mesh_utils import create_device_mesh
+# `jax.make_mesh` cannot divide the side of a slice among two axes of the mesh, nor place devices of several slices.
+from jax.experimental.mesh_utils import create_device_mesh, create_hybrid_device_mesh
 
 # Arrays of several processes on the host, and the step at which all of them stop for a preemption.
 from jax.experimental.multihost_utils import process_allgather, reached_preemption_sync_point
@@ -25,6 +25,7 @@ from jax.experimental.topologies import get_topology_desc
 __all__ = [
     "Layout",
     "create_device_mesh",
+    "create_hybrid_device_mesh",
     "distributed",
     "get_topology_desc",
     "process_allgather",

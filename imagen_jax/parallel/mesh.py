@@ -14,7 +14,12 @@ from jax.sharding import PartitionSpec as P
 
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_DEVICES, check_numbers
-from imagen_jax.parallel.jax_internals import Layout, create_device_mesh, with_layout_constraint
+from imagen_jax.parallel.jax_internals import (
+    Layout,
+    create_device_mesh,
+    create_hybrid_device_mesh,
+    with_layout_constraint,
+)
 
 T = TypeVar("T")  # a tree of arrays
 
@@ -47,8 +52,10 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The ("data", "fsdp", "tensor") mesh over all devices of all processes, or over the given ones.
 
+    Of several TPU slices every one has whole copies of the model: only gradients cross the network between them.
+
     Raises:
-      UserError: if the axes' sizes do not multiply to the number of devices.
+      UserError: if the axes' sizes do not multiply to the number of devices, or slices cannot share data equally.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = [config.data, config.fsdp, config.tensor]
@@ -62,6 +69,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         shown = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
         raise UserError(f"config.mesh: {shown} does not make the {len(devices)} devices that there are")
     types = (AxisType.Auto,) * len(AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices > 1:
+        if sizes[0] % slices:
+            raise UserError(f"config.mesh.data={sizes[0]}: must be a multiple of the {slices} slices")
+        within = (sizes[0] // slices, *sizes[1:])
+        placed = create_hybrid_device_mesh(within, (slices, 1, 1), devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     try:
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # of a slice none of whose sides is such a size: 32 of 16×16 chips

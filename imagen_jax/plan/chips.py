@@ -11,6 +11,9 @@ consistency: libtpu 0.0.51 estimates a 4096³ … 32768³ bfloat16 product at 11
 is the clock: 1.503, 1.751, 1.049 and 1.751 GHz. With it, adding a constant to a float32 array of 1 GiB reaches
 660, 1985, 945 and 1325 GB/s, 72–81 % of each chip's HBM bandwidth, so the same clock holds for memory.
 
+Between slices: a host's network cards over its chips, as the pages have it: v5e 200 Gbit/s and v6e 800 for 8 chips, v5p
+50 Gbit/s a chip. The page of v4 does not say.
+
 What the matrix units do in a cycle of the attention kernels is counted in libtpu's final schedule of them
 (`benchmarks/schedule.py`): heads of 64 channels fill half of a unit, and exponentials take turns with it. The same
 count says how far the compiler's estimates of ResNet blocks fall short of what it then schedules: nowhere but on v6e.
@@ -21,7 +24,7 @@ import enum
 import math
 
 from imagen_jax.errors import UserError
-from imagen_jax.limits import MAX_DEVICES, is_count
+from imagen_jax.limits import MAX_DEVICES, is_count, shown
 
 _GIB = 2**30
 
@@ -48,6 +51,9 @@ class Chip:
     axes: int  # of the interconnect's grid; two links each
     wrap: Wrap
     tensor_cores: int  # of a chip; they work as one device
+    network_bandwidth: float | None = (
+        None  # bytes/s of a chip's share of its host's network cards; see the module's text
+    )
     config_name: str  # libtpu's chip_config_name that makes one device of a chip
 
     @property
@@ -83,6 +89,7 @@ CHIPS = {
             axes=2,
             wrap=Wrap.FULL_POD,
             tensor_cores=1,
+            network_bandwidth=3.125e9,
             config_name="default",
         ),
         Chip(
@@ -96,6 +103,7 @@ CHIPS = {
             axes=3,
             wrap=Wrap.CUBES,
             tensor_cores=2,
+            network_bandwidth=6.25e9,
             config_name="megacore",
         ),
         Chip(
@@ -110,6 +118,7 @@ CHIPS = {
             axes=2,
             wrap=Wrap.FULL_POD,
             tensor_cores=1,
+            network_bandwidth=12.5e9,
             config_name="default",
         ),
     )
@@ -148,20 +157,26 @@ def device_peak_flops(device_kind: str) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Topology:
-    """A slice: a grid of equal chips."""
+    """A slice: a grid of equal chips; or several equal ones that the data centre's network connects."""
 
     chip: Chip
-    sizes: tuple[int, ...]  # chips along each axis
+    sizes: tuple[int, ...]  # chips along each axis of a slice
+    slices: int = 1
 
     @property
-    def name(self) -> str:
-        """Such as "v5e:16x16"."""
+    def slice_name(self) -> str:
+        """Of one slice, such as "v5e:16x16"."""
         return f"{self.chip.name}:{'x'.join(map(str, self.sizes))}"
 
     @property
+    def name(self) -> str:
+        """Such as "v5e:16x16", or "2 slices of v5e:16x16"."""
+        return self.slice_name if self.slices == 1 else f"{self.slices} slices of {self.slice_name}"
+
+    @property
     def count(self) -> int:
-        """Number of chips."""
-        return math.prod(self.sizes)
+        """Number of chips, of all slices."""
+        return self.slices * math.prod(self.sizes)
 
     def wraps(self, axis: int) -> bool:
         """Whether the chips along an axis form a ring."""
@@ -170,12 +185,19 @@ class Topology:
         return self.sizes[axis] == 16
 
 
-def parse_topology(text: str) -> Topology:
+def parse_topology(text: str, slices: int = 1) -> Topology:
     """A slice by its name: the chip, a colon and the chips along each axis, such as "v5p:4x4x8".
 
+    Args:
+      text: the name.
+      slices: number of such slices.
+
     Raises:
-      UserError: for an unknown chip or a shape that is none of its own, naming --topology.
+      UserError: for an unknown chip or a shape that is none of its own, naming --topology; for a number of slices that
+        cannot be planned, naming --slices.
     """
+    if slices < 1:
+        raise UserError(f"--slices={shown(slices)}: must be at least 1")
     name, _, shape = text.partition(":")
     known, text = ", ".join(CHIPS), text[:80]
     chip = CHIPS.get(name)
@@ -189,9 +211,15 @@ def parse_topology(text: str) -> Topology:
         raise UserError(
             f"--topology={text}: a slice of {name} has {chip.axes} axes of chips, as in {name}:{example}"
         )
-    topology = Topology(chip=chip, sizes=tuple(int(part) for part in parts))
+    topology = Topology(chip=chip, sizes=tuple(int(part) for part in parts), slices=slices)
     if topology.count > MAX_DEVICES:
         raise UserError(
             f"--topology={text}: {topology.count} chips; there is no slice of more than {MAX_DEVICES}"
+            if slices == 1
+            else f"--slices={shown(slices)}: {shown(topology.count)} chips; at most {MAX_DEVICES} can be planned"
+        )
+    if slices > 1 and chip.network_bandwidth is None:
+        raise UserError(
+            f"--slices={slices}: what the network between slices of {name} carries is not published"
         )
     return topology

@@ -58,23 +58,26 @@ class Compiled:
 
 
 def slice_devices(topology: Topology) -> list[Any]:
-    """The devices of a slice, to make a mesh of and to compile for.
+    """The devices of a slice, or of several, to make a mesh of and to compile for.
 
     Raises:
       UserError: if libtpu knows no such slice, naming --topology.
     """
     try:
         described = get_topology_desc(
-            topology_name=topology.name, platform="tpu", chip_config_name=topology.chip.config_name
+            topology_name=topology.slice_name,
+            platform="tpu",
+            chip_config_name=topology.chip.config_name,
+            **({"num_slices": topology.slices} if topology.slices > 1 else {}),
         )
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"--topology={topology.name}: the TPU compiler has no such slice: {reason}"
+            f"--topology={topology.slice_name}: the TPU compiler has no such slice: {reason}"
         ) from error
     if len(described.devices) != topology.count:
         raise UserError(
-            f"--topology={topology.name}: {topology.count} chips, but the TPU compiler makes "
+            f"--topology={topology.slice_name}: {topology.count} chips, but the TPU compiler makes "
             f"{len(described.devices)} devices of them"
         )
     return list(described.devices)

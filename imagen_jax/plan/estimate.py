@@ -13,7 +13,15 @@ from typing import Any
 
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.hlo import Instruction, Module, shape_bytes
-from imagen_jax.plan.network import Collective, Network, Transfer, collective_kind, transfer
+from imagen_jax.plan.network import (
+    Collective,
+    Network,
+    Transfer,
+    collective_kind,
+    rendezvous,
+    slice_transfer,
+    transfer,
+)
 
 # A hand-written kernel is taken to reach this share of HBM bandwidth; its arithmetic is `Chip.kernel_flops_per_cycle`.
 KERNEL_BANDWIDTH = 0.6
@@ -91,17 +99,22 @@ class _Cost:
 
 
 class _Links:
-    """The interconnect while a computation runs: collectives one after the other, beside the arithmetic."""
+    """The interconnect while a computation runs: collectives one after the other, beside the arithmetic.
+
+    What goes to other slices goes by the hosts, beside both.
+    """
 
     def __init__(self, cost: _Cost, network: Network):
         self._cost, self._network = cost, network
-        self._free_at = 0.0
+        self._free_at = {False: 0.0, True: 0.0}  # by whether it is between slices
         self._running: dict[str, deque[tuple[float, Origin]]] = defaultdict(deque)
 
     def start(self, key: str, moved: Transfer, origin: Origin) -> None:
         """Queues a collective."""
-        self._free_at = max(self._free_at, self._cost.seconds) + self._network.seconds(moved)
-        self._running[key].append((self._free_at, origin))
+        between = moved.kind is Collective.BETWEEN_SLICES
+        end = max(self._free_at[between], self._cost.seconds) + self._network.seconds(moved)
+        self._free_at[between] = end
+        self._running[key].append((end, origin))
         self._cost.transfers[moved] += 1
 
     def wait(self, key: str) -> None:
@@ -139,8 +152,13 @@ class Estimator:
         links = _Links(cost, self._network)
         instructions = self._module.computations[name]
         shapes = {each.name: each.shape for each in instructions}
+        meetings = {each.name: rendezvous(each) for each in instructions}
         for each in instructions:
-            if each.opcode == "while":
+            if meetings[each.name] is not None:
+                self._between_slices(each, shapes, links)
+            elif each.opcode == "recv-done":
+                links.wait(meetings.get(each.operands[0]) or each.operands[0])
+            elif each.opcode == "while":
                 count = self._module.loop_count(each, instructions)
                 if count is None:
                     cost.unknown_loops.add(each.name)
@@ -153,6 +171,14 @@ class Estimator:
                 self._work(each, shapes, cost)
         links.wait_for_all()
         return cost
+
+    def _between_slices(self, each: Instruction, shapes: dict[str, str], links: _Links) -> None:
+        """Starts what is sent to other slices; its recv only says where it is put."""
+        key = rendezvous(each)
+        if each.opcode == "send" and key is not None:
+            sent = shape_bytes(shapes[each.operands[0]])
+            moved = slice_transfer(each, sent, self._network.topology.slices)
+            links.start(key, moved, self.origin(each, each.opcode))
 
     def _communicate(self, each: Instruction, shapes: dict[str, str], links: _Links) -> bool:
         """Runs an instruction that is a collective or a part of one; False for all others."""
@@ -284,11 +310,14 @@ def estimate_text(text: str, network: Network) -> Estimate:
 
 
 def estimate(compiled: Any, topology: Topology, devices: Iterable[Any]) -> Estimate:
-    """The prediction for a program that `jax.jit(…).lower(…).compile()` made for a slice.
+    """The prediction for a program that `jax.jit(…).lower(…).compile()` made for a slice, or for several.
 
     Args:
-      compiled: the program.
+      compiled: the program; all slices run the same, whose groups are of one slice's chips.
       topology: the slice.
       devices: those of the mesh it was compiled for, in its order (`mesh.devices.flat`).
     """
-    return estimate_text(compiled.as_text(), Network(topology, [device.coords for device in devices]))
+    members = list(devices)
+    if topology.slices > 1:
+        members = [device for device in members if device.slice_index == members[0].slice_index]
+    return estimate_text(compiled.as_text(), Network(topology, [device.coords for device in members]))

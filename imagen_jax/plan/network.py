@@ -22,6 +22,9 @@ class Collective(enum.StrEnum):
     RAGGED_ALL_TO_ALL = "ragged-all-to-all"
     PERMUTE = "collective-permute"
     BROADCAST = "collective-broadcast"
+    BETWEEN_SLICES = (
+        "between slices"  # no name of XLA's: a transfer by the hosts, over the data centre's network
+    )
 
 
 Groups = tuple[tuple[int, ...], ...]
@@ -42,7 +45,7 @@ class Transfer:
 def collective_kind(opcode: str) -> Collective | None:
     """The kind of a collective's opcode, its "-start" included; None for other instructions."""
     name = opcode.removesuffix("-start")
-    return Collective(name) if name in set(Collective) else None
+    return Collective(name) if name in set(Collective) - {Collective.BETWEEN_SLICES} else None
 
 
 def received_bytes(kind: Collective, input_bytes: int, size: int) -> int:
@@ -57,7 +60,7 @@ def received_bytes(kind: Collective, input_bytes: int, size: int) -> int:
             return 2 * input_bytes * (size - 1) // size
         case Collective.REDUCE_SCATTER | Collective.ALL_TO_ALL | Collective.RAGGED_ALL_TO_ALL:
             return input_bytes * (size - 1) // size
-        case Collective.PERMUTE | Collective.BROADCAST:
+        case Collective.PERMUTE | Collective.BROADCAST | Collective.BETWEEN_SLICES:
             return input_bytes
 
 
@@ -146,8 +149,46 @@ def transfer(instruction: Instruction, input_bytes: int, count: int, *, scattere
     return Transfer(kind=kind, received_bytes=received_bytes(kind, input_bytes, size), groups=groups)
 
 
+_RENDEZVOUS = re.compile(r'_xla_host_transfer_rendezvous="([^"]*)"')
+_BETWEEN = re.compile(r'_xla_megascale_transfer_type="([^"]*)"')
+
+
+def rendezvous(instruction: Instruction) -> str | None:
+    """The name by which a send between slices and its recv know each other; None for other instructions."""
+    if instruction.opcode not in ("send", "recv") or not _BETWEEN.search(instruction.attributes):
+        return None
+    match = _RENDEZVOUS.search(instruction.attributes)
+    return match.group(1) if match else None
+
+
+def slice_transfer(instruction: Instruction, sent_bytes: int, slices: int) -> Transfer:
+    """What a chip moves to and from the other slices, whose chips at its place bring as much.
+
+    Args:
+      instruction: the send.
+      sent_bytes: of the array that is handed to the host.
+      slices: number of them.
+
+    Raises:
+      ValueError: for a kind of transfer that is not known.
+    """
+    match = _BETWEEN.search(instruction.attributes)
+    name = match.group(1) if match else ""
+    kinds = {
+        "ALL_REDUCE": Collective.ALL_REDUCE,
+        "REDUCE_SCATTER": Collective.REDUCE_SCATTER,
+        "ALL_GATHER": Collective.ALL_GATHER,
+        "ALL_TO_ALL": Collective.ALL_TO_ALL,
+        "ONE_TO_ONE": Collective.PERMUTE,
+    }
+    if name not in kinds:
+        raise ValueError(f"a transfer between slices of an unknown kind: {name!r}")
+    moved = received_bytes(kinds[name], sent_bytes, slices)
+    return Transfer(kind=Collective.BETWEEN_SLICES, received_bytes=moved, groups=(tuple(range(slices)),))
+
+
 class Network:
-    """The interconnect of a slice, whose chips have the places of a mesh."""
+    """The interconnect of a slice, whose chips have the places of a mesh, and what connects it to other slices."""
 
     def __init__(self, topology: Topology, coordinates: Sequence[Sequence[int]]):
         """Makes it of the chips' coordinates in the slice, in the order of the mesh."""
@@ -187,6 +228,9 @@ class Network:
         """How long a collective takes that has the links to itself: its bytes and the way of the first of them."""
         if not moved.groups or moved.received_bytes == 0:
             return 0.0
+        if moved.kind is Collective.BETWEEN_SLICES:
+            assert self.topology.chip.network_bandwidth is not None  # by parse_topology
+            return moved.received_bytes / self.topology.chip.network_bandwidth
         turns = 2 if moved.kind is Collective.ALL_REDUCE else 1
         groups = set(moved.groups)
         slowest = moved.received_bytes / min(self.bandwidth(group) for group in groups)

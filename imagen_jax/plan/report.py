@@ -145,7 +145,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
     return {
         "stage": plan.stage,
         "program": plan.program.value,
-        "topology": plan.topology.name,
+        "topology": plan.topology.slice_name,
+        "slices": plan.topology.slices,
         "chips": plan.topology.count,
         "mesh": plan.mesh,
         "batch_size": plan.batch_size,

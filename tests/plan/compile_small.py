@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl  # noqa: E402
 from jax.sharding import AxisType, Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
+from imagen_jax.errors import UserError  # noqa: E402
 from imagen_jax.models.attention import attend  # noqa: E402
 from imagen_jax.models.configs import SamplingConfig, StageConfig  # noqa: E402
 from imagen_jax.models.execution import Execution  # noqa: E402
@@ -32,13 +33,13 @@ from imagen_jax.sampling import programs  # noqa: E402
 SIDE = 4096
 
 
-def predict(name, function, specs, shapes, count=1, sampling=False, options=None, mesh=None):
+def predict(name, function, specs, shapes, count=1, sampling=False, options=None, mesh=None, slices=1):
     """The estimate of a function of bfloat16 arrays on some chips of a slice, or on those of a mesh.
 
     `sampling`: compiled as a stage is; `options`: of the compiler.
     """
-    topology = parse_topology(name)
-    devices = slice_devices(topology)[:count]
+    topology = parse_topology(name, slices)
+    devices = slice_devices(topology)[:count] if mesh is None else mesh.devices.flat
     mesh = mesh or Mesh(np.array(devices), ("x",), axis_types=(AxisType.Auto,))
     args = [
         jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=NamedSharding(mesh, spec))
@@ -96,6 +97,21 @@ def cut(mesh):
     split = P(None, None, "fsdp")
     specs = (split, P("fsdp"), P("fsdp"))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False), specs
+
+
+def gathered(mesh):
+    """The gradient of a product whose factor is split over "fsdp", summed over all data."""
+
+    def local(shard, x):
+        def loss(k):
+            return jnp.sum((x @ gather_shard(k, (SIDE, SIDE), mesh)).astype(jnp.float32) ** 2)
+
+        return jax.grad(loss)(shard)
+
+    split = P("fsdp", None)
+    specs = (split, P(("data", "fsdp")))
+    function = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
+    return function, specs, [(SIDE, SIDE), (32, SIDE)]
 
 
 def plainly_summed(x):
@@ -189,6 +205,16 @@ def main():
     function, specs = cut(mesh)
     shapes = [doubling[1], (32, *doubling[0][1:]), (32, *doubling[2][1:])]
     results["cut"] = predict("v5e:2x2", function, specs, shapes, count=4, mesh=mesh)
+    # Weights are split within a slice; only their gradients' sums cross over to the other.
+    two = make_mesh(MeshConfig(data=4, fsdp=8), slice_devices(parse_topology("v5e:4x4", 2)))
+    results["slices of the mesh"] = [
+        sorted({device.slice_index for device in part.flat}) for part in two.devices
+    ]
+    results["slices"] = predict("v5e:4x4", *gathered(two), mesh=two, slices=2)
+    try:
+        make_mesh(MeshConfig(data=1, fsdp=32), two.devices.reshape(-1))
+    except UserError as error:
+        results["undivided"] = str(error)
     # No side of the slice is 32 chips long.
     devices = slice_devices(parse_topology("v6e:16x16"))
     results["mesh"] = make_mesh(MeshConfig(data=8, fsdp=32), devices).devices[0].size

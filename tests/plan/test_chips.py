@@ -34,6 +34,22 @@ def test_unknown_chip_lists_the_known_ones():
         parse_topology("v9:2x2")
 
 
+def test_several_slices():
+    topology = parse_topology("v5e:16x16", 2)
+    assert (topology.name, topology.slice_name, topology.count) == ("2 slices of v5e:16x16", "v5e:16x16", 512)
+
+
+@pytest.mark.parametrize("slices", [0, -1, 10**9])
+def test_a_wrong_number_of_slices_is_named(slices):
+    with pytest.raises(UserError, match=f"--slices={slices}"):
+        parse_topology("v5e:16x16", slices)
+
+
+def test_slices_of_a_chip_whose_network_is_not_known_are_refused():
+    with pytest.raises(UserError, match=r"--slices=2: .* of v4"):
+        parse_topology("v4:2x2x1", 2)
+
+
 @pytest.mark.parametrize("name, clock", [("v4", 1.05e9), ("v5e", 1.5e9), ("v5p", 1.75e9)])
 def test_clocks_are_the_published_ones(name, clock):
     # v4: arXiv 2304.01433, table 4; the others: "How to scale your model", jax-ml.github.io/scaling-book/tpus.

@@ -120,6 +120,38 @@ def test_collectives_in_flight_share_the_links():
     )  # of both, 3 ms are hidden
 
 
+@pytest.mark.parametrize(
+    "kind, share",
+    [("ALL_REDUCE", 4 / 3), ("REDUCE_SCATTER", 2 / 3), ("ALL_GATHER", 2.0), ("ONE_TO_ONE", 1.0)],
+)
+@pytest.mark.parametrize("beside", [0.5, 100.0])
+def test_what_goes_to_other_slices_goes_beside_the_links(kind, share, beside):
+    attributes = (
+        'channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="sum.1",'
+        f'_xla_megascale_transfer_type="{kind}"}}'
+    )
+    text = program(
+        [
+            "%x = f32[2500000] parameter(0)",
+            f"%r = (f32[2500000], u32[], token[]) recv(%t), {attributes}",
+            f"%s = (f32[2500000], u32[], token[]) send(%x, %t), {attributes}",
+            f"%g = f32[5000000] all-gather(%x), channel_id=1, {PAIRS}, dimensions={{0}}",
+            work("a", beside),
+            "%sd = token[] send-done(%s), channel_id=2",
+            "%d = (f32[2500000], token[]) recv-done(%r), channel_id=2",
+        ],
+        ("nothing", ["ROOT %r = f32[] parameter(0)"]),
+    )
+    topology = parse_topology("v5e:2x2", 3)
+    found = estimate_text(text, Network(topology, NETWORK._coordinates))
+    moved = share * 10e6
+    gather = 10e6 / 42.75e9 + 1e-6
+    waited = max(0.0, moved / 3.125e9 - gather - beside * 1e-3)
+    assert found.exposed_s == pytest.approx(gather + waited, rel=1e-4)
+    (total,) = (each for each in found.collectives if each.kind is Collective.BETWEEN_SLICES)
+    assert (total.chips, total.count, total.received_bytes) == (3, 1, pytest.approx(moved, abs=1))
+
+
 def test_a_collective_that_libtpu_splits_counts_once_and_overlaps():
     gather = f"all-gather(%p), channel_id=24, {PAIRS}, dimensions={{0}}"
     begin = ["%p = f32[25000000] parameter(0)", f"%g = f32[50000000] {gather}"]

@@ -132,3 +132,18 @@ def test_a_slice_that_there_is_not(config_file, subprocess_env):
     done = subprocess.run(command, env=subprocess_env(), capture_output=True, text=True)
     assert done.returncode == 1
     assert "--topology=v5e:3x5" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_slices_hold_whole_copies_of_a_model(small):
+    """The first axis of the mesh, along which slices lie, has the same weights at each of its places."""
+    assert small["slices of the mesh"] == [[0], [0], [1], [1]]
+    assert small["undivided"] == "config.mesh.data=1: must be a multiple of the 2 slices"
+
+
+def test_a_gradient_crosses_over_to_another_slice_once(small):
+    """Each chip sends the part of the sum that is its share of all the slice's chips."""
+    between = [each for each in small["slices"]["collectives"] if each[0] == "between slices"]
+    assert len(between) == 1
+    (_, slices, received) = between[0]
+    assert slices == 2
+    assert received in (2 * SIDE**2 // 16, 2 * SIDE**2 // 8)
