@@ -29,7 +29,7 @@ from typing import Any
 import jax
 
 from imagen_jax.config import build
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes_captions
 from imagen_jax.parallel.mesh import use_cpu_devices
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.text.small import make_small_encoder
@@ -78,7 +78,7 @@ def make_config(folder: Path, args: argparse.Namespace, steps: int, checkpoint_e
 def make_records(folder: Path) -> None:
     """512 pictures of shapes with embeddings."""
     encoder = folder / "encoder"
-    make_small_encoder(encoder, vocabulary_texts=shapes.all_captions(), width=32, layers=1)
+    make_small_encoder(encoder, vocabulary_texts=shapes_captions.all_captions(), width=32, layers=1)
     precompute(
         PrecomputeConfig(
             source="shapes:count=512,resolution=32", text_encoder=str(encoder), out=str(folder / "records")

@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes, shapes_captions
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
 from imagen_jax.files import make_folder
@@ -84,7 +84,7 @@ def quickstart(out: epath.PathLike, *, scale: str = "full") -> dict[str, Any]:
     make_folder(out)
     _announce(1, "a small frozen text encoder")
     if not (encoder / "config.json").exists():
-        make_small_encoder(encoder, vocabulary_texts=shapes.all_captions())
+        make_small_encoder(encoder, vocabulary_texts=shapes_captions.all_captions())
     _announce(2, "captions and pictures → records with text embeddings")
     for split, count in (("train", sizes.train_pictures), ("test", sizes.test_pictures)):
         source = f"shapes:count={count},resolution=64"

@@ -141,11 +141,11 @@ def mixed_dtypes():
 @pytest.fixture(scope="session")
 def text_encoder(tmp_path_factory):
     """Folder of a small text encoder of width TEXT_WIDTH."""
-    from imagen_jax.data import shapes
+    from imagen_jax.data import shapes_captions
     from imagen_jax.text.small import make_small_encoder
 
     folder = tmp_path_factory.mktemp("encoder") / "text_encoder"
-    make_small_encoder(folder, vocabulary_texts=shapes.words(), width=TEXT_WIDTH, layers=1)
+    make_small_encoder(folder, vocabulary_texts=shapes_captions.words(), width=TEXT_WIDTH, layers=1)
     return folder
 
 

@@ -6,7 +6,7 @@ Lengths are fractions of the picture's side, x to the right and y down, the pict
 import numpy as np
 from jaxtyping import Float32, UInt8
 
-from imagen_jax.data.shapes import MAX_RESOLUTION, MIN_RESOLUTION, Scene, Shape
+from imagen_jax.data.shapes import MAX_RESOLUTION, MIN_RESOLUTION, Scene, Shape, Texture
 
 # Proportions at equal area π (radius 1). Each half extent follows from the shape's area formula.
 _SQUARE_HALF = float(np.sqrt(np.pi)) / 2
@@ -15,6 +15,10 @@ _CROSS_ARM = 0.33  # an arm's width over the cross's length: a third is five equ
 _CROSS_HALF = float(np.sqrt(np.pi / (2 * _CROSS_ARM - _CROSS_ARM**2))) / 2
 _STAR_INNER = 0.47  # inner over outer radius; plumper than the pentagram's 0.38
 _STAR_OUTER = float(np.sqrt(np.pi / (5 * _STAR_INNER * np.sin(np.pi / 5))))
+
+# Textures, in radii.
+_OUTLINE = 0.2  # of striped and hollow objects
+_PERIOD = 0.55  # from stripe to stripe, which are half of it; one lies on the centre
 
 _REACH = 1.65  # no point of a shape of radius 1 is farther from its centre
 _SUPERSAMPLED = 128  # pixels; smaller pictures are drawn at least this large and averaged down
@@ -38,13 +42,19 @@ def render(scene: Scene, resolution: int) -> UInt8[np.ndarray, "r r 3"]:
     picture = np.empty((resolution, resolution, 3), np.float32)
     picture[:] = scene.background.rgb
     for item, (x, y, radius) in zip(scene.objects, scene.placements()):
-        mask = coverage(item.shape, resolution, x=x, y=y, radius=radius)[..., None]
+        mask = coverage(item.shape, resolution, x=x, y=y, radius=radius, texture=item.texture)[..., None]
         picture += mask * (np.array(item.colour.rgb, np.float32) - picture)
     return np.rint(picture).astype(np.uint8)
 
 
 def coverage(
-    shape: Shape, resolution: int, *, x: float = 0.5, y: float = 0.5, radius: float
+    shape: Shape,
+    resolution: int,
+    *,
+    x: float = 0.5,
+    y: float = 0.5,
+    radius: float,
+    texture: Texture = Texture.SOLID,
 ) -> Float32[np.ndarray, "r r"]:
     """How much of each pixel a shape covers, 0 to 1.
 
@@ -54,6 +64,7 @@ def coverage(
         x: The centre of area, from the left, in sides.
         y: The centre of area, from the top, in sides.
         radius: That of the circle of the same area, in sides.
+        texture: What of its inside is covered.
 
     Raises:
         ValueError: A resolution or a radius of zero or less.
@@ -69,10 +80,21 @@ def coverage(
     across = ((np.arange(left * fine, right * fine) + 0.5) / samples - x) / radius
     down = ((np.arange(top * fine, bottom * fine) + 0.5) / samples - y) / radius
     distance = _DISTANCE[shape](across[None, :], down[:, None])
-    inside = np.clip(0.5 - distance * (radius * samples), 0.0, 1.0)
+    inside = _covered(distance, radius * samples)
+    if texture is not Texture.SOLID:
+        within = _covered(distance + _OUTLINE, radius * samples)
+        if texture is Texture.STRIPED:
+            from_stripe = np.abs((down[:, None] / _PERIOD + 0.5) % 1.0 - 0.5) - 0.25
+            within *= 1.0 - _covered(_PERIOD * from_stripe, radius * samples)
+        inside = inside - within
     inside = inside.reshape(bottom - top, fine, right - left, fine).mean((1, 3))
     mask[top:bottom, left:right] = inside
     return mask
+
+
+def _covered(distance: np.ndarray, scale: float) -> np.ndarray:
+    """How much of a sample lies inside, from its signed distance in radii; `scale`: samples of a radius."""
+    return np.clip(0.5 - distance * scale, 0.0, 1.0)
 
 
 def _span(centre: float, radius: float, resolution: int) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from imagen_jax.data import shapes, shapes_render
+from imagen_jax.data import shapes, shapes_render, shapes_world
 from imagen_jax.data.examples import Example, Skipped, Source, even_ranges, one_line, printable
 from imagen_jax.data.folder import EXAMPLES_PER_UNIT, FolderOptions, FolderSource
 from imagen_jax.data.parquet import ParquetOptions, ParquetSource
@@ -19,8 +19,16 @@ from imagen_jax.errors import UserError
 from imagen_jax.limits import is_count, shown
 
 _MAX_SHAPES = 10_000_000  # pictures: scenes repeat long before
-_LANGUAGES = ("en", "zh", "both")
 _OBJECTS = {"1": 1, "2": 2, "any": None}
+_CHOICES = {
+    "language": ("en", "zh", "both"),
+    "objects": ("1", "2", "equal", "any"),
+    "world": ("plain", "rich"),
+    "jitter": ("narrow", "wide"),
+}
+_SHAPES_FORM = "count=N,resolution=PIXELS," + ",".join(
+    f"{name}={'|'.join(_CHOICES[name])}" for name in _CHOICES
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +42,9 @@ class ShapesOptions:
     count: int = 20_000  # pictures
     resolution: int = 64  # side in pixels
     language: str = "en"  # en, zh or both (then two captions per picture)
-    objects: str = "any"  # shapes per picture: 1, 2 or any
+    objects: str = "any"  # shapes per picture: 1, 2, equal (2 to 4 of one kind) or any
+    world: str = "plain"  # rich: also equal objects, textures, and sizes within pairs
+    jitter: str = "narrow"  # wide: objects anywhere
 
     def __post_init__(self):
         """Checks the values."""
@@ -47,21 +57,23 @@ class ShapesOptions:
                 f"from {shapes.MIN_RESOLUTION} to {shapes.MAX_RESOLUTION}, "
                 f"got count={self.count}, resolution={self.resolution}"
             )
-        if self.language not in _LANGUAGES:
-            raise UserError(f"--source: shapes wants language=en|zh|both, got {self.language!r}")
-        if self.objects not in _OBJECTS:
-            raise UserError(f"--source: shapes wants objects=1|2|any, got {self.objects!r}")
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise UserError(f"--source: shapes wants {name}={'|'.join(choices)}, got {value!r}")
+        for name, value in (("objects", "equal"), ("jitter", "wide")):
+            if self.world == "plain" and getattr(self, name) == value:
+                raise UserError(f"--source: shapes has {name}={value} with world=rich only")
 
     @classmethod
     def parse(cls, text: str) -> "ShapesOptions":
-        """Reads `count=…,resolution=…,language=…,objects=…`."""
+        """Reads `count=…,resolution=…,language=…` and so on."""
         options: dict[str, str | int] = {}
         for item in filter(None, text.split(",")):
             name, equals, value = item.partition("=")
             if not equals or name not in {field.name for field in dataclasses.fields(cls)}:
                 raise UserError(
-                    f"--source: shapes has no option {item!r} "
-                    "(accepted: count=N, resolution=PIXELS, language=en|zh|both, objects=1|2|any)"
+                    f"--source: shapes has no option {item!r} (accepted: {_SHAPES_FORM.replace(',', ', ')})"
                 )
             if name in ("count", "resolution"):
                 if not is_count(value):
@@ -90,8 +102,11 @@ class ShapesSource(Source):
         return self._count
 
     def fingerprint(self) -> str:
-        """The options are all there is."""
-        return repr(self._options)
+        """The options are all there is; those of the rich world are named where it is drawn."""
+        rich = self._options.world == "rich"
+        names = ("count", "resolution", "language", "objects", *(("world", "jitter") if rich else ()))
+        values = ", ".join(f"{name}={getattr(self._options, name)!r}" for name in names)
+        return f"{ShapesOptions.__name__}({values})"
 
     def units(self, count: int | None = None) -> Sequence[range]:
         """Ranges of picture numbers."""
@@ -101,7 +116,7 @@ class ShapesSource(Source):
         """Draws the pictures of a range, as PNG."""
         options = self._options
         for index in unit:
-            scene = shapes.scene(index, split=self._split, objects=_OBJECTS[options.objects])
+            scene = self._scene(index)
             encoded = io.BytesIO()
             Image.fromarray(shapes_render.render(scene, options.resolution)).save(encoded, "PNG")
             captions = {
@@ -111,6 +126,15 @@ class ShapesSource(Source):
             }[options.language]
             key = f"{self._split}-{index:08d}"
             yield Example(file="shapes", key=key, image=encoded.getvalue(), captions=captions)
+
+    def _scene(self, index: int) -> shapes.Scene:
+        options = self._options
+        if options.world == "plain":
+            return shapes.scene(index, split=self._split, objects=_OBJECTS[options.objects])
+        kind = None if options.objects == "any" else shapes_world.Kind(options.objects)
+        return shapes_world.world_scene(
+            index, split=self._split, kind=kind, jitter=shapes_world.Jitter(options.jitter)
+        )
 
 
 _Options = TypeVar("_Options")
@@ -142,7 +166,7 @@ _Opener = Callable[[str, str, int | None], Source]
 # Form of SPEC for messages, and what opens (text after the colon, split, limit).
 _SOURCES: dict[str, tuple[str, _Opener]] = {
     "shapes": (
-        "shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|any]",
+        f"shapes[:{_SHAPES_FORM}]",
         lambda text, split, limit: ShapesSource(ShapesOptions.parse(text), split, limit),
     ),
     "webdataset": (

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes_captions
 from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_count
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
@@ -46,7 +46,7 @@ def check_scorer(scorer: Scorer, resolution: int, captions: list[str]) -> None:
         )
     for caption in captions:
         try:
-            shapes.parse(caption)
+            shapes_captions.parse(caption)
         except ValueError as error:
             raise UserError(
                 f"config.train.sample_score=oracle knows the embedded data's captions only: {error}"

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from imagen_jax.data import shapes, shapes_render
+from imagen_jax.data import shapes, shapes_captions, shapes_render
 from imagen_jax.data.shapes import HELD_OUT, Colour, Relation, Scene, SceneObject, Shape, Size
 
 
@@ -32,7 +32,7 @@ def test_scene_and_picture_depend_on_split_and_index_only():
 
 def test_scenes_are_the_same_in_another_process():
     code = (
-        "from imagen_jax.data import shapes, shapes_render;"
+        "from imagen_jax.data import shapes, shapes_captions, shapes_render;"
         "print([(s.caption, s.placements()) for s in map(shapes.scene, range(20))])"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -174,18 +174,21 @@ def test_captions_read_as_agreed():
 
 
 def test_captions_are_read_back_in_both_languages():
-    used, captions, scenes = set(), set(), list(shapes.all_scenes())
+    used, captions, scenes = set(), set(), list(shapes_captions.all_scenes())
     for count, scene in enumerate(scenes):
         english, chinese = scene.caption, scene.caption_zh
         captions |= {english, chinese}
         used.update(english.split(), chinese)
         if scene.relation is None or count % 23 == 0:  # all of them would take seconds
-            assert shapes.parse(english) == scene
-            assert shapes.parse(chinese) == scene
+            assert shapes_captions.parse(english) == scene
+            assert shapes_captions.parse(chinese) == scene
     assert len(scenes) == 40 * 7 * 2 + 4 * (8 * 5 * 4 * 7 + 8 * 7 * 25 * 6)
     assert len(captions) == 2 * len(scenes)
-    assert used == set(shapes.words())
-    assert list(itertools.islice(shapes.all_captions(), 2)) == [scenes[0].caption, scenes[0].caption_zh]
+    assert used < set(shapes_captions.words())
+    assert list(itertools.islice(shapes_captions.all_captions(), 2)) == [
+        scenes[0].caption,
+        scenes[0].caption_zh,
+    ]
 
 
 @pytest.mark.parametrize("relation", Relation)
@@ -225,7 +228,7 @@ def test_the_picture_stands_as_the_caption_says(relation):
 )
 def test_other_captions_are_refused_by_name(caption):
     with pytest.raises(ValueError) as caught:
-        shapes.parse(caption)
+        shapes_captions.parse(caption)
     assert repr(caption) in str(caught.value)
 
 

@@ -2,7 +2,6 @@ import io
 import json
 import os
 import tarfile
-import types
 
 import numpy as np
 import pytest
@@ -209,32 +208,41 @@ def test_folder_with_texts(tmp_path):
     assert keys(read_all(open_source(f"folder:{tmp_path}", limit=2))) == ["0", "1"]
 
 
-@pytest.fixture
-def fake_shapes(monkeypatch):
-    def scene(index, *, split="train", objects=None):
-        text = f"{split} {index} {objects}"
-        return types.SimpleNamespace(caption=text, caption_zh=f"图 {index}", index=index)
-
-    def draw(scene, resolution):
-        return np.full((resolution, resolution, 3), scene.index % 256, np.uint8)
-
-    monkeypatch.setattr(shapes, "scene", scene)
-    monkeypatch.setattr(shapes_render, "render", draw)
-
-
-@pytest.mark.parametrize(
-    ("language", "captions"),
-    [("en", ("test 7 2",)), ("zh", ("图 7",)), ("both", ("test 7 2", "图 7"))],
-)
-def test_shapes(fake_shapes, language, captions):
+@pytest.mark.parametrize("language", ["en", "zh", "both"])
+def test_shapes(language):
     spec = f"shapes:count=50,resolution=32,objects=2,language={language}"
     items = read_all(open_source(spec, split="test"), 4)
     assert len(items) == 50
-    assert items[7].captions == captions
+    scene = shapes.scene(7, split="test", objects=2)
+    captions = {"en": (scene.caption,), "zh": (scene.caption_zh,), "both": (scene.caption, scene.caption_zh)}
+    assert items[7].captions == captions[language]
     with Image.open(io.BytesIO(items[7].image)) as picture:
         assert picture.format == "PNG"
-        assert (np.asarray(picture) == 7).all()
-        assert picture.size == (32, 32)
+        np.testing.assert_array_equal(np.asarray(picture), shapes_render.render(scene, 32))
+
+
+@pytest.mark.parametrize("jitter", list(Jitter))
+@pytest.mark.parametrize(("objects", "kind"), [("any", None), ("1", Kind.LONE), ("equal", Kind.EQUAL)])
+def test_shapes_of_the_rich_world(jitter, objects, kind):
+    spec = f"shapes:count=4,world=rich,jitter={jitter.value},objects={objects}"
+    items = read_all(open_source(spec, split="test"))
+    scene = world_scene(3, split="test", kind=kind, jitter=jitter)
+    assert items[3].captions == (scene.caption,)
+    with Image.open(io.BytesIO(items[3].image)) as picture:
+        np.testing.assert_array_equal(np.asarray(picture), shapes_render.render(scene, 64))
+
+
+@pytest.mark.parametrize("option", ["objects=equal", "jitter=wide"])
+def test_options_of_the_rich_world_name_it(option):
+    with pytest.raises(UserError, match=f"{option} with world=rich only"):
+        open_source(f"shapes:{option}")
+
+
+def test_books_of_plain_shapes_that_were_begun_before_stay_valid():
+    plain = "ShapesOptions(count=9, resolution=64, language='en', objects='any')"
+    assert open_source("shapes:count=9").fingerprint() == plain
+    kinds = {open_source(f"shapes:count=9,world=rich,jitter={j}").fingerprint() for j in ("narrow", "wide")}
+    assert len(kinds | {plain}) == 3
 
 
 def test_shapes_as_they_are_drawn():

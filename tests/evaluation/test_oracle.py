@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from imagen_jax.data import shapes, shapes_render
+from imagen_jax.data import shapes, shapes_captions, shapes_render
 from imagen_jax.data.shapes import Colour, Relation, Shape, Size
 from imagen_jax.evaluation import oracle
 
-SINGLES = [scene for scene in shapes.all_scenes() if scene.relation is None]
+SINGLES = [scene for scene in shapes_captions.all_scenes() if scene.relation is None]
 # As drawn, so jittered; held-out pairs are in half of them.
 DRAWN_SINGLES = [shapes.scene(i, objects=1, split=split) for i in range(150) for split in ("train", "test")]
 DRAWN_PAIRS = [shapes.scene(i, objects=2, split=split) for i in range(200) for split in ("train", "test")]
@@ -201,7 +201,7 @@ def test_impostors_have_no_shape(impostor, side):
 
 
 def test_each_attribute_is_judged_by_itself():
-    picture = shapes_render.render(shapes.parse("a small red circle on a blue background"), 64)
+    picture = shapes_render.render(shapes_captions.parse("a small red circle on a blue background"), 64)
     right = {"background": True, "colour": True, "size": True, "shape": True}
     for caption, wrong in {
         "a small red circle on a blue background": None,
@@ -216,7 +216,7 @@ def test_each_attribute_is_judged_by_itself():
 @pytest.mark.parametrize("relation", Relation)
 def test_a_relation_is_judged_by_itself(relation):
     text = "a red circle {} a green star on a white background"
-    picture = shapes_render.render(shapes.parse(text.format(relation.value)), 64)
+    picture = shapes_render.render(shapes_captions.parse(text.format(relation.value)), 64)
     for other in Relation:
         parts = oracle.check(picture, text.format(other.value))
         assert parts == {"background": True, "colour": True, "shape": True, "relation": other is relation}
@@ -235,7 +235,7 @@ def test_a_picture_of_two_is_not_a_picture_of_one():
     pair = "a red circle left of a red square on a white background"
     single = "a small red circle on a white background"
     for picture, caption in ((pair, single), (single, pair)):
-        parts = oracle.check(shapes_render.render(shapes.parse(picture), 64), caption)
+        parts = oracle.check(shapes_render.render(shapes_captions.parse(picture), 64), caption)
         assert parts.pop("background") is True
         assert not any(parts.values())
 
@@ -259,7 +259,7 @@ def test_sizes_between_names_have_no_name():
 
 
 def test_dirt_is_no_object():
-    picture = shapes_render.render(shapes.parse("a large black star on a yellow background"), 64)
+    picture = shapes_render.render(shapes_captions.parse("a large black star on a yellow background"), 64)
     picture[3:6, 3:6] = 0
     assert all(oracle.check(picture, "a large black star on a yellow background").values())
 

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from imagen_jax.cli.main import main
 from imagen_jax.convert.deepfloyd.exporting import export_pipeline
-from imagen_jax.data import shapes
+from imagen_jax.data import shapes_captions
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.weights import SafetensorsReader
@@ -20,7 +20,9 @@ from imagen_jax.training.config import load_config
 def pipelines(tmp_path_factory):
     """Folders of two pipelines with random weights, as `export_pipeline` writes them."""
     folder, generator = tmp_path_factory.mktemp("pipelines"), np.random.default_rng(0)
-    make_small_encoder(folder / "encoder", vocabulary_texts=shapes.all_captions(), width=96, layers=1)
+    make_small_encoder(
+        folder / "encoder", vocabulary_texts=shapes_captions.all_captions(), width=96, layers=1
+    )
     for name, file in (("one", "stage1"), ("two", "stage2")):
         stage = load_config(f"deepfloyd/{file}.py:tiny").stage
         params = {

@@ -38,10 +38,10 @@ def encoder(text_encoder):
 @pytest.fixture(scope="module")
 def other_encoder(text_encoder, tmp_path_factory):
     """Folder of an encoder of the same width and tokenizer, with other weights."""
-    from imagen_jax.data import shapes
+    from imagen_jax.data import shapes_captions
 
     folder = tmp_path_factory.mktemp("other") / "text_encoder"
-    return make_small_encoder(folder, vocabulary_texts=shapes.words(), width=16, layers=1, seed=1)
+    return make_small_encoder(folder, vocabulary_texts=shapes_captions.words(), width=16, layers=1, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,160 @@
+"""Scenes of more kinds than `shapes.scene` draws: the richer world of the embedded captioned data.
+
+A lone object, a pair whose objects may have sizes, or two to four equal objects; any large object may be striped or
+hollow. A scene is a pure function of (split, index, kind, jitter), as there.
+"""
+
+import enum
+
+import numpy as np
+
+from imagen_jax.data.shapes import (
+    NUMBERS,
+    PAIR_JITTER_ACROSS,
+    PAIR_JITTER_ALONG,
+    SINGLE_JITTER,
+    SLOTS,
+    Colour,
+    Relation,
+    Scene,
+    SceneObject,
+    Shape,
+    Size,
+    Split,
+    Texture,
+    choose,
+    choose_kind,
+    choose_two_kinds,
+    scene_generator,
+)
+
+
+class Kind(enum.Enum):
+    """What a scene has by the word on the command line."""
+
+    LONE = "1"
+    PAIR = "2"
+    EQUAL = "equal"
+
+
+class Jitter(enum.Enum):
+    """How far objects may be from their nominal places, by the word on the command line."""
+
+    NARROW = "narrow"  # as in `shapes.scene`
+    WIDE = "wide"  # anywhere in the picture, apart from one another, their relation clear
+
+
+_KINDS = {Kind.LONE: 0.35, Kind.PAIR: 0.4, Kind.EQUAL: 0.25}  # shares of the scenes
+_TEXTURES = {Texture.SOLID: 0.6, Texture.STRIPED: 0.2, Texture.HOLLOW: 0.2}  # of objects that may have one
+_PAIR_SIZES = (None, None, Size.SMALL, Size.LARGE)
+_SLOT_JITTER = 0.015
+
+# Of any shape of radius 1: how far it reaches to either side, up and down; and how wide and high it is at most.
+_REACH = np.array([1.5, 1.57])
+_EXTENT = np.array([2.9, 2.8])
+_MARGIN = 0.015  # to the picture's edge and between objects, in sides
+_CLEAR = 2.0  # the distance along a relation over that across it, at least
+_TRIES = 2000
+
+
+def world_scene(
+    index: int, *, split: str = "train", kind: Kind | None = None, jitter: Jitter = Jitter.NARROW
+) -> Scene:
+    """The scene number `index` of a split.
+
+    Args:
+        index: 0 or more; there is no end.
+        split: as for `shapes.scene`: some (colour, shape) pairs occur in `test` only, and there in every scene.
+        kind: of the scene; None for all kinds.
+        jitter: how freely the objects lie.
+
+    Raises:
+        ValueError: A negative index, another split.
+    """
+    random = scene_generator(index, split, series=1)
+    if kind is None:
+        kind = tuple(_KINDS)[int(random.choice(len(_KINDS), p=list(_KINDS.values())))]
+    match kind:
+        case Kind.LONE:
+            scene = _equal(random, Split(split), 1)
+        case Kind.PAIR:
+            scene = _pair(random, Split(split))
+        case Kind.EQUAL:
+            scene = _equal(random, Split(split), choose(random, tuple(NUMBERS)))
+    centres = _wide(random, scene) if jitter is Jitter.WIDE else _narrow(random, scene)
+    nominal = scene.nominal_placements()
+    items = tuple(
+        SceneObject(
+            colour=item.colour,
+            shape=item.shape,
+            size=item.size,
+            texture=item.texture,
+            offset=(float(x) - at[0], float(y) - at[1]),
+        )
+        for item, (x, y), at in zip(scene.objects, centres, nominal)
+    )
+    return Scene(objects=items, relation=scene.relation, background=scene.background)
+
+
+def _object(
+    random: np.random.Generator, kind: tuple[Colour, Shape], size: Size | None, alone: bool
+) -> SceneObject:
+    texture = Texture.SOLID
+    if alone or size is not Size.SMALL:  # too small for stripes
+        texture = tuple(_TEXTURES)[int(random.choice(len(_TEXTURES), p=list(_TEXTURES.values())))]
+    return SceneObject(colour=kind[0], shape=kind[1], size=size, texture=texture)
+
+
+def _background(random: np.random.Generator, items: tuple[SceneObject, ...]) -> Colour:
+    taken = {item.colour for item in items}
+    return choose(random, tuple(colour for colour in Colour if colour not in taken))
+
+
+def _equal(random: np.random.Generator, split: Split, count: int) -> Scene:
+    item = _object(random, choose_kind(random, split), choose(random, tuple(Size)), count == 1)
+    return Scene(objects=(item,) * count, background=_background(random, (item,)))
+
+
+def _pair(random: np.random.Generator, split: Split) -> Scene:
+    kinds = choose_two_kinds(random, split)
+    items = tuple(_object(random, kind, choose(random, _PAIR_SIZES), False) for kind in kinds)
+    relation = choose(random, tuple(Relation))
+    return Scene(objects=items, relation=relation, background=_background(random, items))
+
+
+# --- places --------------------------------------------------------------------------------------------
+
+
+def _narrow(random: np.random.Generator, scene: Scene) -> np.ndarray:
+    """Centres near the nominal ones, (objects, 2), x and y in sides."""
+    nominal = np.array([place[:2] for place in scene.nominal_placements()])
+    if scene.relation is not None:
+        limits = np.array([PAIR_JITTER_ALONG, PAIR_JITTER_ACROSS])
+        limits = limits if scene.relation.direction[0] else limits[::-1]
+        return nominal + random.uniform(-1.0, 1.0, nominal.shape) * limits
+    if len(nominal) == 1:
+        return nominal + random.uniform(-SINGLE_JITTER, SINGLE_JITTER, (1, 2))
+    quarters = random.permutation(len(SLOTS))[: len(nominal)]
+    slot = abs(nominal[0] - 0.5)
+    places = 0.5 + slot * np.array(SLOTS)[quarters]
+    return places + random.uniform(-_SLOT_JITTER, _SLOT_JITTER, nominal.shape)
+
+
+def _wide(random: np.random.Generator, scene: Scene) -> np.ndarray:
+    """Centres anywhere, (objects, 2): the first of some tries in which nothing touches and the relation is clear."""
+    radii = np.array([radius for *_, radius in scene.nominal_placements()])[:, None]
+    low = radii * _REACH + _MARGIN
+    tries = random.uniform(low, 1.0 - low, (_TRIES, len(radii), 2))
+    fine = np.ones(_TRIES, bool)
+    for i in range(len(radii)):
+        for j in range(i):
+            apart = np.abs(tries[:, i] - tries[:, j])
+            room = (radii[i] + radii[j]) / 2 * _EXTENT + _MARGIN
+            fine &= (apart >= room).any(-1)
+    if scene.relation is not None:
+        step = np.array(scene.relation.direction)
+        between = tries[:, 0] - tries[:, 1]
+        along, across = (between * step).sum(-1), np.abs(between[:, int(step[1] == 0)])
+        fine &= along >= _CLEAR * across
+    found = np.flatnonzero(fine)
+    return tries[found[0]] if len(found) else _narrow(random, scene)
