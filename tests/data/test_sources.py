@@ -9,6 +9,7 @@ from PIL import Image
 
 from imagen_jax.data import pictures, shapes, shapes_render
 from imagen_jax.data.examples import Example, Skipped, even_ranges
+from imagen_jax.data.shapes_world import Jitter, Kind, world_scene
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
 from imagen_jax.sizes import Size
