@@ -84,7 +84,7 @@ def quickstart(out: epath.PathLike, *, scale: str = "full") -> dict[str, Any]:
     make_folder(out)
     _announce(1, "a small frozen text encoder")
     if not (encoder / "config.json").exists():
-        make_small_encoder(encoder, vocabulary_texts=shapes_captions.all_captions())
+        make_small_encoder(encoder, vocabulary_texts=shapes_captions.all_captions(), byte_fallback=True)
     _announce(2, "captions and pictures → records with text embeddings")
     for split, count in (("train", sizes.train_pictures), ("test", sizes.test_pictures)):
         source = f"shapes:count={count},resolution=64"

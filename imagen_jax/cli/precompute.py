@@ -123,12 +123,12 @@ def _make_small_encoder(config: Any) -> None:
     if is_cloud(target):
         # Nothing is renamed there; several processes write the same bytes, and config.json last.
         if not (target / "config.json").exists():
-            make_small_encoder(target, vocabulary_texts=source_captions(config))
+            make_small_encoder(target, vocabulary_texts=source_captions(config), byte_fallback=True)
         return
     # A name per process: a killed one finds and overwrites its own.
     temporary = target.parent / f"incomplete.{target.name}.{config.process_index}"
     if not target.exists():
-        make_small_encoder(temporary, vocabulary_texts=source_captions(config))
+        make_small_encoder(temporary, vocabulary_texts=source_captions(config), byte_fallback=True)
         try:
             temporary.rename(target)
         except OSError:

@@ -155,7 +155,9 @@ class TextEncoder:
         rows = [tuple(cut_tokens(ids, WHOLE_LENGTH)) for ids in longer]
         plan = _plan([len(row) for row in dict.fromkeys(rows)], self._devices)
         return TokenCounts(
-            unknown=tuple(row[: kept - 1].count(self.tokenizer.unknown) for row in rows),
+            unknown=tuple(
+                sum(number in self.tokenizer.unknown for number in row[: kept - 1]) for row in rows
+            ),
             useful=sum(len(row) for row in set(rows)),
             computed=sum(size * length for _, size, length in plan),
             cut=tuple(len(ids) > kept for ids in longer),

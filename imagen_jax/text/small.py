@@ -17,6 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from imagen_jax.files import make_folder, write_text
 from imagen_jax.models.weights import save_state
 
+_WORD = "▁"  # before every word, as in T5's own tokenizers
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # their ids are T5's: 0, 1, 2
 _HEAD_DIM = 32
 _BUCKETS = 32
@@ -47,11 +48,12 @@ def make_small_encoder(
     width: int = 96,
     layers: int = 2,
     seed: int = 0,
+    byte_fallback: bool = False,
 ) -> epath.Path:
     """Writes a Hugging Face folder that `TextEncoder.load` and transformers' T5EncoderModel open.
 
-    The tokenizer is word level, with punctuation and each Chinese character on its own, in lower case. A
-    word that no text has is <unk>. The same texts (in any order), sizes and seed give the same bytes.
+    The tokenizer is word level, with punctuation and each Chinese character on its own, in lower case. The same
+    texts (in any order), sizes and seed give the same bytes.
 
     Args:
         folder: where to write config.json, model.safetensors, tokenizer.json and tokenizer_config.json.
@@ -59,6 +61,8 @@ def make_small_encoder(
         width: channels of an embedding.
         layers: number of layers.
         seed: of the weights.
+        byte_fallback: spells a word that no text has, in the bytes of its UTF-8, so that a model that is trained on
+            further captions can learn it; else such a word is <unk>.
 
     Returns:
         The folder.
@@ -69,7 +73,7 @@ def make_small_encoder(
     if width < 1 or layers < 1:
         raise ValueError(f"width and layers must be at least 1, got {width} and {layers}")
     target = make_folder(folder)
-    tokenizer = _make_tokenizer(vocabulary_texts)
+    tokenizer = _make_tokenizer(vocabulary_texts, byte_fallback)
     config = {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
@@ -104,7 +108,7 @@ def make_small_encoder(
     return target
 
 
-def _make_tokenizer(texts: Iterable[str]) -> Tokenizer:
+def _make_tokenizer(texts: Iterable[str], byte_fallback: bool) -> Tokenizer:
     normalizer = normalizers.Sequence(
         [
             normalizers.NFKC(),
@@ -119,15 +123,34 @@ def _make_tokenizer(texts: Iterable[str]) -> Tokenizer:
     } - set(_SPECIAL)
     # By code point of the composed form: the order, and so the ids, do not depend on the texts' order.
     ordered = sorted(words, key=lambda word: unicodedata.normalize("NFC", word))
-    vocabulary = {word: i for i, word in enumerate([*_SPECIAL, *ordered])}
-    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+    if byte_fallback:
+        tokenizer = Tokenizer(_spelling_model(ordered))
+        marker = pre_tokenizers.Metaspace(replacement=_WORD, prepend_scheme="always", split=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([splitter, marker])
+    else:
+        vocabulary = {word: i for i, word in enumerate([*_SPECIAL, *ordered])}
+        tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = splitter
     tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = splitter
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     tokenizer.add_special_tokens(list(_SPECIAL))
     return tokenizer
+
+
+def _spelling_model(words: Iterable[str]) -> models.Unigram:
+    """Whole words where it has them, else their beginning that is one, or its mark, and bytes."""
+    pieces = [
+        *_SPECIAL,
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        _WORD,
+        *(_WORD + word for word in words),
+    ]
+    # A longer word is likelier than a shorter one and bytes.
+    scores = {piece: float(len(piece)) for piece in pieces if piece.startswith(_WORD)}
+    vocabulary = [(piece, scores.get(piece, 0.0)) for piece in pieces]
+    return models.Unigram(vocabulary, unk_id=_SPECIAL.index("<unk>"), byte_fallback=True)
 
 
 def _make_weights(vocab_size: int, width: int, layers: int, seed: int) -> dict[str, np.ndarray]:

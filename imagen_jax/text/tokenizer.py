@@ -35,6 +35,7 @@ _CLASSES = (
 _RENAMED = {"MT5Tokenizer": "T5Tokenizer", "MT5TokenizerFast": "T5TokenizerFast"}
 # A vocabulary file of 64 MB has a million tokens.
 _VOCABULARY_BYTES = 256 * 2**20
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's names of single bytes
 _LONGEST_WORD = 24  # letters; longer ones are texts in a script without spaces
 
 
@@ -47,10 +48,11 @@ class CaptionTokenizer:
     """Captions to token ids that the encoder's table has.
 
     Attributes:
-        unknown: id that stands for what the vocabulary lacks; None: it lacks nothing.
+        unknown: ids that stand for what the vocabulary lacks: the unknown token's, and those of single bytes of a
+            vocabulary that spells what it lacks. Empty: it lacks nothing.
     """
 
-    unknown: int | None
+    unknown: frozenset[int]
 
     def __init__(self, tokenizer: Any, *, rows: int, where: str):
         """Takes over a tokenizer of transformers, or a `PlainTokenizer`.
@@ -66,8 +68,11 @@ class CaptionTokenizer:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{where}: the tokenizer has no end-of-sequence token; is it a T5 tokenizer?")
         self._tokenizer, self._rows, self._where = tokenizer, rows, where
-        self._eos, self.unknown = int(tokenizer.eos_token_id), tokenizer.unk_token_id
+        self._eos = int(tokenizer.eos_token_id)
         vocabulary = self.get_vocab()
+        spelled = {number for token, number in vocabulary.items() if _BYTE.fullmatch(token)}
+        unknown = set() if tokenizer.unk_token_id is None else {int(tokenizer.unk_token_id)}
+        self.unknown = frozenset(unknown | spelled)
         word = max(vocabulary, key=vocabulary.__getitem__, default=None)
         if word is not None:
             self._check_id(vocabulary[word], f" ({word!r})")
@@ -116,11 +121,15 @@ class CaptionTokenizer:
 
     def unknown_words(self, text: str) -> list[str]:
         """The words, and signs beyond ASCII, of which the vocabulary lacks a part; in order, each once."""
-        if self.unknown is None or self.unknown not in self._ids([text])[0]:
+        if self.unknown.isdisjoint(self._ids([text])[0]):
             return []
         pieces = dict.fromkeys(re.findall(r"\w+|[^\w\s]", text))
         words = [piece for piece in pieces if piece not in string.punctuation]
-        return [word for word, ids in zip(words, self._ids(words), strict=True) if self.unknown in ids]
+        return [
+            word
+            for word, ids in zip(words, self._ids(words), strict=True)
+            if not self.unknown.isdisjoint(ids)
+        ]
 
     def left_out(self, text: str, max_length: int) -> str:
         """The end of a text that `tokenize` cuts off, from the beginning of a word; "" where it fits."""

@@ -124,3 +124,48 @@ def test_a_tokenizer_that_fails_on_a_text_gives_one_line(folder):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="the tokenizer fails"):
         load(folder).tokenize(["zebra"], 9)
+
+
+@pytest.fixture
+def spelling(tmp_path):
+    return make_small_encoder(
+        tmp_path / "spelling", vocabulary_texts=[WORDS, "一个红色的圆"], width=8, layers=1, byte_fallback=True
+    )
+
+
+def test_words_that_are_lacking_are_spelled(spelling):
+    """By SentencePiece's names of bytes, which its own models have at their beginning too."""
+    tokenizer = load(spelling)
+    names = {number: token for token, number in tokenizer.get_vocab().items()}
+    tokens = [names[i] for i in tokenizer.tokenize(["A Red zé, 红 starfish"], 32)[0]]
+    assert tokens == [
+        *("▁a", "▁red", "▁", "<0x7A>", "<0xC3>", "<0xA9>", "▁", "<0x2C>", "▁红"),
+        *("▁star", "<0x66>", "<0x69>", "<0x73>", "<0x68>", "</s>"),
+    ]
+    assert [names[i] for i in range(4)] == ["<pad>", "</s>", "<unk>", "<0x00>"]
+    texts = ["zwk", "zwj", "红 red", "\N{LARGE RED CIRCLE}", "\x07", "", "starstar", "RED  red"]
+    rows = tokenizer.tokenize(texts, 64)
+    assert len({tuple(row) for row in rows}) >= len(texts) - 1  # a control character is nothing
+    assert not any(names[number] == "<unk>" for row in rows for number in row)
+
+
+def test_words_that_are_spelled_are_named_as_unknown(spelling):
+    tokenizer = load(spelling)
+    assert tokenizer.unknown_words("a zebra, a red (quagga) and a red zebra") == ["zebra", "quagga", "and"]
+    assert tokenizer.unknown_words("A Red circle, 一个红色的圆!") == []
+    assert tokenizer.left_out("a red zebra", 5) == "zebra"
+
+
+def test_spelling_is_the_same_in_transformers(spelling):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(spelling)
+    texts = ["A red zé, 红 starfish", "a zwk star", ""]
+    assert theirs(texts)["input_ids"] == load(spelling).tokenize(texts, 64)
+
+
+def test_a_small_encoder_that_spells_is_reproducible(spelling, tmp_path):
+    again = make_small_encoder(
+        tmp_path / "again", vocabulary_texts=["一个红色的圆", WORDS], width=8, layers=1, byte_fallback=True
+    )
+    for file in again.iterdir():
+        assert file.read_bytes() == (spelling / file.name).read_bytes()
