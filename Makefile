@@ -36,7 +36,7 @@ $(VENV)/.installed-browser: $(VENV)/.installed-test
 	touch $@
 
 $(VENV)/.installed-cloud: $(VENV)/.installed-test
-	$(PIP) --editable '.[gcs,s3,cloud_test]'
+	$(PIP) --editable '.[gcs,s3,cloud-test]'
 	touch $@
 
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures

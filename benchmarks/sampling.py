@@ -1,6 +1,6 @@
 """Guided sampling against imagen-pytorch 2.1.0 on PyTorch, at equal FLOPs a network call, on the CPU.
 
-pip install -e '.[benchmark_sampling]'
+pip install -e '.[benchmark-sampling]'
 python benchmarks/sampling.py
 
 Theirs is a U-Net of 64 channels, multiples 1, 2, 4, two blocks a level, attention at the second and third one, on
@@ -11,7 +11,8 @@ machine slows both alike:
   step     one guided step: theirs `p_sample`, thresholding included; ours a step of the compiled stage
   batch    a finished batch: our 16 steps of DPM-Solver++, their 256 (so many times the measured step, or
            --whole: really all of them)
-The last line is one JSON object: medians over the rounds, and the ratios ours / theirs.
+The last line is one JSON object: medians over the rounds, the ratios ours / theirs, and the least and the greatest
+ratio of a round, in which their step is timed before and after ours.
 """
 
 import argparse
@@ -232,6 +233,9 @@ def main() -> None:
         print(number, {name: round(values[-1], 3) for name, values in found.items()}, flush=True)
     report |= {name: round(statistics.median(values), 4) for name, values in found.items()}
     report["step_ratio"] = round(report["our_step_s"] / report["their_step_s"], 3)
+    both = zip(found["our_step_s"], found["their_step_s"][::2], found["their_step_s"][1::2])
+    ratios = [ours_s / statistics.mean((before, after)) for ours_s, before, after in both]
+    report["step_ratio_of_rounds"] = [round(min(ratios), 3), round(max(ratios), 3)]
     whole = seconds(theirs.batch) if args.whole else THEIR_STEPS * report["their_step_s"]
     report |= {"their_batch_s": round(whole, 2), "their_batch_measured": args.whole}
     report["batch_ratio"] = round(report["our_batch_s"] / whole, 4)
