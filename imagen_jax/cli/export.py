@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="refer to the text encoder instead of copying its weights into the model folder",
     )
     parser.add_argument(
+        "--dtype",
+        choices=["float32", "bfloat16", "float16"],
+        help="of the stages' weights in the model folder; default: as they were trained. Drawing is not changed by "
+        "it, but for the weights' rounding",
+    )
+    parser.add_argument(
         "--ema_decay",
         type=float,
         help="which average of the weights: a decay of config.train.ema_decays, or 0 for the weights as they are; "
@@ -38,9 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Exports."""
+    from imagen_jax.errors import UserError
     from imagen_jax.training.export import export, export_pipelines
 
     if args.format == "diffusers":
+        if args.dtype is not None:
+            raise UserError(f"--dtype={args.dtype}: is for --format=imagen_jax")
         names = export_pipelines(
             [workdir for workdir in args.workdirs.split(",") if workdir],
             args.out,
@@ -55,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
         text_encoder=args.text_encoder,
         copy_text_encoder=not args.reference_text_encoder,
         ema_decay=args.ema_decay,
+        dtype=args.dtype,
     )
     print(
         f"{args.out}: "

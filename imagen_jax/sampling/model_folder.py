@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from imagen_jax.config import build, to_dict
@@ -19,7 +20,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.network import Params
-from imagen_jax.models.weights import SafetensorsReader, load_state, save_state
+from imagen_jax.models.weights import SafetensorsReader, flatten_names, load_state, save_state
 
 INDEX = "model_index.json"
 WEIGHTS = "model.safetensors"
@@ -57,11 +58,34 @@ def check_cascade(stages: Sequence[StageConfig]) -> None:
         raise UserError(f"two stages have the same name: {names}")
 
 
-def save_stage(folder: epath.PathLike, config: StageConfig, params: Params) -> None:
-    """Writes MODEL/<stage>/config.json and model.safetensors."""
+def save_stage(
+    folder: epath.PathLike, config: StageConfig, params: Params, *, dtype: str | None = None
+) -> None:
+    """Writes MODEL/<stage>/config.json and model.safetensors.
+
+    Args:
+      folder: the model folder.
+      config: the stage.
+      params: its weights.
+      dtype: that they are stored in; None: the weights'. A stage computes as its config says, whatever is stored.
+
+    Raises:
+      UserError: a weight is too large for the dtype, naming it.
+    """
+    if dtype is not None:
+        params = _cast(params, dtype)
     folder = make_folder(epath.Path(folder) / config.name)
     save_state(params, folder / WEIGHTS)
     write_text(folder / "config.json", json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    limit = float(jnp.finfo(dtype).max)
+    for name, leaf in flatten_names(params)[0].items():
+        largest = float(jnp.max(jnp.abs(leaf))) if leaf.size else 0.0
+        if largest > limit:
+            raise UserError(f"--dtype={dtype}: {name} has {largest:g}, but the largest {dtype} is {limit:g}")
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
 
 def save_index(folder: epath.PathLike, index: ModelIndex) -> None:

@@ -32,6 +32,7 @@ def export(
     text_encoder: str | None = None,
     copy_text_encoder: bool = True,
     ema_decay: float | None = None,
+    dtype: str | None = None,
     objective: Callable[[TrainConfig], Objective] | None = None,
 ) -> tuple[StageConfig, ...]:
     """Writes a model folder from the newest checkpoint of each work directory.
@@ -43,6 +44,7 @@ def export(
       copy_text_encoder: whether a local encoder is copied into the model folder, else it is referred to.
       ema_decay: which average of the weights, one of `train.ema_decay` and `train.ema_decays` of every stage, or 0
         for the weights as they are; None: `train.ema_decay`.
+      dtype: that the stages' weights are stored in, "float32", "bfloat16" or "float16"; None: as they were trained.
       objective: what a run of that config learned; None: diffusion.
 
     Returns:
@@ -71,7 +73,7 @@ def export(
     for workdir in ordered:
         params = _averaged(workdir, configs[workdir], ema_decay, objective)
         out = make_folder(out)  # not before: the checkpoint may be damaged
-        save_stage(out, configs[workdir].stage, params)
+        save_stage(out, configs[workdir].stage, params, dtype=dtype)
         del params  # the next stage's need the memory
     reference, files = text_encoder, None
     if encoder is not None:

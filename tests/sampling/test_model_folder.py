@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.models.text_form import TextForm
+from imagen_jax.models.weights import load_state
 from imagen_jax.sampling.cascade import Imagen
-from imagen_jax.sampling.model_folder import ModelFolder, check_cascade
+from imagen_jax.sampling.model_folder import ModelFolder, check_cascade, save_stage
 from imagen_jax.text.small import make_small_encoder
 
 
@@ -31,6 +33,32 @@ def test_reads_what_was_written(model_folder, stages, random_params):
         assert set(params) == set(expected)
         for name, value in expected.items():
             np.testing.assert_array_equal(params[name], value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_may_be_stored_in_half_the_bytes(dtype, stages, random_params, tmp_path):
+    stage, params = stages[0], random_params(stages[0])
+    save_stage(tmp_path, stage, params, dtype=dtype)
+    with safe_open(tmp_path / stage.name / "model.safetensors", "np") as file:
+        named = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+    assert set(named.values()) == {{"float16": "F16", "bfloat16": "BF16"}[dtype]} and len(named) == len(
+        params
+    )
+    abstract = StageNetwork(stage).abstract_params
+    read = load_state(abstract, tmp_path / stage.name / "model.safetensors")
+    for name, value in params.items():
+        assert read[name].dtype == np.float32
+        rounding = {"float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+        np.testing.assert_allclose(read[name], value, rtol=rounding, atol=2.0**-25)
+
+
+def test_a_weight_that_half_the_bytes_cannot_hold_is_named(stages, random_params, tmp_path):
+    params = dict(random_params(stages[0]))
+    name = sorted(params)[0]
+    params[name] = np.asarray(params[name]) * 0 + 1e6
+    with pytest.raises(UserError, match=f"--dtype=float16: {name} has 1e\\+06, but the largest"):
+        save_stage(tmp_path, stages[0], params, dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_text_encoder_may_lie_elsewhere(model_folder, tmp_path):
