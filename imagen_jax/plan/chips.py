@@ -127,7 +127,7 @@ CHIPS = {
 
 # Peak FLOP/s in bfloat16 by what JAX calls a device (`device_kind`). GPUs: NVIDIA's data sheets (of the RTX 4090: the
 # white paper of its architecture, with sums in float32), without sparsity. T4 has no bfloat16: its peak in float16.
-_DEVICE_PEAKS = {
+DEVICE_PEAKS = {
     "TPU v4": CHIPS["v4"].peak_flops,
     "TPU v5 lite": CHIPS["v5e"].peak_flops,
     "TPU v5e": CHIPS["v5e"].peak_flops,
@@ -152,7 +152,7 @@ _DEVICE_PEAKS = {
 
 def device_peak_flops(device_kind: str) -> float | None:
     """Peak FLOP/s in bfloat16 of a device that JAX runs on; None if it is not known here."""
-    return _DEVICE_PEAKS.get(device_kind)
+    return DEVICE_PEAKS.get(device_kind)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

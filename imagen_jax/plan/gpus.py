@@ -17,6 +17,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.network import Attention
 from imagen_jax.models.stage import StageNetwork
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
+from imagen_jax.plan.chips import DEVICE_PEAKS
 from imagen_jax.plan.compile import Program, null_text, sampling_program, training_batch
 from imagen_jax.plan.flops import forward_flops
 from imagen_jax.plan.memory import Memory, account, bytes_per_device
@@ -53,30 +54,36 @@ GPUS = {
     for gpu in (
         Gpu(
             name="h100",  # SXM
-            peak_flops=989e12,
+            peak_flops=DEVICE_PEAKS["NVIDIA H100 80GB HBM3"],
             peak_flops_32=494e12,
             memory_bytes=81_559 * 2**20,
             bandwidth=3350e9,
         ),
         Gpu(
             name="h200",
-            peak_flops=989e12,
+            peak_flops=DEVICE_PEAKS["NVIDIA H200"],
             peak_flops_32=494e12,
             memory_bytes=143_771 * 2**20,
             bandwidth=4800e9,
         ),
         Gpu(
             name="a100",  # SXM, 80 GB
-            peak_flops=312e12,
+            peak_flops=DEVICE_PEAKS["NVIDIA A100-SXM4-80GB"],
             peak_flops_32=156e12,
             memory_bytes=81_920 * 2**20,
             bandwidth=2039e9,
         ),
-        Gpu(name="l4", peak_flops=121e12, peak_flops_32=60e12, memory_bytes=23_034 * 2**20, bandwidth=300e9),
+        Gpu(
+            name="l4",
+            peak_flops=DEVICE_PEAKS["NVIDIA L4"],
+            peak_flops_32=60e12,
+            memory_bytes=23_034 * 2**20,
+            bandwidth=300e9,
+        ),
         Gpu(name="t4", peak_flops=8.1e12, peak_flops_32=8.1e12, memory_bytes=15_360 * 2**20, bandwidth=320e9),
         Gpu(
             name="rtx4090",
-            peak_flops=165e12,
+            peak_flops=DEVICE_PEAKS["NVIDIA GeForce RTX 4090"],
             peak_flops_32=82.6e12,
             memory_bytes=24_564 * 2**20,
             bandwidth=1008e9,
