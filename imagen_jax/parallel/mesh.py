@@ -69,7 +69,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         shown = " × ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes))
         raise UserError(f"config.mesh: {shown} does not make the {len(devices)} devices that there are")
     types = (AxisType.Auto,) * len(AXES)
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = slice_count(devices)
     if slices > 1:
         if sizes[0] % slices:
             raise UserError(f"config.mesh.data={sizes[0]}: must be a multiple of the {slices} slices")
@@ -81,6 +81,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     except NotImplementedError:  # of a slice none of whose sides is such a size: 32 of 16×16 chips
         placed = create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(placed, AXES, axis_types=types)
+
+
+def slice_count(devices: Sequence[Any]) -> int:
+    """Number of TPU slices among which the devices lie; 1 for other devices.
+
+    GPUs have an index of that name too, of their host: how they are connected is their own library's business.
+    """
+    return max(1, len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}))
 
 
 def use_cpu_devices(count: int | None = None) -> None:

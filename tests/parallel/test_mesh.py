@@ -1,6 +1,7 @@
 """Placement of arrays, and that what is computed does not depend on it."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from imagen_jax.parallel.mesh import (
     make_mesh,
     parameter_spec,
     put_batch,
+    slice_count,
     state_shardings,
 )
 from imagen_jax.training.config import DataConfig, LoopConfig, OptimizerConfig, TrainConfig
@@ -247,6 +249,15 @@ def test_make_mesh_takes_what_is_left():
 def test_make_mesh_names_a_mesh_that_does_not_fit(config):
     with pytest.raises(UserError, match=r"config\.mesh: .* does not make the 8 devices"):
         make_mesh(config)
+
+
+def test_only_tpus_lie_in_slices():
+    hosts = [0, 0, 1, 1]
+    for platform, count in (("tpu", 2), ("gpu", 1), ("cpu", 1)):
+        devices = [types.SimpleNamespace(platform=platform, slice_index=host) for host in hosts]
+        assert slice_count(devices) == count
+    assert slice_count([types.SimpleNamespace(platform="tpu")] * 4) == 1
+    assert slice_count(jax.devices()) == 1
 
 
 @pytest.mark.parametrize("sizes", [(0, 1, 1), (-1, -1, 1), (1, 1, -2)])
