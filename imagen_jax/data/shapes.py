@@ -24,7 +24,7 @@ SINGLE_JITTER = 0.03  # largest offset of a lone object from the picture's centr
 PAIR_DISTANCE = 0.48  # between the nominal centres of the two objects of a pair
 PAIR_RADIUS = 0.145  # of an object of a pair without a size (see `Size.radius`)
 MOST_OBJECTS = 4
-_SLOT = 0.23  # of several equal objects: from the picture's centre to their nominal centres, in x and in y
+SLOT = 0.23  # of several equal objects: from the picture's centre to their nominal centres, in x and in y
 PAIR_JITTER_ALONG = 0.01  # largest offset along the line through both objects
 PAIR_JITTER_ACROSS = 0.03  # largest offset across that line
 
@@ -255,7 +255,7 @@ class Scene:
             return ((0.5, 0.5, item.size.radius),)
         radii = [PAIR_RADIUS if item.size is None else item.size.company_radius for item in self.objects]
         if self.relation is None:
-            return tuple((0.5 + _SLOT * x, 0.5 + _SLOT * y, radius) for (x, y), radius in zip(SLOTS, radii))
+            return tuple((0.5 + SLOT * x, 0.5 + SLOT * y, radius) for (x, y), radius in zip(SLOTS, radii))
         dx, dy = (PAIR_DISTANCE / 2 * step for step in self.relation.direction)
         return tuple((0.5 + sign * dx, 0.5 + sign * dy, radius) for sign, radius in zip((1, -1), radii))
 

@@ -4,6 +4,7 @@ A lone object, a pair whose objects may have sizes, or two to four equal objects
 hollow. A scene is a pure function of (split, index, kind, jitter), as there.
 """
 
+import dataclasses
 import enum
 
 import numpy as np
@@ -13,6 +14,7 @@ from imagen_jax.data.shapes import (
     PAIR_JITTER_ACROSS,
     PAIR_JITTER_ALONG,
     SINGLE_JITTER,
+    SLOT,
     SLOTS,
     Colour,
     Relation,
@@ -84,16 +86,10 @@ def world_scene(
     centres = _wide(random, scene) if jitter is Jitter.WIDE else _narrow(random, scene)
     nominal = scene.nominal_placements()
     items = tuple(
-        SceneObject(
-            colour=item.colour,
-            shape=item.shape,
-            size=item.size,
-            texture=item.texture,
-            offset=(float(x) - at[0], float(y) - at[1]),
-        )
+        dataclasses.replace(item, offset=(float(x) - at[0], float(y) - at[1]))
         for item, (x, y), at in zip(scene.objects, centres, nominal)
     )
-    return Scene(objects=items, relation=scene.relation, background=scene.background)
+    return dataclasses.replace(scene, objects=items)
 
 
 def _object(
@@ -135,8 +131,7 @@ def _narrow(random: np.random.Generator, scene: Scene) -> np.ndarray:
     if len(nominal) == 1:
         return nominal + random.uniform(-SINGLE_JITTER, SINGLE_JITTER, (1, 2))
     quarters = random.permutation(len(SLOTS))[: len(nominal)]
-    slot = abs(nominal[0] - 0.5)
-    places = 0.5 + slot * np.array(SLOTS)[quarters]
+    places = 0.5 + SLOT * np.array(SLOTS)[quarters]
     return places + random.uniform(-_SLOT_JITTER, _SLOT_JITTER, nominal.shape)
 
 

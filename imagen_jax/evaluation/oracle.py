@@ -270,17 +270,10 @@ def _object(
     colour = np.median(pixels[inner], axis=0)
     even = (np.linalg.norm(pixels[inner] - colour, axis=-1) < _SAME_COLOUR).mean() >= _EVEN_OBJECT
     cover = _cover(pixels, ground, colour, region)
-    x, y, radius = _place(cover)
-    shape, short = _shape(cover, x, y, radius), min(region.shape)
-    return ObjectReading(
-        colour=_name(colour) if even else None,
-        shape=shape,
-        size=_size(radius / short, bounds),
-        texture=None if shape is None else Texture.SOLID,
-        x=x / short,
-        y=y / short,
-        radius=radius / short,
-    )
+    place = _place(cover)
+    shape = _shape(cover, *place)
+    texture = None if shape is None else Texture.SOLID
+    return _reading(_name(colour) if even else None, shape, texture, place, min(region.shape), bounds)
 
 
 def _textured(
@@ -299,20 +292,26 @@ def _textured(
     colour = np.median(pixels[core], axis=0)
     cover = _cover(pixels, ground, colour, filled)
     silhouette = np.where(ndimage.binary_erosion(filled), 1.0, cover).astype(np.float32)
-    x, y, radius = _place(silhouette)
-    shape, short = _shape(silhouette, x, y, radius), min(region.shape)
-    texture = None if shape is None else _texture(cover, silhouette, shape, x, y, radius)
+    place = _place(silhouette)
+    shape = _shape(silhouette, *place)
+    texture = None if shape is None else _texture(cover, silhouette, shape, *place)
     if texture is None:
         return None
-    return ObjectReading(
-        colour=_name(colour),
-        shape=shape,
-        size=_size(radius / short, bounds),
-        texture=texture,
-        x=x / short,
-        y=y / short,
-        radius=radius / short,
-    )
+    return _reading(_name(colour), shape, texture, place, min(region.shape), bounds)
+
+
+def _reading(
+    colour: Colour | None,
+    shape: Shape | None,
+    texture: Texture | None,
+    place: tuple[float, float, float],
+    short: int,
+    bounds: dict[Size, tuple[float, float]],
+) -> ObjectReading:
+    """An object at (x, y, radius) in pixels of a picture whose shorter side has `short` of them."""
+    x, y, radius = (length / short for length in place)
+    size = _size(radius, bounds)
+    return ObjectReading(colour=colour, shape=shape, size=size, texture=texture, x=x, y=y, radius=radius)
 
 
 def _cover(

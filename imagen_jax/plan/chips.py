@@ -51,9 +51,7 @@ class Chip:
     axes: int  # of the interconnect's grid; two links each
     wrap: Wrap
     tensor_cores: int  # of a chip; they work as one device
-    network_bandwidth: float | None = (
-        None  # bytes/s of a chip's share of its host's network cards; see the module's text
-    )
+    network_bandwidth: float | None = None  # bytes/s between slices, a chip's share; None: not published
     config_name: str  # libtpu's chip_config_name that makes one device of a chip
 
     @property

@@ -108,6 +108,7 @@ class _Links:
         self._cost, self._network = cost, network
         self._free_at = {False: 0.0, True: 0.0}  # by whether it is between slices
         self._running: dict[str, deque[tuple[float, Origin]]] = defaultdict(deque)
+        self._met: dict[str, str] = {}
 
     def start(self, key: str, moved: Transfer, origin: Origin) -> None:
         """Queues a collective."""
@@ -117,8 +118,13 @@ class _Links:
         self._running[key].append((end, origin))
         self._cost.transfers[moved] += 1
 
+    def meet(self, name: str, key: str) -> None:
+        """Says that who waits for `name` waits for the collective `key`."""
+        self._met[name] = key
+
     def wait(self, key: str) -> None:
         """Goes on when the oldest collective of that name has ended."""
+        key = self._met.get(key, key)
         if not self._running[key]:
             return
         end, origin = self._running[key].popleft()
@@ -152,13 +158,8 @@ class Estimator:
         links = _Links(cost, self._network)
         instructions = self._module.computations[name]
         shapes = {each.name: each.shape for each in instructions}
-        meetings = {each.name: rendezvous(each) for each in instructions}
         for each in instructions:
-            if meetings[each.name] is not None:
-                self._between_slices(each, shapes, links)
-            elif each.opcode == "recv-done":
-                links.wait(meetings.get(each.operands[0]) or each.operands[0])
-            elif each.opcode == "while":
+            if each.opcode == "while":
                 count = self._module.loop_count(each, instructions)
                 if count is None:
                     cost.unknown_loops.add(each.name)
@@ -172,18 +173,25 @@ class Estimator:
         links.wait_for_all()
         return cost
 
-    def _between_slices(self, each: Instruction, shapes: dict[str, str], links: _Links) -> None:
-        """Starts what is sent to other slices; its recv only says where it is put."""
+    def _between_slices(self, each: Instruction, shapes: dict[str, str], links: _Links) -> bool:
+        """Starts what is sent to other slices, or says which send a recv waits for; False for all others."""
         key = rendezvous(each)
-        if each.opcode == "send" and key is not None:
+        if key is None:
+            return False
+        if each.opcode == "send":
             sent = shape_bytes(shapes[each.operands[0]])
             moved = slice_transfer(each, sent, self._network.topology.slices)
             links.start(key, moved, self.origin(each, each.opcode))
+        else:
+            links.meet(each.name, key)
+        return True
 
     def _communicate(self, each: Instruction, shapes: dict[str, str], links: _Links) -> bool:
         """Runs an instruction that is a collective or a part of one; False for all others."""
         if each.opcode.endswith("-done"):
             links.wait(each.operands[0])
+            return True
+        if self._between_slices(each, shapes, links):
             return True
         if collective_kind(each.opcode):
             links.start(each.name, self._transfer(each, shapes), self.origin(each, each.opcode))

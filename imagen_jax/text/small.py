@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 
 from imagen_jax.files import make_folder, write_text
 from imagen_jax.models.weights import save_state
+from imagen_jax.text.tokenizer import BYTE_PIECES
 
 _WORD = "▁"  # before every word, as in T5's own tokenizers
 _SPECIAL = ("<pad>", "</s>", "<unk>")  # their ids are T5's: 0, 1, 2
@@ -143,7 +144,7 @@ def _spelling_model(words: Iterable[str]) -> models.Unigram:
     """Whole words where it has them, else their beginning that is one, or its mark, and bytes."""
     pieces = [
         *_SPECIAL,
-        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *BYTE_PIECES,
         _WORD,
         *(_WORD + word for word in words),
     ]

@@ -35,7 +35,7 @@ _CLASSES = (
 _RENAMED = {"MT5Tokenizer": "T5Tokenizer", "MT5TokenizerFast": "T5TokenizerFast"}
 # A vocabulary file of 64 MB has a million tokens.
 _VOCABULARY_BYTES = 256 * 2**20
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # SentencePiece's names of single bytes
+BYTE_PIECES = tuple(f"<0x{byte:02X}>" for byte in range(256))  # SentencePiece's names of single bytes
 _LONGEST_WORD = 24  # letters; longer ones are texts in a script without spaces
 
 
@@ -70,7 +70,7 @@ class CaptionTokenizer:
         self._tokenizer, self._rows, self._where = tokenizer, rows, where
         self._eos = int(tokenizer.eos_token_id)
         vocabulary = self.get_vocab()
-        spelled = {number for token, number in vocabulary.items() if _BYTE.fullmatch(token)}
+        spelled = {vocabulary[piece] for piece in BYTE_PIECES if piece in vocabulary}
         unknown = set() if tokenizer.unk_token_id is None else {int(tokenizer.unk_token_id)}
         self.unknown = frozenset(unknown | spelled)
         word = max(vocabulary, key=vocabulary.__getitem__, default=None)

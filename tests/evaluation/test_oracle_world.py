@@ -1,7 +1,5 @@
 """The oracle on the richer world: textures, sizes in company, counts, pictures that are not square."""
 
-import dataclasses
-
 import numpy as np
 import pytest
 from scipy import ndimage
@@ -92,24 +90,21 @@ def test_rectangles(wide, place):
 
 
 @pytest.mark.parametrize(
-    ("asked", "part"),
+    ("asked", "wrong"),
     {
-        "three small striped blue squares on a white background": None,
-        "three large striped blue squares on a white background": "size",
+        "three large striped blue squares on a white background": None,
+        "three small striped blue squares on a white background": "size",
         "three large hollow blue squares on a white background": "texture",
         "three large striped red squares on a white background": "colour",
         "three large striped blue stars on a white background": "shape",
         "three large striped blue squares on a yellow background": "background",
     }.items(),
 )
-def test_each_attribute_of_equal_objects_is_judged_by_itself(asked, part):
+def test_each_attribute_of_equal_objects_is_judged_by_itself(asked, wrong):
     right = "three large striped blue squares on a white background"
-    picture = _render(shapes_captions.parse(right))
-    wrong = "size" if part is None else part
     names = ("background", "colour", "shape", "size", "texture", "count")
-    if asked == right:
-        wrong = None
-    assert oracle.check(picture, asked) == {name: name != wrong for name in names}
+    found = oracle.check(_render(shapes_captions.parse(right)), asked)
+    assert found == {name: name != wrong for name in names}
 
 
 @pytest.mark.parametrize("number", ["a", "two", "four"])
@@ -169,7 +164,7 @@ def test_solid_pictures_are_read_as_without_textures():
 
 
 def _inside(pattern, random, side):
-    """An object whose outline is a shape's and whose inside is `pattern`(x, y, random), x and y in radii."""
+    """A shape's outline around `pattern`(x, y, random), x and y in radii; None: half stripes, half nothing."""
     shape = list(Shape)[random.integers(len(Shape))]
     radius = random.choice([Size.LARGE.company_radius, Size.SMALL.radius, Size.LARGE.radius])
     x, y = 0.5 + random.uniform(-0.03, 0.03, 2)
@@ -179,9 +174,10 @@ def _inside(pattern, random, side):
     grid = (np.arange(side) + 0.5) / side
     across, down = np.meshgrid((grid - x) / radius, (grid - y) / radius)
     striped = shapes_render.coverage(shape, side, texture=Texture.STRIPED, **place)
-    mask = np.maximum(outline, solid * pattern(across, down, random)) if pattern else None
-    if mask is None:
+    if pattern is None:
         mask = np.where(across < 0, striped, outline)
+    else:
+        mask = np.maximum(outline, solid * pattern(across, down, random))
     colours = [np.array(colour.rgb) for colour in Colour]
     ink, ground = (colours[i] for i in random.choice(len(colours), 2, replace=False))
     return np.rint(ground + (ink - ground) * mask[..., None]).astype(np.uint8)
@@ -225,4 +221,4 @@ def test_objects_anywhere_have_their_place_in_the_reading():
         ((x, y, radius),) = scene.placements()
         (item,) = oracle.read(_render(scene)).objects
         assert (item.x, item.y, item.radius) == pytest.approx((x, y, radius), abs=0.006)
-        assert dataclasses.replace(item, texture=None).colour is scene.objects[0].colour
+        assert item.colour is scene.objects[0].colour

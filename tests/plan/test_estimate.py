@@ -7,7 +7,8 @@ from imagen_jax.plan.estimate import Origin, estimate_text
 from imagen_jax.plan.network import Collective, Network
 
 TOPOLOGY = parse_topology("v5e:2x2")
-NETWORK = Network(TOPOLOGY, [(0, 0), (1, 0), (0, 1), (1, 1)])
+COORDINATES = [(0, 0), (1, 0), (0, 1), (1, 1)]
+NETWORK = Network(TOPOLOGY, COORDINATES)
 CHIP = TOPOLOGY.chip
 PAIRS = "replica_groups={{0,1},{2,3}}"  # neighbours, one link: 95 % of 45 GB/s
 GATHER_MS = 1e3 * 100e6 / 42.75e9 + 1e-3  # of 100 MB over it, and the microsecond on the way
@@ -143,7 +144,7 @@ def test_what_goes_to_other_slices_goes_beside_the_links(kind, share, beside):
         ("nothing", ["ROOT %r = f32[] parameter(0)"]),
     )
     topology = parse_topology("v5e:2x2", 3)
-    found = estimate_text(text, Network(topology, NETWORK._coordinates))
+    found = estimate_text(text, Network(topology, COORDINATES))
     moved = share * 10e6
     gather = 10e6 / 42.75e9 + 1e-6
     waited = max(0.0, moved / 3.125e9 - gather - beside * 1e-3)
