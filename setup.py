@@ -16,6 +16,7 @@ setup(
     + [
         "imagen_jax.configs",
         "imagen_jax.configs.deepfloyd",
+        "imagen_jax.configs.demo",
         "imagen_jax.configs.imagen",
         "imagen_jax.configs.shapes",
         "imagen_jax.configs.pictures",
@@ -23,6 +24,7 @@ setup(
     # The configs live at the top level, where users read and copy them, and are
     # installed inside the package so that the commands find them anywhere.
     package_dir={"imagen_jax.configs": "configs"},
+    package_data={"imagen_jax.demo": ["LICENSE", "README.md", "*.json", "*/*.json", "*/*.safetensors"]},
     install_requires=[
         "jax>=0.10.2,<0.13",
         "flax>=0.12.8,<0.13",

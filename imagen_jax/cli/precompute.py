@@ -24,13 +24,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source",
         required=True,
         metavar="SPEC",
-        help="captioned pictures: shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|any], "
+        help="captioned pictures: shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|equal|any,"
+        "world=plain|rich,jitter=narrow|wide], "
         "webdataset:PATH/*.tar (img2dataset layout; {00000..00099}.tar, .tar.gz and https:// too), folder:PATH "
         "(captions.jsonl, metadata.jsonl, or a .txt per picture), "
         "tfds:NAME or parquet:PATH",
     )
     parser.add_argument(
-        "--text_encoder", required=True, metavar="DIR_OR_HUB_ID", help="T5 encoder: a folder or a hub id"
+        "--text_encoder",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="T5 encoder: a folder, a hub id, or demo: that of the model in the box",
     )
     parser.add_argument(
         "--make_small_encoder",

@@ -121,7 +121,7 @@ class Imagen:
         """Opens a model folder.
 
         Args:
-          model: the folder, or what is opened of it already.
+          model: the folder, "demo" for the model in the box, or what is opened of either already.
           mesh: over which weights and batches are spread; None: one device.
           rows: by stage name, over how many devices each picture's rows are split; 1 where not named.
           free_stages: whether weights leave memory when their stage has had its turn; None: if all together
@@ -271,7 +271,7 @@ class Imagen:
                 for stage in drawing.stages(self.stages)
             ),
             text_encoder=encoder,
-            model=str(self.folder.path),
+            model=self.folder.name,
             size=None if drawing.size is None else (drawing.size.width, drawing.size.height),
         )
 

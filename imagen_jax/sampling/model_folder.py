@@ -6,6 +6,7 @@ model.safetensors; MODEL/text_encoder/ is a copy of the encoder, or the index re
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from etils import epath
 
 from imagen_jax.config import build, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
+from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
 from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import StageConfig
@@ -99,9 +101,14 @@ class ModelFolder:
     def __init__(self, folder: epath.PathLike):
         """Reads the index and the stages' configs.
 
+        Args:
+          folder: local or cloud; or "demo", the model in the box.
+
         Raises:
           UserError: if the folder is missing, is no model folder, or its stages do not fit each other.
         """
+        self.name = os.fspath(folder)  # as it was asked for, and as the pictures' records have it
+        folder = packaged(folder)
         there = exists(folder)  # asked first: no path is made of an address of a kind that is not read
         self.path = epath.Path(folder)
         if not there or not self.path.is_dir():

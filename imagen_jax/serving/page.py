@@ -7,6 +7,7 @@ import secrets
 from urllib.parse import quote
 
 import numpy as np
+from etils import epath
 from fastapi import FastAPI, HTTPException, Request, Response
 from nicegui import ui
 from PIL import Image
@@ -121,7 +122,9 @@ class Page:
         request, error = self._linked(query)
         with ui.row().classes("w-full gap-6 items-start"):
             with ui.column().classes("w-96 max-w-full gap-3"):
-                ui.label(f"{TITLE} · {studio.model.folder.path.name}").classes("text-lg font-medium")
+                ui.label(f"{TITLE} · {epath.Path(studio.model.folder.name).name}").classes(
+                    "text-lg font-medium"
+                )
                 self._build_form(request)
                 self._build_status()
             self._gallery = ui.row().classes("flex-1 gap-4").props('role=list aria-label="Gallery"')

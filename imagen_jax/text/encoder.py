@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from imagen_jax.data.embeddings import cut_embedding
 from imagen_jax.data.encoder_identity import EncoderIdentity
+from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode
 from imagen_jax.models.t5_weights import load_t5
@@ -92,8 +93,8 @@ class TextEncoder:
 
         Args:
             folder_or_hub_id: a folder with config.json, safetensors and the tokenizer's files; a
-                pipeline folder with `text_encoder` and `tokenizer` in it; or a hub id such as
-                "google/t5-v1_1-small".
+                pipeline folder with `text_encoder` and `tokenizer` in it; a hub id such as
+                "google/t5-v1_1-small"; or "demo", the encoder of the model in the box.
             dtype: of the parameters and of the matrix products (norms and softmax are float32).
             mesh: of this process's devices, which share each batch; None: one device does everything.
             copied: whether every device of the mesh holds all parameters, or they are spread over them and `encode`
@@ -103,7 +104,7 @@ class TextEncoder:
             UserError: no such folder or hub id, no network, pickled or quantised weights, not a T5 encoder, or a
                 tokenizer that is not its own or would run code.
         """
-        folder = epath.Path(folder_or_hub_id)
+        folder = epath.Path(packaged(folder_or_hub_id))
         name = folder.name
         if not folder.is_dir():
             name = os.fspath(folder_or_hub_id)

@@ -9,6 +9,7 @@ from imagen_jax.config import build
 from imagen_jax.convert.deepfloyd.exporting import export_diffusers, export_pipeline
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
 from imagen_jax.data.records import read_folder_info
+from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
 from imagen_jax.files import make_folder
 from imagen_jax.models.configs import StageConfig
@@ -129,7 +130,7 @@ def _check_encoder(text_encoder: str, identity: EncoderIdentity | None) -> TextE
     Raises:
       UserError: it does not open, or is not the one of this identity.
     """
-    if not epath.Path(text_encoder).is_dir():
+    if not epath.Path(packaged(text_encoder)).is_dir():
         if not is_hub_id(text_encoder):
             raise UserError(
                 f"text encoder {text_encoder}: no such folder; name one, or a hub id, with --text_encoder"

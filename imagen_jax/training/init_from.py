@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from imagen_jax.config import build, differences, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
+from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
 from imagen_jax.files import exists, json_field, read_json, write_text
 from imagen_jax.models.configs import StageConfig
@@ -107,7 +108,7 @@ def check_source(spec: str, config: TrainConfig) -> None:
     Raises:
       UserError: it is no work directory or model folder, or its stage does not fit.
     """
-    source = epath.Path(_place(spec)[0])
+    source = epath.Path(packaged(_place(spec)[0]))
     if (source / INDEX).exists():
         model = ModelFolder(source)
         model.check_weights()
@@ -134,7 +135,7 @@ def initial_params(
     """
     mesh = mesh or make_mesh(config.mesh)
     place, decay = _place(spec)
-    source = epath.Path(place)
+    source = epath.Path(packaged(place))
     if (source / INDEX).exists():
         params, theirs, their_encoder, which = _from_model(source, config.stage, mesh)
     else:

@@ -1,0 +1,1 @@
+"""Configs of the model in the box."""

@@ -1,0 +1,59 @@
+"""Super-resolution stage, 32×32 → 64×64, of the model in the box.
+
+Command:   imagen-jax train --config=demo/sr64.py --workdir=runs/demo/sr --config.data.path=runs/demo/records
+Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
+"""
+
+import ml_collections
+
+
+def get_config(variant: str = "") -> ml_collections.ConfigDict:
+    """The config; `variant` is "" or "smoke"."""
+    if variant not in ("", "smoke"):
+        raise ValueError(f"demo/sr64.py has the variants '' and 'smoke', not {variant!r}")
+    smoke = variant == "smoke"
+    config = ml_collections.ConfigDict(
+        {
+            "stage": {
+                "name": "sr64",
+                "resolution": 64,
+                "low_resolution": 32,
+                "max_text_length": 32,
+                "network": {
+                    "kind": "efficient_unet",
+                    # 2×2 pixels become channels; the three levels see 16×16, 8×8 and 4×4.
+                    "patch_size": 2,
+                    "channels": [16, 16] if smoke else [32, 64, 128],
+                    "num_res_blocks": [1, 1] if smoke else [2, 2, 1],
+                    "self_attention": [False, True] if smoke else [False, False, False],
+                    "text_attention": [False, True] if smoke else [False, True, True],
+                    "head_channels": 16 if smoke else 32,
+                    "embedding_width": 64 if smoke else 128,
+                    "text_width": 96,
+                },
+                "schedule": {"kind": "cosine"},
+                "prediction": "x0",
+                # How much of the base's picture is hidden is chosen when pictures are drawn.
+                "augmentation": {"max_level": 0.5},
+                "sampling": {
+                    "sampler": {"kind": "ddpm", "steps": 8 if smoke else 24},
+                    "guidance_weight": 1.5,
+                    "aug_level": 0.1,
+                },
+            },
+            "loss": {"space": "x0"},
+            "optimizer": {"kind": "adam", "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.99},
+            "data": {"path": "records", "batch_size": 8 if smoke else 32, "num_threads": 2},
+            "train": {
+                "steps": 20 if smoke else 16000,
+                "ema_decay": 0.999,
+                "log_every": 10 if smoke else 50,
+                "checkpoint_every": 10 if smoke else 500,
+                "sample_every": 20 if smoke else 2000,
+                "sample_count": 16 if smoke else 64,
+                "sample_split": "test",
+                "sample_score": "oracle",
+            },
+        }
+    )
+    return config
