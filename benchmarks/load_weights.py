@@ -126,7 +126,7 @@ def load(folder: Path, dtype: str) -> dict[str, float]:
     import jax.numpy as jnp
 
     from imagen_jax.models.t5_weights import load_t5
-    from imagen_jax.models.weights import SafetensorsReader
+    from imagen_jax.models.weights import WeightReader
 
     jax.block_until_ready(jnp.zeros(1))
     before, peak = rss_anon(), Peak()
@@ -137,7 +137,7 @@ def load(folder: Path, dtype: str) -> dict[str, float]:
     seconds = time.monotonic() - start
     highest = peak.stop()
     leaves = jax.tree.leaves(params)
-    with SafetensorsReader(folder) as reader:
+    with WeightReader(folder) as reader:
         stored = max(math.prod(reader.shape(n)) * reader.dtype(n).itemsize for n in reader.names)
         first = reader.read("shared.weight", (slice(0, 3), slice(None)))
     found = np.asarray(params["token_embedding"][:3])

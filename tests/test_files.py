@@ -10,7 +10,7 @@ from imagen_jax.data.records import KeyIndex
 from imagen_jax.data.tfrecord import TFRecordReader
 from imagen_jax.errors import UserError
 from imagen_jax.files import json_field, json_object, parse_json, read_bytes, read_json
-from imagen_jax.models.weights import SafetensorsReader
+from imagen_jax.models.weights import WeightReader
 
 BAD_JSON = {
     "not UTF-8": b'{"a": "caf\xe9"}',
@@ -80,8 +80,8 @@ def test_a_limit_is_said(tmp_path):
     ("name", "open_"),
     [
         ("captions-train.tfrecord-00000-of-00001", lambda path: len(TFRecordReader(path))),
-        ("model.safetensors", lambda path: SafetensorsReader(path).names),
-        ("model.safetensors", lambda path: SafetensorsReader(path.parent).names),
+        ("model.safetensors", lambda path: WeightReader(path).names),
+        ("model.safetensors", lambda path: WeightReader(path.parent).names),
         ("keys-train.npy", lambda path: KeyIndex(path.parent, "train")),
     ],
 )

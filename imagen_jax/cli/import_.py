@@ -7,7 +7,7 @@ EXAMPLE = """example:
   imagen-jax sample "a red circle" --model=model --out=pictures --timesteps=smart50
 
 A stage is a local folder in diffusers' format or a hub id such as DeepFloyd/IF-I-XL-v1.0, whose licence has to be
-accepted first. Weights are safetensors; pickled ones are never read."""
+accepted first. Nothing that a file of weights says is run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

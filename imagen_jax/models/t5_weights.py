@@ -10,8 +10,8 @@ from etils import epath
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, abstract_t5
 from imagen_jax.models.weights import (
-    SafetensorsReader,
     TensorSource,
+    WeightReader,
     check_tensors,
     flatten_names,
     load_tensors,
@@ -65,7 +65,7 @@ def load_t5(
         folder: local folder; tensors of a decoder are ignored.
         dtype: of the parameters.
         shardings: None, one sharding, or a function from the parameters' shapes to a dictionary of shardings.
-        variant: of the weights; see `SafetensorsReader`.
+        variant: of the weights; see `WeightReader`.
 
     Returns:
         Its shape, and the parameters of `models.t5.encode`.
@@ -74,7 +74,7 @@ def load_t5(
         UserError: not a T5 encoder, or its files are missing or do not fit.
     """
     config = T5Config.from_folder(folder)
-    with SafetensorsReader(folder, variant) as reader:
+    with WeightReader(folder, variant) as reader:
         sources = _checked_sources(config, reader)
         abstract = t5_shapes(config, dtype)
         chosen = shardings(abstract) if callable(shardings) else shardings
@@ -88,13 +88,13 @@ def check_t5(folder: epath.PathLike, *, variant: str | None = None) -> T5Config:
         Its shape.
     """
     config = T5Config.from_folder(folder)
-    with SafetensorsReader(folder, variant) as reader:
+    with WeightReader(folder, variant) as reader:
         sources = _checked_sources(config, reader)
         check_tensors(t5_shapes(config), reader, sources)
     return config
 
 
-def _checked_sources(config: T5Config, reader: SafetensorsReader) -> dict[str, TensorSource]:
+def _checked_sources(config: T5Config, reader: WeightReader) -> dict[str, TensorSource]:
     """Where each parameter lies in a checkpoint whose tensors are those of an encoder of this shape."""
     if config.num_layers > len(reader.names):
         raise UserError(
@@ -107,7 +107,7 @@ def _checked_sources(config: T5Config, reader: SafetensorsReader) -> dict[str, T
     return sources
 
 
-def check_t5_tensors(reader: SafetensorsReader) -> None:
+def check_t5_tensors(reader: WeightReader) -> None:
     """Refuses weights of which an encoder could not be read as they are.
 
     Raises:
@@ -120,7 +120,7 @@ def check_t5_tensors(reader: SafetensorsReader) -> None:
 
 
 def _check_nothing_left(
-    folder: epath.PathLike, reader: SafetensorsReader, sources: Mapping[str, TensorSource]
+    folder: epath.PathLike, reader: WeightReader, sources: Mapping[str, TensorSource]
 ) -> None:
     """Refuses tensors of the encoder that would not be read: with them it would compute something else."""
     read = {name for source in sources.values() for name in source.names} | {"encoder.embed_tokens.weight"}

@@ -1,10 +1,9 @@
-"""Safetensors files: which ones hold a network's weights, and a reader of single tensors.
+"""Files of weights: which ones hold a network's, and a reader of single tensors.
 
-What is refused: pickles, paths out of the folder, quantised weights, Git LFS's stand-ins.
+Safetensors, or where a folder has none of these, what PyTorch has pickled, of which tensors are read and nothing else
+(`models.torch_files`). What is refused: other pickles, paths out of the folder, quantised weights, Git LFS's stand-ins.
 """
 
-import json
-import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,33 +11,22 @@ from types import TracebackType
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from etils import epath
-from safetensors import SafetensorError, safe_open
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import check_no_pointer, check_regular, is_cloud, json_field, read_json
+from imagen_jax.models.safetensors_file import SafetensorsFile
+from imagen_jax.models.torch_files import TorchFile
 
-_STEMS = ("model", "diffusion_pytorch_model")  # the names transformers and diffusers save under
-_VARIANTS = ("fp16", "bf16")  # tried, in this order, where the folder has no plain file
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
-
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+# The names transformers and diffusers save under, by what their files end in.
+_STEMS = {
+    ".safetensors": ("model", "diffusion_pytorch_model"),
+    ".bin": ("pytorch_model", "diffusion_pytorch_model"),
 }
+_VARIANTS = ("fp16", "bf16")  # tried, in this order, where the folder has no plain file
+_TORCH = (".bin", ".pt", ".pth")
+_PICKLES = (".ckpt", ".msgpack", ".h5")
 
 # Under which config.json says that the weights are not what the network's shapes say.
 _QUANTISED_CONFIGS = ("quantization_config", "compression_config", "quantization")
@@ -56,7 +44,7 @@ _QUANTISED_PARTS = ("bitsandbytes__", "_quantized", "__qdata")
 
 
 def find_weights(location: epath.Path, variant: str | None) -> epath.Path:
-    """The safetensors file, or the index of several, that holds a network's weights.
+    """The file of weights, or the index of several, that holds a network's.
 
     Args:
       location: the file or index itself, or a folder.
@@ -64,31 +52,33 @@ def find_weights(location: epath.Path, variant: str | None) -> epath.Path:
         where the folder has nothing else.
 
     Raises:
-      UserError: nothing to read there, or only pickled weights.
+      UserError: nothing to read there, or only weights of other kinds.
     """
     if location.is_file():
         if location.suffix in _PICKLES:
-            raise UserError(f"{location}: pickled weights are never loaded; convert them to safetensors")
+            raise UserError(f"{location}: {location.suffix} is never loaded; convert it to safetensors")
         return location
     if not location.is_dir():
         raise UserError(f"{location}: no such file or folder")
-    for wanted in (variant,) if variant else (None, *_VARIANTS):
-        for stem in _STEMS:
-            dotted = f".{wanted}" if wanted else ""
-            for name in (
-                f"{stem}{dotted}.safetensors",
-                f"{stem}.safetensors.index{dotted}.json",
-                f"{stem}{dotted}.safetensors.index.json",
-            ):
-                if (location / name).exists():
-                    return location / name
-    pickles = sorted(p.name for p in location.iterdir() if p.suffix in _PICKLES)
-    if pickles:
+    for ending, stems in _STEMS.items():
+        for wanted in (variant,) if variant else (None, *_VARIANTS):
+            for stem in stems:
+                dotted = f".{wanted}" if wanted else ""
+                for name in (
+                    f"{stem}{dotted}{ending}",
+                    f"{stem}{ending}.index{dotted}.json",
+                    f"{stem}{dotted}{ending}.index.json",
+                ):
+                    if (location / name).exists():
+                        return location / name
+    others = sorted(p.name for p in location.iterdir() if p.suffix in (*_PICKLES, *_TORCH))
+    if others:
         raise UserError(
-            f"{location}: only pickled weights ({pickles[0]}), which are never loaded; convert to safetensors"
+            f"{location}: only weights of other kinds ({others[0]}), which are never loaded; convert to safetensors"
         )
     kind = f"{variant} " if variant else ""
-    raise UserError(f"{location}: no {kind}safetensors weights (looked for {_STEMS[0]} and {_STEMS[1]})")
+    names = ", ".join(f"{stem}{ending}" for ending, stems in _STEMS.items() for stem in stems)
+    raise UserError(f"{location}: no {kind}weights (looked for {names} and indexes of them)")
 
 
 def read_index(index: epath.Path) -> dict[str, str]:
@@ -99,13 +89,26 @@ def read_index(index: epath.Path) -> dict[str, str]:
     """
     content = read_json(index)
     if "weight_map" not in content:
-        raise UserError(f"{index}: not an index of safetensors shards (no weight_map)")
+        raise UserError(f"{index}: not an index of shards (no weight_map)")
     weight_map = json_field(content, "weight_map", dict, str(index))
     for name in weight_map:
         file = json_field(weight_map, name, str, f"{index}: weight_map")
-        if not file.endswith(".safetensors") or "/" in file or "\\" in file:
-            raise UserError(f"{index}: shard {file} is not a safetensors file beside the index")
+        if not file.endswith(tuple(_STEMS)) or "/" in file or "\\" in file:
+            raise UserError(f"{index}: shard {file} is not a file of weights beside the index")
     return weight_map
+
+
+def weight_bytes(location: epath.Path) -> int:
+    """Size of the files that hold a network's weights, and about as many bytes in memory; arguments as `find_weights`.
+
+    Raises:
+      UserError: as `find_weights` and `read_index`.
+    """
+    entry = find_weights(location, None)
+    files = {entry}
+    if entry.suffix == ".json":
+        files = {entry.parent / file for file in read_index(entry).values()}
+    return sum(file.stat().length for file in files)
 
 
 def check_config_is_plain(config: Mapping[str, Any]) -> None:
@@ -132,35 +135,34 @@ def quantised_tensor(names: Iterable[str]) -> str | None:
     return min(filter(is_quantised, names), default=None)
 
 
-class SafetensorsReader:
-    """Reads single tensors, or slices of them, from safetensors files.
+class WeightReader:
+    """Reads single tensors, or slices of them, from files of weights.
 
     What is read is mapped, not copied: it takes memory when it is looked at, shared with all who look at the file, and
     stays valid after `close`.
 
     Args:
-        folder_or_file: a `.safetensors` file, a `*.index.json` of a sharded checkpoint, or a folder with
-            `model.safetensors`, `diffusion_pytorch_model.safetensors` or the index of either.
+        folder_or_file: a `.safetensors` file, one that PyTorch has pickled (`.bin`, `.pt`, `.pth`), a `*.index.json` of
+            a sharded checkpoint, or a folder with any of these under the names that transformers and diffusers use.
         variant: "fp16" for `model.fp16.safetensors` and the like; None takes the plain file, and a
             variant only where the folder has nothing else.
 
     Raises:
-        UserError: nothing to read there, only pickled weights, or an unreadable file.
+        UserError: nothing to read there, only weights of other kinds, or an unreadable file.
     """
 
     def __init__(self, folder_or_file: epath.PathLike, variant: str | None = None):
         self.location = epath.Path(folder_or_file)
         entry = find_weights(self.location, variant)
-        self._handles: dict[epath.Path, Any] = {}
-        self._data: dict[epath.Path, tuple[np.ndarray, dict[str, Any]]] = {}
+        self._opened: dict[epath.Path, SafetensorsFile | TorchFile] = {}
         self._scratch: tempfile.TemporaryDirectory | None = None
         self._files: dict[str, epath.Path]
         if entry.suffix == ".json":
             self._files = {name: entry.parent / file for name, file in read_index(entry).items()}
         else:
-            self._files = dict.fromkeys(self._open(entry).keys(), entry)
+            self._files = dict.fromkeys(self._open(entry).names, entry)
 
-    def __enter__(self) -> "SafetensorsReader":
+    def __enter__(self) -> "WeightReader":
         return self
 
     def __exit__(
@@ -170,10 +172,9 @@ class SafetensorsReader:
 
     def close(self) -> None:
         """Closes every file that was opened; reading again opens it again."""
-        for handle in self._handles.values():
-            handle.__exit__(None, None, None)
-        self._handles.clear()
-        self._data.clear()
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
         if self._scratch is not None:
             self._scratch.cleanup()
             self._scratch = None
@@ -185,29 +186,23 @@ class SafetensorsReader:
 
     @property
     def files(self) -> tuple[epath.Path, ...]:
-        """The safetensors files, sorted by name."""
+        """The files of weights, sorted by name."""
         return tuple(sorted(set(self._files.values())))
 
     def metadata(self) -> dict[str, str]:
         """The text metadata of all files together."""
         merged: dict[str, str] = {}
         for file in self.files:
-            merged.update(self._open(file).metadata() or {})
+            merged.update(self._open(file).metadata())
         return merged
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor, without reading it."""
-        return tuple(self._slice(name).get_shape())
+        return self._file(name).shape(name)
 
     def dtype(self, name: str) -> np.dtype:
         """Dtype of one tensor (bfloat16 is that of ml_dtypes), without reading it."""
-        code = self._slice(name).get_dtype()
-        if code not in DTYPES:  # 8 bits and fewer of other projects
-            raise UserError(
-                f"{self._files[name]}: tensor {name} has dtype {code}, which is not supported: "
-                "are the weights quantised?"
-            )
-        return DTYPES[code]
+        return self._file(name).dtype(name)
 
     def check_float(self, name: str) -> None:
         """Refuses a tensor that does not hold a parameter as it is.
@@ -229,7 +224,7 @@ class SafetensorsReader:
         """
         if (name := quantised_tensor(self.names)) is not None:
             raise UserError(
-                f"{self._files[name]}: tensor {name} ({self._slice(name).get_dtype()}) belongs to quantised "
+                f"{self._files[name]}: tensor {name} ({self._file(name).dtype_name(name)}) belongs to quantised "
                 "weights, which are not supported; use those in float16, bfloat16 or float32"
             )
 
@@ -239,24 +234,11 @@ class SafetensorsReader:
         Raises:
             UserError: no such tensor, or its dtype is not supported.
         """
-        dtype, file = self.dtype(name), self._files[name]
-        data, header = self._map(file)
-        begin, end = header[name]["data_offsets"]
-        whole = data[begin:end].view(dtype).reshape(self.shape(name))
+        whole = self._file(name).array(name)
         return whole[tuple(index)] if index else whole
 
-    def _map(self, file: epath.Path) -> tuple[np.ndarray, dict[str, Any]]:
-        """The bytes behind a file's header, and the header: 8 bytes of length, then JSON."""
-        if file not in self._data:
-            self._open(file)  # the library checks that the header fits the file
-            with open(self._local(file), "rb") as opened:
-                mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-            start = 8 + int.from_bytes(mapped[:8], "little")
-            self._data[file] = np.frombuffer(mapped, np.uint8)[start:], json.loads(mapped[8:start])
-        return self._data[file]
-
-    def _open(self, file: epath.Path) -> Any:
-        if file not in self._handles:
+    def _open(self, file: epath.Path) -> SafetensorsFile | TorchFile:
+        if file not in self._opened:
             if not file.exists():
                 raise UserError(f"{self.location}: weights file {file.name} is missing; copy it there")
             check_regular(file)
@@ -264,11 +246,11 @@ class SafetensorsReader:
                 local = self._local(file)
                 with open(local, "rb") as opened:
                     check_no_pointer(opened.read(64), file)
-                self._handles[file] = safe_open(local, framework="numpy")
-            except (SafetensorError, OSError) as error:
-                reason = " ".join(str(error).split())
-                raise UserError(f"{file}: not a readable safetensors file ({reason})") from error
-        return self._handles[file]
+            except OSError as error:
+                raise UserError(f"{file}: not readable ({error.strerror or error})") from error
+            kind = TorchFile if file.suffix in _TORCH else SafetensorsFile
+            self._opened[file] = kind(local, file)
+        return self._opened[file]
 
     def _local(self, file: epath.Path) -> str:
         """Where the file can be memory-mapped: a cloud file is copied to the local disk first."""
@@ -281,10 +263,11 @@ class SafetensorsReader:
             file.copy(copy, overwrite=True)
         return copy
 
-    def _slice(self, name: str) -> Any:
+    def _file(self, name: str) -> SafetensorsFile | TorchFile:
+        """The open file of a tensor."""
         if name not in self._files:
             raise UserError(f"{self.location}: no tensor {name}; is this the right checkpoint?")
-        try:
-            return self._open(self._files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise UserError(f"{self._files[name]}: no tensor {name}, though the index names it") from error
+        file = self._open(self._files[name])
+        if name not in file.names:
+            raise UserError(f"{self._files[name]}: no tensor {name}, though the index names it")
+        return file

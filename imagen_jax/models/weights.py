@@ -1,6 +1,6 @@
-"""Weights on disk: safetensors to NNX state and back, slice by slice, never through pickle.
+"""Weights on disk: from files to NNX state and back, slice by slice.
 
-Three layers. `weight_files.SafetensorsReader` opens what the hub's libraries write (one file, or shards under an
+Three layers. `weight_files.WeightReader` opens what the hub's libraries write (one file, or shards under an
 index) and maps single tensors, or slices of them, into memory. `load_tensors` fills an abstract NNX state from any
 reader through a table of `TensorSource`: the importer of a foreign checkpoint is that table and nothing
 more. `save_state` and `load_state` are the project's own files, whose names are the state's paths.
@@ -19,7 +19,8 @@ from etils import epath
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import AtomicFile, make_folder
-from imagen_jax.models.weight_files import DTYPES, SafetensorsReader
+from imagen_jax.models.safetensors_file import DTYPES
+from imagen_jax.models.weight_files import WeightReader
 from imagen_jax.parallel.jax_internals import process_allgather
 
 _CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
@@ -40,7 +41,7 @@ class TensorSource:
         if not self.names or (len(self.names) > 1 and not self.stacked):
             raise ValueError(f"a source that is not stacked has exactly one name, got {self.names!r}")
 
-    def shape(self, reader: SafetensorsReader) -> tuple[int, ...]:
+    def shape(self, reader: WeightReader) -> tuple[int, ...]:
         """Our shape, from the first stored tensor."""
         stored = reader.shape(self.names[0])
         axes = tuple(range(len(stored))) if self.axes is None else self.axes
@@ -53,7 +54,7 @@ class TensorSource:
         shape = tuple(stored[axis] for axis in axes)
         return (len(self.names), *shape) if self.stacked else shape
 
-    def read(self, reader: SafetensorsReader, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
+    def read(self, reader: WeightReader, index: tuple[slice, ...], dtype: Any) -> np.ndarray:
         """The part of our tensor under `index` (one slice per axis) as `dtype`, reading nothing else."""
         if not self.stacked:
             return self._read_one(reader, self.names[0], index).astype(dtype, copy=False)
@@ -64,7 +65,7 @@ class TensorSource:
         ]
         return np.stack(layers) if len(layers) > 1 else layers[0][None]
 
-    def _read_one(self, reader: SafetensorsReader, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    def _read_one(self, reader: WeightReader, name: str, index: tuple[slice, ...]) -> np.ndarray:
         if self.axes is None:
             return reader.read(name, index)
         stored_index = [slice(None)] * len(reader.shape(name))
@@ -105,7 +106,7 @@ def flatten_names(state: Any) -> tuple[dict[str, Any], Any]:
 
 def load_tensors(
     abstract_state: Any,
-    reader: SafetensorsReader,
+    reader: WeightReader,
     sources: Mapping[str, TensorSource],
     *,
     shardings: Any = None,
@@ -139,7 +140,7 @@ def load_tensors(
 
 
 def check_tensors(
-    named: Mapping[str, Any], reader: SafetensorsReader, sources: Mapping[str, TensorSource]
+    named: Mapping[str, Any], reader: WeightReader, sources: Mapping[str, TensorSource]
 ) -> None:
     """What `load_tensors` checks before it reads anything.
 
@@ -170,7 +171,7 @@ def check_tensors(
                 )
 
 
-def check_dtype(reader: SafetensorsReader, source: TensorSource, dtype: Any) -> None:
+def check_dtype(reader: WeightReader, source: TensorSource, dtype: Any) -> None:
     """Refuses stored tensors that a parameter cannot be read from: converting integers would make up its values.
 
     Args:
@@ -199,7 +200,7 @@ def _shardings_of(shardings: Any, names: list[str]) -> list[jax.sharding.Shardin
 
 def _load_one(
     leaf: Any,
-    reader: SafetensorsReader,
+    reader: WeightReader,
     source: TensorSource,
     sharding: jax.sharding.Sharding | None,
     dtype: Any,
@@ -287,7 +288,7 @@ def load_state(abstract_state: Any, path: epath.PathLike, *, shardings: Any = No
     Args:
         abstract_state: an `nnx.State` (or another tree) whose leaves have `shape` and `dtype`, as
             `nnx.eval_shape` makes them.
-        path: the file, or a folder or index that `SafetensorsReader` accepts.
+        path: the file, or a folder or index that `WeightReader` accepts.
         shardings: one sharding for all leaves, or a tree like the state: each tensor then goes slice by
             slice onto its devices. None: the default device.
         dtype: dtype of the floating-point leaves; None keeps those of `abstract_state`.
@@ -296,7 +297,7 @@ def load_state(abstract_state: Any, path: epath.PathLike, *, shardings: Any = No
         UserError: naming the first tensor that is missing, unexpected, quantised or of another shape.
     """
     names = list(flatten_names(abstract_state)[0])
-    with SafetensorsReader(path) as reader:
+    with WeightReader(path) as reader:
         reader.check_plain()
         for name in names:
             if name not in reader.names:

@@ -20,6 +20,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_BATCH, shown
 from imagen_jax.models.configs import SamplingConfig, StageConfig
 from imagen_jax.models.text_form import Text, TextForm, zero_text
+from imagen_jax.models.weight_files import weight_bytes
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.sampling import memory
 from imagen_jax.sampling.batches import Preview, Watcher
@@ -280,7 +281,7 @@ class Imagen:
         """Whether weights leave memory when their stage has had its turn."""
         if self._free_stages is not None:
             return self._free_stages
-        encoder = sum(path.stat().length for path in self._encoder_folder.glob("*.safetensors"))
+        encoder = weight_bytes(self._encoder_folder)
         stages = (
             self.folder.weight_bytes(name) // memory.weight_shards(mesh)
             for name, mesh in self._meshes.items()

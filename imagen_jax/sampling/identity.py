@@ -48,9 +48,11 @@ def stage_identity(folder: epath.Path, config: StageConfig) -> str:
 
 def encoder_identity(folder: epath.Path) -> str:
     """Of a text encoder's configuration, tokenizer and weights, wherever they lie."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir(), key=lambda each: each.name):
-        if path.suffix in (".json", ".safetensors", ".model") and path.is_file():
+    digest, paths = hashlib.sha256(), sorted(folder.iterdir(), key=lambda each: each.name)
+    # A folder may have both; then the pickled ones are not looked at.
+    weights = ".safetensors" if any(path.suffix == ".safetensors" for path in paths) else ".bin"
+    for path in paths:
+        if path.suffix in (".json", weights, ".model") and path.is_file():
             _add_file(digest, path)
     return digest.hexdigest()[:_DIGITS]
 

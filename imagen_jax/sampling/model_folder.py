@@ -22,7 +22,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.network import Params
-from imagen_jax.models.weights import SafetensorsReader, flatten_names, load_state, save_state
+from imagen_jax.models.weights import WeightReader, flatten_names, load_state, save_state
 
 INDEX = "model_index.json"
 WEIGHTS = "model.safetensors"
@@ -150,7 +150,7 @@ class ModelFolder:
             check_regular(path)
             if not path.exists():
                 raise UserError(f"{path} is missing")
-            SafetensorsReader(path).close()
+            WeightReader(path).close()
 
     def text_encoder(self) -> str:
         """Path or hub id of the text encoder."""

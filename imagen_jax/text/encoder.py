@@ -92,7 +92,7 @@ class TextEncoder:
         """Opens an encoder from a local folder or from the hub.
 
         Args:
-            folder_or_hub_id: a folder with config.json, safetensors and the tokenizer's files; a
+            folder_or_hub_id: a folder with config.json, weights and the tokenizer's files; a
                 pipeline folder with `text_encoder` and `tokenizer` in it; a hub id such as
                 "google/t5-v1_1-small"; or "demo", the encoder of the model in the box.
             dtype: of the parameters and of the matrix products (norms and softmax are float32).
@@ -101,7 +101,7 @@ class TextEncoder:
                 gathers a layer's when it runs; None: what their memory has room for.
 
         Raises:
-            UserError: no such folder or hub id, no network, pickled or quantised weights, not a T5 encoder, or a
+            UserError: no such folder or hub id, no network, quantised weights, not a T5 encoder, or a
                 tokenizer that is not its own or would run code.
         """
         folder = epath.Path(packaged(folder_or_hub_id))

@@ -1,24 +1,39 @@
 """Where a text encoder's files are: a folder, a pipeline's folders or the hub; looked at and copied."""
 
+from collections.abc import Iterable
+
 from etils import epath
 
 from imagen_jax.errors import UserError
 from imagen_jax.files import copy_file, make_folder
 from imagen_jax.models.t5 import T5Config
 from imagen_jax.models.t5_weights import check_t5, check_t5_tensors
-from imagen_jax.models.weights import SafetensorsReader
+from imagen_jax.models.weights import WeightReader
 from imagen_jax.text.tokenizer import TOKENIZER_FILES, CaptionTokenizer
 
-_HUB_FILES = ("*.safetensors", "*.safetensors.index*.json", "config.json", *TOKENIZER_FILES)
+_HUB_FILES = ("config.json", *TOKENIZER_FILES)
+_SAFETENSORS = ("*.safetensors", "*.safetensors.index*.json")
+_PICKLED = ("pytorch_model*.bin", "pytorch_model.bin.index*.json")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name may be that of a repository on the hub, "owner/name", and no local path."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+    """Whether a name may be that of a repository on the hub, "owner/name" or "owner/name@revision", and no path."""
+    return name.partition("@")[0].count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
+def split_hub_id(name: str) -> tuple[str, str | None]:
+    """Repository and revision (a branch, tag or commit) of "owner/name@revision"; None: the main one."""
+    repository, _, revision = name.partition("@")
+    return repository, revision or None
 
 
 def download(hub_id: str) -> epath.Path:
-    """The hub's copy of an encoder, weights in safetensors only, from the cache or the network.
+    """The hub's copy of an encoder, from the cache or the network.
+
+    Pickled weights are fetched where a repository has no others.
+
+    Args:
+        hub_id: "owner/name" or "owner/name@revision".
 
     Raises:
         UserError: there is none, or the hub cannot be reached.
@@ -29,8 +44,15 @@ def download(hub_id: str) -> epath.Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    repository, revision = split_hub_id(hub_id)
+
+    def fetch(weights: Iterable[str]) -> epath.Path:
+        wanted = [*_HUB_FILES, *weights]
+        return epath.Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+
     try:
-        return epath.Path(snapshot_download(hub_id, allow_patterns=list(_HUB_FILES)))
+        folder = fetch(_SAFETENSORS)
+        return folder if any(folder.glob("*.safetensors")) else fetch(_PICKLED)
     except HFValidationError as error:
         raise UserError(f"text encoder {hub_id}: neither a folder nor a hub id") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
@@ -55,7 +77,7 @@ def check_encoder_folder(source: epath.PathLike, *, variant: str | None = None) 
 
     Args:
         source: a local folder as `TextEncoder.load` takes it.
-        variant: of the weights, see `SafetensorsReader`.
+        variant: of the weights, see `WeightReader`.
 
     Raises:
         UserError: as `TextEncoder.load`.
@@ -78,20 +100,19 @@ def copy_encoder(
         source: a local folder as `TextEncoder.load` takes it.
         folder: where to.
         tokenizer: where the tokenizer goes; None: into the same folder.
-        variant: of the weights, see `SafetensorsReader`; the copy has it in its files' names too.
+        variant: of the weights, see `WeightReader`; the copy has it in its files' names too.
 
     Raises:
-        UserError: not a T5 encoder, or weights that are pickled or quantised.
+        UserError: not a T5 encoder, or weights that are quantised.
     """
     model, words = parts(epath.Path(source))
     T5Config.from_folder(model)
-    with SafetensorsReader(model, variant) as reader:
+    with WeightReader(model, variant) as reader:
         check_t5_tensors(reader)
         files = [model / "config.json", *reader.files]
         if len(reader.files) > 1:
-            files += [
-                each for each in model.glob("*.safetensors.index*.json") if (variant or "") in each.name
-            ]
+            indexes = model.glob(f"*{reader.files[0].suffix}.index*.json")
+            files += [index for index in indexes if (variant or "") in index.name]
     moves = [(file, epath.Path(folder)) for file in files]
     target = epath.Path(folder if tokenizer is None else tokenizer)
     moves += [(words / name, target) for name in TOKENIZER_FILES if (words / name).exists()]

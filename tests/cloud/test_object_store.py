@@ -13,7 +13,7 @@ from imagen_jax.data.sources import open_source
 from imagen_jax.data.tfrecord import index_offsets
 from imagen_jax.data.webdataset import expand_pattern
 from imagen_jax.files import AtomicFile, copy_file, is_cloud, make_folder, move_folder, write_text
-from imagen_jax.models.weights import SafetensorsReader, save_state
+from imagen_jax.models.weights import WeightReader, save_state
 from imagen_jax.sampling.pictures import read_metadata, save_png
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.encoder_folder import copy_encoder
@@ -73,7 +73,7 @@ def test_pictures_and_weights_are_read_back(store):
     assert read_metadata(FOLDER / "a.png") == {"seed": 1}
     tensor = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
     save_state({"x": tensor}, FOLDER / "model.safetensors")
-    with SafetensorsReader(FOLDER) as reader:
+    with WeightReader(FOLDER) as reader:
         np.testing.assert_array_equal(reader.read("x"), tensor)
     assert sorted(store) == ["bucket/folder/a.png", "bucket/folder/model.safetensors"]
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from imagen_jax.errors import UserError
 from imagen_jax.models import t5
 from imagen_jax.models.t5_weights import load_t5, t5_shapes, t5_sources
-from imagen_jax.models.weights import SafetensorsReader, flatten_names, load_tensors
+from imagen_jax.models.weights import WeightReader, flatten_names, load_tensors
 
 CONFIG = t5.T5Config(vocab_size=50, width=24, head_dim=5, num_heads=3, feed_forward_width=40, num_layers=3)
 HUB = {
@@ -178,14 +178,14 @@ def test_hub_names_load_into_the_right_places(tmp_path, tied_name):
     tensors[bias] = named["relative_bias"]
     tensors["encoder.final_layer_norm.weight"] = named["final_norm"]
     save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, tmp_path / "model.safetensors")
-    with SafetensorsReader(tmp_path) as reader:
+    with WeightReader(tmp_path) as reader:
         loaded = load_tensors(t5_shapes(CONFIG), reader, t5_sources(CONFIG, reader.names))
     assert loaded.keys() == named.keys()
     for name, value in loaded.items():
         np.testing.assert_array_equal(value, named[name], err_msg=name)
     deeper = dataclasses.replace(CONFIG, num_layers=4)
     with (
-        SafetensorsReader(tmp_path) as reader,
+        WeightReader(tmp_path) as reader,
         pytest.raises(UserError, match=r"no tensor encoder\.block\.3"),
     ):
         load_tensors(t5_shapes(deeper), reader, t5_sources(deeper, reader.names))

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from imagen_jax.errors import UserError
 from imagen_jax.models.weights import (
-    SafetensorsReader,
     TensorSource,
+    WeightReader,
     flatten_names,
     load_state,
     load_tensors,
@@ -52,7 +52,7 @@ def test_saved_file_opens_in_the_library(tmp_path):
     for name, leaf in flatten_names(state)[0].items():
         assert tensors[name].dtype == leaf.dtype and tensors[name].shape == leaf.shape
         np.testing.assert_array_equal(tensors[name], np.asarray(leaf))
-    with SafetensorsReader(tmp_path / "new" / "net.safetensors") as reader:
+    with WeightReader(tmp_path / "new" / "net.safetensors") as reader:
         assert reader.metadata() == {"step": "7"}
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["net.safetensors"]  # no partial file stays
 
@@ -85,7 +85,7 @@ def test_what_is_read_is_the_file_in_memory(tmp_path):
     even = {f"a{i}": generator.standard_normal((32, 2 + i)).astype(ml_dtypes.bfloat16) for i in range(3)}
     state, path = odd | even, tmp_path / "net.safetensors"
     save_state(state, path)
-    with SafetensorsReader(path) as reader:
+    with WeightReader(path) as reader:
         found = {name: reader.read(name) for name in state}
         loaded = load_state(state, path, shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     # Valid after closing, and nobody's to change.
@@ -209,7 +209,7 @@ def shard(folder, suffix=""):
 @pytest.mark.parametrize("suffix", ["", ".fp16"])
 def test_shards_are_read_through_their_index(tmp_path, suffix):
     a, b = shard(tmp_path, suffix)
-    with SafetensorsReader(tmp_path, suffix.lstrip(".") or None) as reader:
+    with WeightReader(tmp_path, suffix.lstrip(".") or None) as reader:
         assert reader.names == {"a", "b"} and len(reader.files) == 2
         assert reader.shape("a") == (4, 6) and reader.dtype("b") == ml_dtypes.bfloat16
         np.testing.assert_array_equal(reader.read("a", (slice(1, 3), slice(2, None))), a[1:3, 2:])
@@ -221,41 +221,41 @@ def test_shards_are_read_through_their_index(tmp_path, suffix):
 def test_the_plain_file_wins_over_a_variant_unless_asked(tmp_path):
     save_file({"x": np.float32([1])}, tmp_path / "diffusion_pytorch_model.safetensors")
     save_file({"x": np.float16([2])}, tmp_path / "diffusion_pytorch_model.fp16.safetensors")
-    assert SafetensorsReader(tmp_path).read("x") == 1
-    assert SafetensorsReader(tmp_path, "fp16").read("x") == 2
+    assert WeightReader(tmp_path).read("x") == 1
+    assert WeightReader(tmp_path, "fp16").read("x") == 2
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
-    assert SafetensorsReader(tmp_path).read("x") == 2
+    assert WeightReader(tmp_path).read("x") == 2
 
 
 def test_a_missing_shard_is_named(tmp_path):
     shard(tmp_path)
     (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    reader = SafetensorsReader(tmp_path)
+    reader = WeightReader(tmp_path)
     reader.read("a")
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors is missing"):
         reader.read("b")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "weights.pt", "last.ckpt"])
-def test_pickles_are_refused(tmp_path, name):
+@pytest.mark.parametrize("name", ["flax_model.msgpack", "tf_model.h5", "last.ckpt"])
+def test_other_kinds_are_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x80\x04.")
     with pytest.raises(UserError, match=rf"{name}.*never loaded"):
-        SafetensorsReader(tmp_path)
+        WeightReader(tmp_path)
     with pytest.raises(UserError, match="never loaded"):
-        SafetensorsReader(tmp_path / name)
+        WeightReader(tmp_path / name)
 
 
 def test_unreadable_places_give_one_line(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        SafetensorsReader(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="no safetensors weights"):
-        SafetensorsReader(tmp_path)
+        WeightReader(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"no weights \(looked for model.safetensors, .*pytorch_model.bin"):
+        WeightReader(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
     with pytest.raises(UserError, match="not a readable safetensors file"):
-        SafetensorsReader(tmp_path)
+        WeightReader(tmp_path)
     (tmp_path / "x.index.json").write_text('{"weight_map": {"a": "../../secret.bin"}}')
-    with pytest.raises(UserError, match="is not a safetensors file beside the index"):
-        SafetensorsReader(tmp_path / "x.index.json")
+    with pytest.raises(UserError, match="is not a file of weights beside the index"):
+        WeightReader(tmp_path / "x.index.json")
 
 
 BAD_HEADERS = {
@@ -275,12 +275,12 @@ def test_bad_headers_give_one_line(tmp_path, kind):
     header, path = BAD_HEADERS[kind], tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
     with pytest.raises(UserError, match=rf"^{path}: ") as caught:
-        SafetensorsReader(tmp_path).read("x")
+        WeightReader(tmp_path).read("x")
     assert "\n" not in str(caught.value)
     for size in (0, 7, 2**63):  # of the header: cut off, or larger than any file
         path.write_bytes(size.to_bytes(8, "little")[: max(size, 1)])
         with pytest.raises(UserError, match=rf"^{path}: not a readable safetensors file"):
-            SafetensorsReader(tmp_path)
+            WeightReader(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -288,8 +288,8 @@ def test_bad_headers_give_one_line(tmp_path, kind):
     [
         ({"weight_map": ["model.safetensors"]}, "'weight_map' must be an object"),
         ({"weight_map": {"x": 3}}, "weight_map: 'x' must be a text, got 3"),
-        ({"weight_map": {"x": "../model.safetensors"}}, "is not a safetensors file beside the index"),
-        ({"weight_map": {"x": "/model.safetensors"}}, "is not a safetensors file beside the index"),
+        ({"weight_map": {"x": "../model.safetensors"}}, "is not a file of weights beside the index"),
+        ({"weight_map": {"x": "/model.safetensors"}}, "is not a file of weights beside the index"),
         ({"weights": {}}, "no weight_map"),
         ([], "must be a JSON object"),
     ],
@@ -298,7 +298,7 @@ def test_bad_indices_give_one_line(tmp_path, content, message):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps(content))
     with pytest.raises(UserError, match=message) as caught:
-        SafetensorsReader(tmp_path)
+        WeightReader(tmp_path)
     assert str(caught.value).startswith(str(index)) and "\n" not in str(caught.value)
 
 
@@ -307,7 +307,7 @@ def test_git_lfs_pointers_are_named(tmp_path):
     for name in ("model.safetensors.index.json", "model.safetensors"):
         (tmp_path / name).write_text(pointer)
         with pytest.raises(UserError, match=rf"{name}: a Git LFS pointer, not the file; run git lfs pull"):
-            SafetensorsReader(tmp_path)
+            WeightReader(tmp_path)
 
 
 def test_sources_permute_stack_and_slice(tmp_path):
@@ -316,7 +316,7 @@ def test_sources_permute_stack_and_slice(tmp_path):
     save_file(stored, tmp_path / "model.safetensors")
     source = TensorSource(names=tuple(stored), axes=(2, 3, 1, 0), stacked=True)  # OIHW -> HWIO
     expected = np.stack([np.moveaxis(t, (0, 1), (3, 2)) for t in stored.values()])
-    with SafetensorsReader(tmp_path) as reader:
+    with WeightReader(tmp_path) as reader:
         abstract = {"conv": jax.ShapeDtypeStruct(expected.shape, jnp.float32)}
         loaded = load_tensors(abstract, reader, {"conv": source})
         np.testing.assert_array_equal(loaded["conv"], expected)
@@ -336,7 +336,7 @@ def test_transposed_matrices(layers, dtype, tmp_path):
     source = TensorSource(names=tuple(stored), axes=(1, 0), stacked=True)
     expected = np.stack([matrix.T for matrix in stored.values()])
     abstract = {"kernel": jax.ShapeDtypeStruct(expected.shape, jnp.float32)}
-    with SafetensorsReader(tmp_path) as reader:
+    with WeightReader(tmp_path) as reader:
         loaded = load_tensors(abstract, reader, {"kernel": source}, dtype=dtype)
     np.testing.assert_array_equal(loaded["kernel"], jnp.asarray(expected, dtype))
 

@@ -13,7 +13,7 @@ pytest.importorskip("diffusers")
 pytestmark = pytest.mark.parity
 
 from imagen_jax.convert.deepfloyd.network import diffusers_config, unet_config, unet_sources  # noqa: E402
-from imagen_jax.models.weights import SafetensorsReader, flatten_names, load_tensors  # noqa: E402
+from imagen_jax.models.weights import WeightReader, flatten_names, load_tensors  # noqa: E402
 
 NAMES = ("dummy-1", "dummy-2", "stage-1", "stage-2", "odd")
 
@@ -23,7 +23,7 @@ def load(folder):
     config = unet_config(json.loads((folder / "config.json").read_text()))
     graph, abstract = nnx.split(nnx.eval_shape(lambda: config.make(nnx.Rngs(0))))
     sources = unet_sources(flatten_names(abstract)[0])
-    with SafetensorsReader(folder) as reader:
+    with WeightReader(folder) as reader:
         assert {source.names[0] for source in sources.values()} == reader.names
         return config, nnx.merge(graph, load_tensors(abstract, reader, sources))
 

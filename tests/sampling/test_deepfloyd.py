@@ -11,7 +11,7 @@ from imagen_jax.convert.deepfloyd.exporting import export_pipeline
 from imagen_jax.data import shapes_captions
 from imagen_jax.errors import UserError
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.models.weights import SafetensorsReader
+from imagen_jax.models.weights import WeightReader
 from imagen_jax.text.small import make_small_encoder
 from imagen_jax.training.config import load_config
 
@@ -42,7 +42,7 @@ def model(pipelines):
 
 
 def tensors(folder):
-    with SafetensorsReader(folder) as reader:
+    with WeightReader(folder) as reader:
         return {name: reader.read(name) for name in reader.names}
 
 

@@ -1,3 +1,4 @@
+import fnmatch
 import importlib
 import itertools
 import json
@@ -257,6 +258,28 @@ def test_what_cannot_be_loaded_is_named(folder, tmp_path, monkeypatch):
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(UserError, match="pip install sentencepiece"):
         CaptionTokenizer.load(epath.Path(tmp_path), epath.Path(tmp_path), rows=9)
+
+
+def test_a_hub_id_with_a_revision(folder, tmp_path, monkeypatch):
+    """Only what is needed is fetched: pickled weights where there are no others."""
+    asked = []
+
+    def hub(repository, *, revision, allow_patterns):
+        asked.append((repository, revision))
+        for file in folder.iterdir():
+            pickled = file.name.replace("model.safetensors", "pytorch_model.bin")
+            name = pickled if repository == "google/pickled" else file.name
+            if any(fnmatch.fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).write_bytes(file.read_bytes())
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", hub)
+    assert TextEncoder.load("google/t5@refs/pr/1").width
+    assert asked == [("google/t5", "refs/pr/1")]
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"pytorch_model\.bin: not weights that PyTorch has pickled"):
+        TextEncoder.load("google/pickled")
+    assert asked[1:] == [("google/pickled", None)] * 2
 
 
 def offline(*_, **__):

@@ -9,7 +9,7 @@ import pytest
 from imagen_jax.config import to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity, identity_from_json, sketch
 from imagen_jax.errors import UserError
-from imagen_jax.models.weights import SafetensorsReader, save_state
+from imagen_jax.models.weights import WeightReader, save_state
 from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.identity import identify
 from imagen_jax.text.small import make_small_encoder
@@ -30,7 +30,7 @@ def identity(folder):
 def changed(folder, target, change):
     """A copy whose matrices are changed."""
     shutil.copytree(folder, target)
-    with SafetensorsReader(folder) as reader:
+    with WeightReader(folder) as reader:
         tensors = {name: np.array(reader.read(name)) for name in reader.names}
     tensors = {name: change(each) if each.ndim == 2 else each for name, each in tensors.items()}
     (target / "model.safetensors").unlink()

@@ -1,4 +1,4 @@
 """DeepFloyd IF's pipelines in diffusers' folders, into a model folder and back.
 
-Weights are streamed: one tensor at a time is in memory, whatever the size of the file. Nothing pickled is read.
+Weights are streamed: one tensor at a time is in memory, whatever the size of the file.
 """

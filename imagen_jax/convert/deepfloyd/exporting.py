@@ -15,7 +15,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import exists, json_field, read_json
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.models.weights import SafetensorsReader, save_state
+from imagen_jax.models.weights import WeightReader, save_state
 from imagen_jax.sampling.identity import check_encoder, has_files_of
 from imagen_jax.sampling.model_folder import WEIGHTS, ModelFolder
 from imagen_jax.text.encoder import TextEncoder
@@ -129,7 +129,7 @@ def export_diffusers(
     if epath.Path(encoder).is_dir() and not has_files_of(folder, encoder):
         check_encoder(folder, TextEncoder.load(encoder, dtype="bfloat16"))
     for stage in folder.stages:
-        with SafetensorsReader(folder.path / stage.name / WEIGHTS) as reader:
+        with WeightReader(folder.path / stage.name / WEIGHTS) as reader:
             for name in sorted(reader.names):
                 reader.check_float(name)
             stored = {

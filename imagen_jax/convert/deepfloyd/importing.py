@@ -19,15 +19,15 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import exists, read_json
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.stage import StageNetwork
-from imagen_jax.models.weights import SafetensorsReader, TensorSource, check_dtype, save_state
+from imagen_jax.models.weights import TensorSource, WeightReader, check_dtype, save_state
 from imagen_jax.sampling.identity import index_encoder
 from imagen_jax.sampling.model_folder import WEIGHTS, ModelIndex, check_cascade, save_index
-from imagen_jax.text.encoder_folder import check_encoder_folder, copy_encoder, is_hub_id
+from imagen_jax.text.encoder_folder import check_encoder_folder, copy_encoder, is_hub_id, split_hub_id
 from imagen_jax.text.tokenizer import TOKENIZER_FILES
 
 
 def _read_whole(
-    reader: SafetensorsReader, source: TensorSource, shape: tuple[int, ...], dtype: Any, bar: tqdm
+    reader: WeightReader, source: TensorSource, shape: tuple[int, ...], dtype: Any, bar: tqdm
 ) -> np.ndarray:
     found = source.read(reader, tuple(slice(None) for _ in shape), dtype)
     bar.update(found.nbytes)
@@ -43,7 +43,7 @@ def write_stage(
       out: the model folder.
       config: the stage's.
       weights: folder (or file, or index) of the weights.
-      variant: "fp16" for files so called; see `SafetensorsReader`.
+      variant: "fp16" for files so called; see `WeightReader`.
 
     Raises:
       UserError: a tensor is missing, unexpected, quantised or of another shape, naming it.
@@ -51,7 +51,7 @@ def write_stage(
     abstract = StageNetwork(config).abstract_params
     sources = unet_sources(abstract)
     dtype = jnp.dtype(config.network.param_dtype)
-    with SafetensorsReader(weights, variant) as reader:
+    with WeightReader(weights, variant) as reader:
         reader.check_plain()
         named = {source.names[0] for source in sources.values()}
         if missing := sorted(named - reader.names):
@@ -109,7 +109,7 @@ def import_deepfloyd(config: ImportConfig) -> tuple[StageConfig, ...]:
       The stages, base first.
 
     Raises:
-      UserError: a source is missing, gated, pickled or not of DeepFloyd, naming the flag.
+      UserError: a source is missing, gated or not of DeepFloyd, naming the flag.
     """
     out = epath.Path(config.out)
     stages: list[StageConfig] = []
@@ -185,8 +185,11 @@ def fetch(source: str, flag: str, *, variant: str | None, text_encoder: bool) ->
     for part in parts:
         wanted += [f"{part}/*{dot}.safetensors", f"{part}/*{dot}*.safetensors", f"{part}/*{dot}*.json"]
     unwanted = ["*.non_ema.*"] + (["*.fp16.*", "*.fp16-*", "*.bf16.*"] if variant is None else [])
+    repository, revision = split_hub_id(source)
     try:
-        return epath.Path(snapshot_download(source, allow_patterns=wanted, ignore_patterns=unwanted))
+        return epath.Path(
+            snapshot_download(repository, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted)
+        )
     except HFValidationError as error:
         raise UserError(f"{flag} {source}: neither a folder nor a hub id") from error
     except GatedRepoError as error:
