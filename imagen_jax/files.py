@@ -36,6 +36,18 @@ def is_cloud(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def path_from(folder: epath.PathLike, path: epath.PathLike) -> str | None:
+    """A local path as it is seen from a local folder; None where one of them is in the cloud."""
+    if is_cloud(folder) or is_cloud(path):
+        return None
+    return os.path.relpath(os.path.abspath(os.path.expanduser(path)), os.path.abspath(folder))
+
+
+def seen_from(folder: epath.PathLike, path: str) -> str:
+    """The path that `path_from` was, from where the process runs."""
+    return os.path.normpath(os.path.join(folder, path))
+
+
 def cloud_fault(error: BaseException) -> str | None:
     """What is the matter with an object store, in one line; None: the error is about something else.
 

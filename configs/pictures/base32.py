@@ -28,7 +28,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_attention": [False, True, True],
                     "head_channels": 32,
                     "embedding_width": 256,
-                    "text_width": 96,  # of the text encoder: t5-v1_1-base 768, t5-v1_1-xxl 4096
                 },
                 "schedule": {"kind": "cosine"},
                 "prediction": "x0",

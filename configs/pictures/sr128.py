@@ -30,7 +30,6 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "text_attention": [False, False, True],
                     "head_channels": 32,
                     "embedding_width": 128,
-                    "text_width": 96,
                 },
                 "schedule": {"kind": "cosine"},
                 "prediction": "x0",

@@ -66,9 +66,8 @@ class Record:
         """
         if self.text_embedding_scale is None:
             return self.text_embedding
-        values = dequantise(
-            self.text_embedding, self.text_embedding_scale, block_size=block_size or BLOCK_SIZE
-        )
+        block = block_size or BLOCK_SIZE
+        values = dequantise(self.text_embedding, self.text_embedding_scale, block_size=block)
         return values.astype(ml_dtypes.bfloat16)
 
 
@@ -84,6 +83,7 @@ class EncoderInfo:
     block_size: int | None = None  # channels that share a scale, if the dtype is int8
     images: bool = True  # whether the records hold the pictures; if not, there is an index of the keys
     identity: EncoderIdentity | None = None  # what the text encoder does; None: not known
+    encoder_path: str = ""  # of a local text encoder, seen from the record folder; "": not known
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -327,8 +327,8 @@ def _name(content: Mapping[str, Any], where: str) -> str:
 def _encoder_info(metadata: Mapping[str, Any], where: str) -> EncoderInfo:
     """What metadata.json says; fields that a later version has added are passed over."""
     source = json_field(metadata, "source", dict, where)
-    block_size = None
-    if metadata.get("block_size") is not None:
+    block_size = metadata.get("block_size")
+    if block_size is not None:
         block_size = json_field(metadata, "block_size", int, where)
     info = EncoderInfo(
         text_encoder=json_field(metadata, "text_encoder", str, where),
@@ -339,11 +339,11 @@ def _encoder_info(metadata: Mapping[str, Any], where: str) -> EncoderInfo:
         block_size=block_size,
         images=json_field(metadata, "images", bool, where, default=True),
         identity=identity_from_json(metadata.get("identity"), f"{where}: identity"),
+        encoder_path=json_field(metadata, "encoder_path", str, where, default=""),
     )
     if info.identity is not None and info.identity.width != info.width:
-        raise UserError(
-            f"{where}: 'identity' is of an encoder of width {info.identity.width}, 'width' is {info.width}"
-        )
+        theirs = info.identity.width
+        raise UserError(f"{where}: 'identity' is of an encoder of width {theirs}, 'width' is {info.width}")
     for name in ("width", "max_length", "block_size"):
         value = getattr(info, name)
         if value is not None and not 1 <= value <= _MAX_SIZE:

@@ -25,7 +25,7 @@ from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
 from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UnknownTokensWarning, UserError
-from imagen_jax.files import make_folder
+from imagen_jax.files import make_folder, path_from
 from imagen_jax.limits import MAX_COUNT, MAX_NAME, MAX_PROCESSES, MAX_SIDE, MAX_TEXT_LENGTH, shown
 from imagen_jax.lock import FolderLock
 from imagen_jax.text import job_folder, shards
@@ -313,11 +313,17 @@ class _Job:
             block_size=BLOCK_SIZE if config.dtype is EmbeddingDtype.INT8 else None,
             images=not config.embeddings_only,
             identity=self._identity(reports),
+            encoder_path=self._encoder_path(),
         )
         job_folder.write_info(
             records.FolderInfo(path=out, name=config.name, splits={config.split: split}, encoder=encoder)
         )
         job_folder.remove_leftovers(out, config.split)
+
+    def _encoder_path(self) -> str:
+        """A local text encoder as it is seen from the record folder; "" for others."""
+        local = epath.Path(self.config.text_encoder).is_dir()
+        return (path_from(self.out, self.config.text_encoder) or "") if local else ""
 
     def _identity(self, reports: Sequence[ShardReport]) -> EncoderIdentity | None:
         """Of the encoder that made all of the split's shards; None where no report knows it.

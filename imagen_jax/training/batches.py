@@ -59,7 +59,8 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
         width, what = online.width, f"the embeddings of text encoder {data.text_encoder}"
     if width != config.stage.network.text_width:
         raise UserError(
-            f"config.stage.network.text_width is {config.stage.network.text_width}, but {what} have width {width}"
+            f"config.stage.network.text_width is {config.stage.network.text_width}, but {what} have width {width}: "
+            "without --config.stage.network.text_width, and where the config file does not set it, it is theirs"
         )
     count = record_count(data.path, data.split)
     if count < data.batch_size:

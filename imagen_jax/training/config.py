@@ -20,6 +20,7 @@ from imagen_jax.limits import MAX_BATCH, MAX_PICTURES, MAX_SEED, MAX_SIDE, MAX_T
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.parallel.mesh import MeshConfig
 from imagen_jax.sizes import Size
+from imagen_jax.training.text_width import fill_text_width
 
 
 class Optimizer(enum.StrEnum):
@@ -316,13 +317,15 @@ def apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 def load_config(spec: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Runs a config file's `get_config(variant)` and checks the result with the overrides applied.
 
+    A `stage.network.text_width` that it leaves out is that of the run's embeddings.
+
     Args:
       spec: "FILE" or "FILE:variant".
       overrides: arguments "--config.some.field=value".
 
     Raises:
-      UserError: for a missing file, an unknown variant, an unknown field (with the nearest name) or a value of
-        the wrong type.
+      UserError: for a missing file, an unknown variant, an unknown field (with the nearest name), a value of
+        the wrong type, or a text width that neither it nor its data tell.
     """
     name, _, variant = spec.partition(":")
     file = find_config_file(name)
@@ -352,7 +355,9 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> TrainConfig:
         ]
         line = f", line {lines[-1]}" if lines else ""
         raise UserError(f"--config: {file}{line}: {type(error).__name__}: {error}") from error
-    return build(TrainConfig, apply_overrides(plain, overrides), "config")
+    values = apply_overrides(plain, overrides)
+    fill_text_width(values)
+    return build(TrainConfig, values, "config")
 
 
 def _plain(values: Mapping[Any, Any]) -> dict[str, Any]:

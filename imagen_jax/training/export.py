@@ -11,7 +11,7 @@ from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder
 from imagen_jax.data.records import read_folder_info
 from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder
+from imagen_jax.files import make_folder, seen_from
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.network import Params
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -68,7 +68,7 @@ def export(
         data = configs[ordered[0]].data
         text_encoder = data.text_encoder
         if text_encoder is None:
-            text_encoder = read_folder_info(data.embeddings or data.path).encoder.text_encoder
+            text_encoder = _encoder_of(data.embeddings or data.path)
     out, identity = epath.Path(out), _stages_encoder(ordered)
     encoder = _check_encoder(text_encoder, identity)
     for workdir in ordered:
@@ -87,6 +87,13 @@ def export(
     index = ModelIndex(stages=names, text_encoder=reference, encoder=identity, encoder_files=files)
     save_index(out, index)
     return stages
+
+
+def _encoder_of(records: str) -> str:
+    """Folder or hub id of the text encoder that made a folder of records."""
+    info = read_folder_info(records).encoder
+    seen = epath.Path(seen_from(records, info.encoder_path))
+    return str(seen) if info.encoder_path and seen.is_dir() else info.text_encoder
 
 
 def _newest(checkpoints: Checkpoints, workdir: epath.Path) -> int:
