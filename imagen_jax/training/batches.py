@@ -14,8 +14,8 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.text_form import Text, zero_text
 from imagen_jax.parallel.mesh import DataShare, put_batch
 from imagen_jax.training.config import Scorer, TrainConfig
-from imagen_jax.training.held_out import check_scorer
 from imagen_jax.training.online import OnlineText, TokenizedBatches
+from imagen_jax.training.scorers import check_scorer
 from imagen_jax.training.train_step import step_arrays
 
 WHOLE_BATCH = DataShare(index=0, count=1)
@@ -73,7 +73,8 @@ def check_data(config: TrainConfig, online: OnlineText | None) -> None:
     if config.train.eval_every:
         record_count(data.path, config.train.eval_split)
     if config.train.sample_every and config.train.sample_score is not Scorer.NONE:
-        check_scorer(config.train.sample_score, min(config.size), sample_batch(config)["caption"])
+        captions = list(config.train.sample_prompts or sample_batch(config)["caption"])
+        check_scorer(config.train.sample_score, min(config.size), captions)
 
 
 def device_batch(
@@ -95,7 +96,7 @@ def device_batch(
 def _open_batches(config: TrainConfig, pipeline: PipelineConfig, **options: int) -> Batches:
     """The batches with what their text is made of."""
     data = config.data
-    captions = data.text_encoder is not None or config.train.sample_score is not Scorer.NONE
+    captions = data.text_encoder is not None
     return open_batches(pipeline, embeddings=data.embeddings, captions=captions, **options)
 
 
@@ -136,13 +137,13 @@ def whole_batch(config: TrainConfig, online: OnlineText | None, step: int) -> di
 
 
 def sample_batch(config: TrainConfig) -> dict[str, Any]:
-    """The first examples of the split that sample grids are drawn for."""
+    """The first examples of the split that sample grids are drawn for, with their captions."""
     split = config.train.sample_split or config.data.split
     count = min(config.train.sample_count, record_count(config.data.path, split))
     pipeline = dataclasses.replace(
         pipeline_config(config), split=split, shuffle=False, batch_size=count, crop=None
     )
-    with _open_batches(config, pipeline) as batches:
+    with open_batches(pipeline, embeddings=config.data.embeddings, captions=True) as batches:
         return dict(next(batches))
 
 

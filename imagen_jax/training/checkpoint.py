@@ -50,11 +50,12 @@ _NOT_DAMAGE = (
 
 
 class _NoEchoes(logging.Filter):
-    """Drops what is of no use to users: that a folder is only read, and failures, which are raised as well."""
+    """Drops what is of no use to users: how a folder is read, and failures, which are raised as well."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         from_orbax, said = "orbax" in record.pathname, record.getMessage()
-        if from_orbax and (record.exc_info is not None or "read only" in said or "read_only" in said):
+        needless = ("read only", "read_only", "size logging")
+        if from_orbax and (record.exc_info is not None or any(part in said for part in needless)):
             return False
         return "exception was never retrieved" not in said
 

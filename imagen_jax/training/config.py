@@ -154,6 +154,8 @@ class LoopConfig:
     sample_split: str | None = (
         None  # split whose captions (and low-resolution pictures) are used; None: data.split
     )
+    sample_prompts: tuple[str, ...] = ()  # instead of the split's captions; encoded by the records' encoder
+    sample_base: str | None = None  # model folder that draws what an SR stage enlarges; None: true pictures
     sample_score: Scorer = Scorer.NONE  # of each grid's pictures; oracle reads those of the embedded data
     eval_every: int = (
         0  # steps between looks at the loss of held-out records, by the averaged weights; 0: none
@@ -246,6 +248,8 @@ RESUMABLE = (
     "config.train.sample_every",
     "config.train.sample_count",
     "config.train.sample_split",
+    "config.train.sample_prompts",
+    "config.train.sample_base",
     "config.stage.network.attention",
     "config.stage.network.gather",
     "config.stage.network.remat",

@@ -8,10 +8,9 @@ from etils import epath
 from imagen_jax.config import build
 from imagen_jax.convert.deepfloyd.exporting import export_diffusers, export_pipeline
 from imagen_jax.data.encoder_identity import EncoderIdentity, check_same_encoder, warn_unknown_encoder
-from imagen_jax.data.records import read_folder_info
 from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
-from imagen_jax.files import make_folder, seen_from
+from imagen_jax.files import make_folder
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.network import Params
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
@@ -24,6 +23,7 @@ from imagen_jax.training.config import LoopConfig, TrainConfig
 from imagen_jax.training.config_file import read_config
 from imagen_jax.training.objectives import Objective
 from imagen_jax.training.run import Run
+from imagen_jax.training.run_encoder import records_encoder
 
 
 def export(
@@ -68,7 +68,7 @@ def export(
         data = configs[ordered[0]].data
         text_encoder = data.text_encoder
         if text_encoder is None:
-            text_encoder = _encoder_of(data.embeddings or data.path)
+            text_encoder = records_encoder(data.embeddings or data.path)
     out, identity = epath.Path(out), _stages_encoder(ordered)
     encoder = _check_encoder(text_encoder, identity)
     for workdir in ordered:
@@ -87,13 +87,6 @@ def export(
     index = ModelIndex(stages=names, text_encoder=reference, encoder=identity, encoder_files=files)
     save_index(out, index)
     return stages
-
-
-def _encoder_of(records: str) -> str:
-    """Folder or hub id of the text encoder that made a folder of records."""
-    info = read_folder_info(records).encoder
-    seen = epath.Path(seen_from(records, info.encoder_path))
-    return str(seen) if info.encoder_path and seen.is_dir() else info.text_encoder
 
 
 def _newest(checkpoints: Checkpoints, workdir: epath.Path) -> int:

@@ -8,49 +8,19 @@ import jax
 import numpy as np
 from etils import epath
 
-from imagen_jax.data import shapes_captions
 from imagen_jax.data.pipeline import Batch, Batches, PipelineConfig, record_count
-from imagen_jax.errors import UserError
-from imagen_jax.evaluation import oracle
 from imagen_jax.files import make_folder
 from imagen_jax.models.text_form import Text
 from imagen_jax.parallel.mesh import replicated
-from imagen_jax.sampling.pictures import grid, save_png
+from imagen_jax.sampling.captioned import captioned_grid, enlarged
+from imagen_jax.sampling.pictures import save_png
 from imagen_jax.sampling.stage_sampler import StageSampler
 from imagen_jax.training.config import Scorer
-from imagen_jax.training.online import OnlineText, TokenizedBatches
+from imagen_jax.training.online import TokenizedBatches
 from imagen_jax.training.run import Run
+from imagen_jax.training.sample_inputs import SampleInputs
+from imagen_jax.training.scorers import SCORERS, check_scorer
 from imagen_jax.training.state import TrainState
-
-# pictures uint8 (n, H, W, 3), the examples that they are drawn for, with captions and pictures → named figures
-ScorePictures = Callable[[np.ndarray, Batch], dict[str, float]]
-
-
-def _oracle_score(pictures: np.ndarray, examples: Batch) -> dict[str, float]:
-    scores = oracle.score(list(pictures), examples["caption"])
-    count = scores.pop("captions")
-    return scores | {"fulfilled": scores["fulfilled"] / count}
-
-
-SCORERS: dict[Scorer, ScorePictures] = {Scorer.ORACLE: _oracle_score}
-
-
-def check_scorer(scorer: Scorer, resolution: int, captions: list[str]) -> None:
-    """Raises UserError where pictures of that side, or of those captions, cannot be judged."""
-    if scorer is not Scorer.ORACLE:
-        return
-    if resolution < oracle.MIN_RESOLUTION:
-        raise UserError(
-            f"config.train.sample_score=oracle reads pictures of {oracle.MIN_RESOLUTION} pixels and more; the "
-            f"stage makes {resolution}"
-        )
-    for caption in captions:
-        try:
-            shapes_captions.parse(caption)
-        except ValueError as error:
-            raise UserError(
-                f"config.train.sample_score=oracle knows the embedded data's captions only: {error}"
-            ) from error
 
 
 class HeldOutLoss:
@@ -97,28 +67,18 @@ class SampleGrid:
     Args:
       run: whose denoiser draws.
       workdir: of the run.
-      batch: the examples whose captions, and low-resolution pictures, are used.
-      online: the encoder of their captions, if they hold no text.
+      inputs: what they are drawn for.
       null: the null text.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        workdir: epath.Path,
-        batch: Batch,
-        online: OnlineText | None,
-        null: Text,
-    ):
-        config, self._run = run.config, run
-        self._batch, self._scorer = dict(batch), config.train.sample_score
+    def __init__(self, run: Run, workdir: epath.Path, inputs: SampleInputs, null: Text):
+        config, self._run, self._inputs = run.config, run, inputs
+        self._scorer = config.train.sample_score
         if self._scorer is not Scorer.NONE:
-            check_scorer(self._scorer, min(config.size), self._batch["caption"])
-        if online is not None:
-            self._batch["text"], self._batch["text_mask"] = online.encode(self._batch["caption"])
-        count = len(self._batch["text_mask"])
+            check_scorer(self._scorer, min(config.size), inputs.captions)
+        count = len(inputs.captions)
         self._null = Text(*(np.broadcast_to(each, (count, *each.shape)) for each in null))
-        self._seeds = np.arange(len(self._batch["text_mask"]), dtype=np.uint32)
+        self._seeds = np.arange(count, dtype=np.uint32)
         self._sampler = StageSampler(run.network, run.mesh)
         self._folder = workdir / "samples"
 
@@ -128,19 +88,31 @@ class SampleGrid:
         Raises:
           UserError: pictures are not finite.
         """
+        inputs = self._inputs
         pictures = self._sampler(
             self._run.average(state),
             seeds=self._seeds,
-            text=self._batch["text"].astype(np.float32),
-            mask=self._batch["text_mask"],
-            low_res=self._batch.get("low_res"),
+            text=inputs.text.embeddings,
+            mask=inputs.text.mask,
+            low_res=inputs.low_res,
             size=self._run.config.size,
             negative=(self._null.embeddings, self._null.mask),
         )
-        result = grid(list(pictures))
+        result = self._grid(int(state.step), pictures)
         if jax.process_index() == 0:
             save_png(make_folder(self._folder) / f"{int(state.step):08d}.png", result)
         if self._scorer is Scorer.NONE:
             return result, {}
-        scores = SCORERS[self._scorer](pictures, self._batch)
+        scores = SCORERS[self._scorer](pictures, inputs.captions)
         return result, {f"{self._scorer.value}/{name}": float(value) for name, value in scores.items()}
+
+    def _grid(self, step: int, pictures: np.ndarray) -> np.ndarray:
+        """With captions; of an SR stage what it enlarged is on the left of each picture."""
+        inputs, cells, title = self._inputs, list(pictures), f"step {step}"
+        if inputs.low_res is not None:
+            height, title = pictures.shape[1], f"{title}; left what is enlarged, {inputs.origin}"
+            cells = [
+                np.concatenate([enlarged(low, height), picture], axis=1)
+                for low, picture in zip(inputs.low_res, pictures, strict=True)
+            ]
+        return captioned_grid(cells, inputs.captions, title=title)

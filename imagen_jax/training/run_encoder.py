@@ -17,7 +17,7 @@ from imagen_jax.data.encoder_identity import (
     warn_unknown_encoder,
 )
 from imagen_jax.data.records import read_folder_info
-from imagen_jax.files import exists, read_json, write_text
+from imagen_jax.files import exists, read_json, seen_from, write_text
 from imagen_jax.training.config import DataConfig
 from imagen_jax.training.online import OnlineText
 
@@ -36,6 +36,17 @@ def data_encoder(data: DataConfig, online: OnlineText | None) -> EncoderIdentity
     if identity is None and jax.process_index() == 0:
         warn_unknown_encoder(f"the records in {data.embeddings or data.path} do")
     return identity
+
+
+def records_encoder(records: str) -> str:
+    """Folder or hub id of the text encoder that made a folder of records.
+
+    Raises:
+      UserError: not a complete record folder.
+    """
+    info = read_folder_info(records).encoder
+    seen = epath.Path(seen_from(records, info.encoder_path))
+    return str(seen) if info.encoder_path and seen.is_dir() else info.text_encoder
 
 
 def recorded_encoder(workdir: epath.Path) -> EncoderIdentity | None:

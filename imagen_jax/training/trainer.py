@@ -21,7 +21,6 @@ from imagen_jax.training.batches import (
     null_text,
     online_text,
     pipeline_config,
-    sample_batch,
     training_batches,
     whole_batch,
 )
@@ -43,6 +42,7 @@ from imagen_jax.training.objectives import Objective
 from imagen_jax.training.online import OnlineText, TokenizedBatches
 from imagen_jax.training.run import Run
 from imagen_jax.training.run_encoder import data_encoder, resumed_encoder, write_encoder
+from imagen_jax.training.sample_inputs import check_sample_inputs, sample_inputs
 from imagen_jax.training.state import TrainState
 from imagen_jax.training.train_step import check_accumulation, make_train_step
 from imagen_jax.training.workdir import taken_workdir
@@ -147,6 +147,8 @@ def train(
     mesh, share = _checked_mesh(config)
     online = online_text(config, mesh)
     check_data(config, online)
+    if config.train.sample_every:
+        check_sample_inputs(config)
     encoder = data_encoder(config.data, online)
     if init_from is not None and not (workdir / "config.json").exists():
         check_source(init_from, config)
@@ -316,7 +318,10 @@ class _Loop:
             if draw:
                 try:
                     self._grid = self._grid or SampleGrid(
-                        self.of, self.workdir, sample_batch(self.config), self.online, self.null
+                        self.of,
+                        self.workdir,
+                        sample_inputs(self.config, self.online, self.encoder),
+                        self.null,
                     )
                     pictures, scores = self._grid.draw(state)
                 except (

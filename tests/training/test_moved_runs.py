@@ -36,9 +36,10 @@ def check_export(project, out):
     assert TextEncoder.load(model.text_encoder()).identity == model.index.encoder
 
 
-def test_export_from_elsewhere(project, tmp_path, monkeypatch):
+def test_export_from_elsewhere(project, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     check_export(project, tmp_path / "model")
+    assert not caplog.records  # of libraries
 
 
 def test_export_after_a_move(project, tmp_path, monkeypatch):
