@@ -8,7 +8,8 @@ the accelerators that JAX_PLATFORMS and CUDA_VISIBLE_DEVICES (see --gpus) leave 
 process's number. SIGTERM and Ctrl-C are passed on: the processes save a checkpoint and end.
 
 The exit code is 0 if all processes ended with 0, that of the one at fault if starting again would not help (a wrong
-flag, a full disk), and 75 if they died more often than `--restarts`.
+flag, a full disk), and 75 if the run is not finished: the launcher was told to stop, or they died, or were told to
+stop, more often than `--restarts`.
 """
 
 import argparse

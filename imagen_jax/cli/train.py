@@ -26,9 +26,9 @@ EXAMPLE = """example:
 
   imagen-jax train --config=imagen/base64.py --workdir=gs://bucket/base --distributed
 
-The same command goes on after an interruption. SIGTERM saves a checkpoint and ends it with exit code 0. In a job
+The same command goes on after an interruption. SIGTERM saves a checkpoint and ends it with exit code 75. In a job
 of several processes (the last example, started on every host; see launch/) all end as soon as one of them is gone
-or stops stepping; exit code 75 says that the command may simply be started again."""
+or stops stepping; exit code 75 says that the run is not finished and the command may simply be started again."""
 
 
 class _HelpConfig(argparse.Action):
@@ -110,7 +110,7 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
 
         print(reproduce(args.reproduce))
         return 0
-    from imagen_jax.parallel.processes import ProcessConfig, StopRequest
+    from imagen_jax.parallel.processes import EXIT_RESTART, ProcessConfig, StopRequest
     from imagen_jax.training.clock import ProfileSteps
     from imagen_jax.training.config import load_config
 
@@ -129,8 +129,8 @@ def run_with_overrides(args: argparse.Namespace, overrides: Sequence[str]) -> in
         state = _train(args, config, processes, stop, profile)
     if int(state.step) < config.train.steps:
         print(f"stopped and saved at step {int(state.step)}: {args.workdir}; the same command goes on")
-    else:
-        print(f"trained: {args.workdir}")
+        return EXIT_RESTART
+    print(f"trained: {args.workdir}")
     return 0
 
 

@@ -23,7 +23,7 @@ from imagen_jax.parallel.jax_internals import distributed, reached_preemption_sy
 # Longer than anything that one process does while the others wait for its word; a process that dies is noticed
 # by the heartbeats, much earlier.
 _PATIENCE_MS = 3_600_000
-# Exit code of a process that ends because of another one: the same command may simply be started again.
+# Exit code of a run that is not finished, because it was told to stop or a process died: the same command goes on.
 EXIT_RESTART = 75
 # The coordination service's own verdict kills without naming anybody. Its last sign of life may be half its time-out
 # old when a process dies; even then the watchdog's verdict, and a farewell of some seconds, come first.

@@ -136,7 +136,8 @@ def test_slurm_starts_a_step():
         (1, False, 1, False),
         (75, False, 75, True),
         (137, False, 137, True),
-        (0, True, 0, True),
+        (75, True, 75, True),
+        (0, True, 0, False),  # the signal came when the last step was made
     ],
 )
 def test_slurm_queues_again_what_may_go_on(code, term, result, requeued, tmp_path):

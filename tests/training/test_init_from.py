@@ -13,11 +13,11 @@ from imagen_jax.training.checkpoint import Checkpoints
 from imagen_jax.training.config import Scorer
 from imagen_jax.training.config_file import write_config
 from imagen_jax.training.export import export
-from imagen_jax.training.scorers import check_scorer
 from imagen_jax.training.init_from import check_record, initial_params, write_record
 from imagen_jax.training.keep import Keep
 from imagen_jax.training.roles import DENOISER
 from imagen_jax.training.run import Run
+from imagen_jax.training.scorers import check_scorer
 from imagen_jax.training.state import TrainState, from_stored_form, start_ema, stored_form
 
 

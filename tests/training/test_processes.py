@@ -309,6 +309,11 @@ def kill_and_compare(kills, seed, whole_run, start_job, workdir, config):
     assert job.finish() == 0, job.text[-3000:]
     assert len(job.starts()) == kills + 1
     print(f"{kills} kills; survivors ended after at most {killer.slowest:.1f} s")
+    assert_same_run(workdir, whole_run, config)
+
+
+def assert_same_run(workdir, whole_run, config):
+    """Records, losses and the final state, bit for bit."""
     assert keys_of(workdir) == keys_of(whole_run)
     assert np.array_equal(losses_of(workdir), losses_of(whole_run))
     expected, arrays = final_arrays(whole_run, config), final_arrays(workdir, config)
@@ -319,6 +324,23 @@ def kill_and_compare(kills, seed, whole_run, start_job, workdir, config):
 
 def test_killed_processes_go_on_bit_for_bit(whole_run, start_job, tmp_path, make_config):
     kill_and_compare(3, 1, whole_run, start_job, tmp_path / "killed", make_config("sr", *NETWORK))
+
+
+def test_a_job_that_was_told_to_stop_is_started_again(whole_run, start_job, tmp_path, make_config):
+    """By SIGTERM to one of its processes, and to all: a run that is not finished does not end with 0."""
+    workdir = tmp_path / "stopped"
+    job = start_job(workdir, restarts=2)
+    for number, (victims, step) in enumerate((([1], 12), ([0, 1], 35)), 1):
+        job.until(lambda number=number: len(job.went_on()) == number)
+        job.until(lambda step=step: bool(lines_of(workdir)) and lines_of(workdir)[-1]["step"] >= step)
+        pids = job.starts()[-1]
+        for victim in victims:
+            os.kill(pids[victim], signal.SIGTERM)
+        job.until(lambda number=number: len(job.starts()) > number)
+    assert job.finish() == 0, job.text[-3000:]
+    assert job.text.count("process 0 ended with 75, process 1 ended with 75") == 2
+    assert len(job.starts()) == 3 and 0 == job.went_on()[0] < job.went_on()[1] < job.went_on()[2]
+    assert_same_run(workdir, whole_run, make_config("sr", *NETWORK))
 
 
 def test_two_processes_encode_captions_as_one_does(start_job, tmp_path, text_encoder):
@@ -343,14 +365,14 @@ def test_a_run_moves_to_fewer_devices_and_processes(whole_run, start_job, tmp_pa
     """8 devices in 2 processes, then 4 and 1 in one; SIGTERM between them loses no step."""
     workdir, reached = tmp_path / "moved", 0
     for processes, devices, until in ((2, 4, 17), (1, 4, 38), (1, 1, STEPS)):
-        job = start_job(workdir, processes=processes, devices=devices, restarts=3)
+        job = start_job(workdir, processes=processes, devices=devices)
         if until < STEPS:
             job.until(lambda until=until: bool(lines_of(workdir)) and lines_of(workdir)[-1]["step"] >= until)
             if processes > 1:
                 os.kill(job.starts()[0][1], signal.SIGTERM)  # any process: all stop at the same step
             else:
                 job.process.send_signal(signal.SIGTERM)
-        assert job.finish() == 0, job.text[-3000:]
+        assert job.finish() == (75 if until < STEPS else 0), job.text[-3000:]
         assert job.went_on() == [reached]
         assert len(job.starts()) == (1 if processes > 1 else 0)
         reached = lines_of(workdir)[-1]["step"]
