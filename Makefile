@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/quickstart
+# With an accelerator: make quickstart PLATFORM=cuda JAX='jax[cuda13]', or PLATFORM=tpu JAX='jax[tpu]'.
+PLATFORM ?= cpu
+JAX ?= jax
 DEMO ?= runs/demo
 # setuptools warns about editable installs of any package beside its setup.py.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
@@ -21,7 +24,7 @@ SUITE := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --upgrade pip
-	$(PIP) --editable .
+	$(PIP) --editable . '$(JAX)'
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
@@ -41,7 +44,7 @@ $(VENV)/.installed-cloud: $(VENV)/.installed-test
 	touch $@
 
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures
-	JAX_PLATFORMS=cpu $(BIN)/imagen-jax quickstart --out=$(OUT)
+	JAX_PLATFORMS=$(PLATFORM) $(BIN)/imagen-jax quickstart --out=$(OUT)
 
 # The model in the box, from nothing: 6 hours on 2 cores, minutes on an accelerator; a stopped run goes on.
 DEMO_SOURCE := shapes:world=rich,jitter=wide,language=both,resolution=64
