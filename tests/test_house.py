@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "imagen_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Modules of no folder that every folder may use.
-EVERYWHERE = {"config", "errors", "files", "limits", "lock", "sizes"}
+EVERYWHERE = {"config", "errors", "files", "limits", "lock", "progress", "sizes"}
 
 
 def imports(path):

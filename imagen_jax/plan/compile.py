@@ -1,12 +1,8 @@
 """Compiles a stage's training step or its sampler for a slice that is not here."""
 
-import contextlib
 import dataclasses
 import enum
-import sys
-import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,6 +24,7 @@ from imagen_jax.parallel.mesh import (
 from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.plan.chips import Topology
 from imagen_jax.plan.memory import out_of_memory_bytes
+from imagen_jax.progress import elapsed
 from imagen_jax.sampling.programs import ProgramSpec, compile_program, lower
 from imagen_jax.training.config import TextDtype, TrainConfig
 from imagen_jax.training.run import Run
@@ -170,7 +167,7 @@ def compile_stage(
     network = StageNetwork(config.stage)
     state: TrainState | dict[str, Any]
     start = time.monotonic()
-    with elapsed(f"compiling {config.stage.name} for {len(devices)} chips", enabled=progress):
+    with elapsed(f"compiling {config.stage.name} for {len(devices)} chips", enabled=progress, least=0.0):
         if program is Program.TRAIN:
             run = Run.of(config, mesh)
             state, batch = run.abstract, training_batch(config, mesh)
@@ -207,33 +204,3 @@ def _compile(
         if needed is None:
             raise
         return None, needed
-
-
-@contextlib.contextmanager
-def elapsed(what: str, *, enabled: bool) -> Iterator[None]:
-    """Shows on stderr how long something takes that cannot say how far it is.
-
-    On a terminal one line that counts seconds, else a line every half minute.
-    """
-    if not enabled:
-        yield
-        return
-    done, terminal = threading.Event(), sys.stderr.isatty()
-    start = time.monotonic()
-
-    def show() -> None:
-        while not done.wait(1.0 if terminal else 30.0):
-            line = f"{what}: {time.monotonic() - start:.0f} s"
-            print(
-                f"\r{line}" if terminal else line, end="" if terminal else "\n", file=sys.stderr, flush=True
-            )
-
-    thread = threading.Thread(target=show, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        ending = "\r" if terminal else ""
-        print(f"{ending}{what}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)

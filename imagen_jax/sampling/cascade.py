@@ -304,7 +304,7 @@ class Imagen:
                 plans = part.plan(self.stages, str(self.folder.path))
                 self._encode_all(part, plans)
                 for plan in plans:
-                    run = self._stage_run(part, plan, batch_size)
+                    run = self._stage_run(part, plan, batch_size, watcher.progress)
                     x0, new_faults = run(x0, good, watcher, leave=not several)
                     faults += new_faults
                     del run
@@ -335,7 +335,7 @@ class Imagen:
         if self._frees:
             self.prompt_encoder.release()
 
-    def _stage_run(self, drawing: Drawing, plan: StagePlan, batch_size: int) -> StageRun:
+    def _stage_run(self, drawing: Drawing, plan: StagePlan, batch_size: int, progress: bool) -> StageRun:
         """The stage in front of a group of pictures."""
         stage = plan.stage
         spec = program_spec(
@@ -348,7 +348,7 @@ class Imagen:
         if spec.negative:
             away = self._leads_away(drawing, form)
             negative = Text(*(np.repeat(array, spec.batch, axis=0) for array in away))
-        program, params = self._opened.get(spec)
+        program, params = self._opened.get(spec, progress=progress)
         text = self.encode([prompt for prompt, _ in drawing.wanted], form)
         return StageRun(
             drawing=drawing, plan=plan, program=program, params=params, text=text, negative=negative

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from imagen_jax.cache import trim
 from imagen_jax.models.network import Params
+from imagen_jax.progress import elapsed
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.programs import ProgramSpec, StageProgram, prepare
 
@@ -24,21 +25,26 @@ class OpenStages:
         self._programs: collections.OrderedDict[ProgramSpec, StageProgram] = collections.OrderedDict()
         self._params: dict[str, Params] = {}
 
-    def get(self, spec: ProgramSpec) -> tuple[StageProgram, Params]:
+    def get(self, spec: ProgramSpec, *, progress: bool = False) -> tuple[StageProgram, Params]:
         """A stage's program and weights.
+
+        Args:
+          spec: of the program.
+          progress: whether to say how long it compiles.
 
         Raises:
           UserError: the weights are missing, or of another network.
         """
-        name, program = spec.stage.name, self._program(spec)
+        name, program = spec.stage.name, self._program(spec, progress)
         if name not in self._params:
             place = program.parameter_shardings
             self._params[name] = self._folder.params(name, program.abstract_params, place)
         return program, self._params[name]
 
-    def _program(self, spec: ProgramSpec) -> StageProgram:
+    def _program(self, spec: ProgramSpec, progress: bool) -> StageProgram:
         if spec not in self._programs:
-            self._programs[spec] = prepare(spec)
+            with elapsed(f"compiling {spec.stage.name}", enabled=progress):
+                self._programs[spec] = prepare(spec)
             trim(self._cache)
         self._programs.move_to_end(spec)
         while len(self._programs) > self._most:

@@ -20,6 +20,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode
 from imagen_jax.models.t5_weights import load_t5
 from imagen_jax.models.text_form import Text, TextForm
+from imagen_jax.progress import elapsed
 from imagen_jax.text.encoder_folder import copy_encoder, download, parts
 from imagen_jax.text.identity import identify
 from imagen_jax.text.store import WHOLE_LENGTH, TokenCounts
@@ -70,6 +71,7 @@ class TextEncoder:
         dtype: str,
         mesh: jax.sharding.Mesh | None = None,
         copied: bool = False,
+        progress: bool = False,
     ):
         self.folder, self.name, self.dtype = folder, name, dtype
         self.width, self.vocab_size = config.width, config.vocab_size
@@ -78,6 +80,7 @@ class TextEncoder:
         self._encode = jax.jit(
             functools.partial(_encode_as, config, dtype), static_argnames=("dtype", "mesh")
         )
+        self._progress, self._compiled = progress, set[tuple[int, ...]]()  # shapes of batches
         self._tokenized: tuple[list[str], list[list[int]]] | None = None
 
     @classmethod
@@ -88,6 +91,7 @@ class TextEncoder:
         dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
         copied: bool | None = None,
+        progress: bool = False,
     ) -> "TextEncoder":
         """Opens an encoder from a local folder or from the hub.
 
@@ -99,6 +103,7 @@ class TextEncoder:
             mesh: of this process's devices, which share each batch; None: one device does everything.
             copied: whether every device of the mesh holds all parameters, or they are spread over them and `encode`
                 gathers a layer's when it runs; None: what their memory has room for.
+            progress: whether to say how long it compiles.
 
         Raises:
             UserError: no such folder or hub id, no network, quantised weights, not a T5 encoder, or a
@@ -130,6 +135,7 @@ class TextEncoder:
             dtype=dtype,
             mesh=mesh,
             copied=bool(copied),
+            progress=progress,
         )
 
     @functools.cached_property
@@ -273,6 +279,14 @@ class TextEncoder:
 
     def _run(self, tokens: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> jax.Array:
         """Embeddings of one batch, on the devices."""
+        new = tokens.shape not in self._compiled
+        self._compiled.add(tokens.shape)
+        size, length = tokens.shape
+        what = f"compiling the text encoder for {size} captions of {length} tokens"
+        with elapsed(what, enabled=new and self._progress):
+            return self._dispatch(tokens, mask, dtype)
+
+    def _dispatch(self, tokens: np.ndarray, mask: np.ndarray, dtype: np.dtype) -> jax.Array:
         if self._mesh is None:
             return self._encode(self._params, tokens, mask, dtype=dtype)
         shared = tokens.shape[0] % self._mesh.size == 0

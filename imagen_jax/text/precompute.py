@@ -127,8 +127,9 @@ def _load_encoder(name: str) -> Encoder:
 
     devices = jax.local_devices()
     if len(devices) > 1 and devices[0].platform != "cpu":
-        return TextEncoder.load(name, mesh=jax.sharding.Mesh(np.array(devices), ("devices",)))
-    return TextEncoder.load(name)
+        mesh = jax.sharding.Mesh(np.array(devices), ("devices",))
+        return TextEncoder.load(name, mesh=mesh, progress=True)
+    return TextEncoder.load(name, progress=True)
 
 
 class _Job:

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -171,6 +171,14 @@ class MetricsWriter:
         self._lines = _Lines(workdir / "metrics.jsonl")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1)
         self._bar = tqdm(total=steps, initial=start_step, unit="step", desc=workdir.name, dynamic_ncols=True)
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Around what is no part of training: neither the figures nor the bar's rate and time left count it."""
+        with self.clock.pause():
+            yield
+        if self._enabled:
+            self._bar.unpause()
 
     def advance(self) -> None:
         """One more step for the progress bar."""

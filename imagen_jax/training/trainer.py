@@ -15,6 +15,7 @@ from imagen_jax.errors import UserError
 from imagen_jax.parallel.mesh import DataShare, check_batch_size, data_share, make_mesh, put_whole
 from imagen_jax.parallel.processes import gather, on_first
 from imagen_jax.parallel.watchdog import Phase, Watchdog
+from imagen_jax.progress import elapsed
 from imagen_jax.training.batches import (
     check_data,
     device_batch,
@@ -224,14 +225,10 @@ class _Loop:
         loop, start = self.config.train, step
         # The next batch is put on the devices while they work on this one.
         batch = self._next(step + 1, batches)
-        if jax.process_count() > 1:
-            # Processes of CPUs wait 30 s for each other in their first collective: less than their compilations
-            # may differ on a busy machine.
-            with self.watchdog.long_work(step):
-                train_step = train_step.lower(state, batch, self.placed_null).compile()
-                gather("compiled")
+        if step < loop.steps:
+            train_step = self._compiled(train_step, step, state, batch)
         while step < loop.steps:
-            # The first step compiles.
+            # The first step may wait for what the devices still have to do.
             self.watchdog.at(step + 1, Phase.STEP if step > start else Phase.LONG)
             self.profiler.before(step + 1, state)
             with self.metrics.clock.step():
@@ -258,6 +255,21 @@ class _Loop:
         with self.watchdog.long_work(step):
             self.checkpoints.wait()
         return state
+
+    def _compiled(self, train_step: Any, step: int, state: TrainState, batch: dict[str, jax.Array]) -> Any:
+        """The training step as a program. The time is no part of training."""
+        name, first = self.config.stage.name, jax.process_index() == 0
+        with (
+            self.metrics.pause(),
+            self.watchdog.long_work(step),
+            elapsed(f"compiling the training step of {name}", enabled=first),
+        ):
+            made = train_step.lower(state, batch, self.placed_null).compile()
+            # Processes of CPUs wait 30 s for each other in their first collective: less than their compilations
+            # may differ on a busy machine.
+            if jax.process_count() > 1:
+                gather("compiled")
+        return made
 
     def _next(self, step: int, batches: Iterator[Any]) -> dict[str, jax.Array]:
         """The batch of a step, on its way to the devices."""
@@ -311,7 +323,7 @@ class _Loop:
         if not evaluate and not draw:
             return {}
         self._check(step, state)
-        with self.metrics.clock.pause(), self.watchdog.long_work(step):
+        with self.metrics.pause(), self.watchdog.long_work(step):
             if evaluate:
                 self._held_out = self._held_out or self._make_held_out()
                 seen = self._held_out(state, self.placed_null)

@@ -1,5 +1,6 @@
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -153,3 +154,17 @@ def test_tensorboard_events_hold_scalars_and_pictures(tmp_path):
     picture = values["samples"][1].image
     assert (picture.height, picture.width) == (6, 4)
     assert picture.encoded_image_string.startswith(b"\x89PNG")
+
+
+def test_pauses_are_in_no_rate(tmp_path):
+    """Compiling and drawing samples: neither the figures nor the bar's time left know of them."""
+    writer = MetricsWriter(epath.Path(tmp_path), start_step=0, steps=4, batch_size=8)
+    with writer.pause():
+        time.sleep(0.6)
+    writer.advance()
+    writer.log(1, {"loss": 1.0})
+    bar = writer._bar.format_dict
+    writer.close()
+    [line] = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["data_s"] + line["step_s"] + line["rest_s"] < 0.4
+    assert bar["elapsed"] < 0.4
