@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text_encoder",
         required=True,
         metavar="DIR_OR_HUB_ID",
-        help="T5 encoder: a folder, a hub id, or demo: that of the model in the box",
+        help="T5 encoder: a folder or a hub id",
     )
     parser.add_argument(
         "--make_small_encoder",

@@ -1,7 +1,4 @@
-"""The model in the box: a small cascade, installed with the package, that draws what the embedded data's captions say.
-
-README.md in this folder says how it was trained and what it knows.
-"""
+"""The model in the box: a small cascade, installed with the package, that draws the embedded data's captions."""
 
 import os
 
@@ -12,6 +9,7 @@ NAME = "demo"  # in the place of a model folder, or of a text encoder's
 
 def packaged(model: epath.PathLike) -> epath.PathLike:
     """The model in the box where "demo" is asked for and there is no folder of that name, else `model`."""
-    if os.fspath(model) == NAME and not os.path.isdir(NAME):
-        return epath.Path(__file__).parent
+    folder = epath.Path(__file__).parent
+    if os.fspath(model) == NAME and not os.path.isdir(NAME) and (folder / "model_index.json").exists():
+        return folder
     return model

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors import safe_open
 
 from imagen_jax.errors import UserError
@@ -14,6 +15,7 @@ from imagen_jax.models.text_form import TextForm
 from imagen_jax.models.weights import load_state
 from imagen_jax.sampling.cascade import Imagen
 from imagen_jax.sampling.model_folder import ModelFolder, check_cascade, save_stage
+from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.text.small import make_small_encoder
 
 
@@ -157,3 +159,15 @@ def test_cascades_that_do_not_fit(stages):
         check_cascade([base, again])
     with pytest.raises(UserError, match="'sr16' enlarges pictures of 8, but it follows 'sr16' of 16"):
         check_cascade([base, sr, sr])
+
+
+def test_demo_is_the_packaged_model(model_folder, tmp_path, monkeypatch):
+    """By that name, for models and for text encoders, unless a folder here has it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("imagen_jax.demo.__file__", str(model_folder / "__init__.py"))
+    opened = ModelFolder("demo")
+    assert opened.path == epath.Path(model_folder) and opened.name == "demo"
+    assert TextEncoder.load("demo").identity == TextEncoder.load(model_folder / "text_encoder").identity
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(UserError, match="--model demo is not a model folder"):
+        ModelFolder("demo")
