@@ -9,6 +9,7 @@ from imagen_jax.data.encoder_identity import EncoderIdentity
 from imagen_jax.parallel.processes import on_first
 from imagen_jax.training.config import TrainConfig
 from imagen_jax.training.config_file import check_same_config, write_config
+from imagen_jax.training.init_from import recorded_source
 from imagen_jax.training.lock import WorkdirLock
 from imagen_jax.training.run_encoder import check_encoder, recorded_encoder
 
@@ -20,6 +21,7 @@ def _start_workdir(config: TrainConfig, workdir: epath.Path, encoder: EncoderIde
         same = before is not None and encoder is not None and not before.differences(encoder)
         check_same_config(workdir, config, same_encoder=same)
         check_encoder(workdir, config.data, before, encoder)
+        recorded_source(workdir)  # a spoilt record is refused before anything is written
     lock = WorkdirLock(workdir)
     if not lock.held:
         print(

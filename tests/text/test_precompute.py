@@ -283,7 +283,7 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, source):
 def test_command_line(tmp_path, source, monkeypatch, capsys):
     loaded = []
     fake = types.ModuleType("imagen_jax.text.encoder")
-    fake.TextEncoder = types.SimpleNamespace(load=lambda name: loaded.append(name) or FakeEncoder())
+    fake.TextEncoder = types.SimpleNamespace(load=lambda name, **_: loaded.append(name) or FakeEncoder())
     monkeypatch.setitem(sys.modules, "imagen_jax.text.encoder", fake)
     parser = argparse.ArgumentParser(prog="imagen-jax precompute")
     cli.add_arguments(parser)

@@ -49,7 +49,7 @@ def test_where_nothing_tells_it_the_flags_are_named(overrides, flag):
 @pytest.mark.parametrize("group", ["stage", "stage.network", "data"])
 def test_a_config_of_another_form_is_refused_as_ever(tmp_path, group):
     config = tmp_path / "config.py"
-    values: dict = {"stage": {"network": {}}, "data": {}}
+    values: dict = {"stage": {"network": {}}, "data": {}, "train": {"steps": 1}}
     place = values
     *path, last = group.split(".")
     for name in path:
@@ -58,5 +58,5 @@ def test_a_config_of_another_form_is_refused_as_ever(tmp_path, group):
     config.write_text(
         f"import json\ndef get_config(_):\n    return json.loads({json.dumps(json.dumps(values))})\n"
     )
-    with pytest.raises(UserError, match=f"config.{group}"):
+    with pytest.raises(UserError, match=r"^config\."):
         load_config(str(config))
