@@ -21,7 +21,7 @@ from imagen_jax.models.t5 import T5Config, encode
 from imagen_jax.models.t5_weights import load_t5
 from imagen_jax.models.text_form import Text, TextForm
 from imagen_jax.progress import elapsed
-from imagen_jax.text.encoder_folder import copy_encoder, download, parts
+from imagen_jax.text.encoder_folder import copy_encoder, find_encoder, parts
 from imagen_jax.text.identity import identify
 from imagen_jax.text.store import WHOLE_LENGTH, TokenCounts
 from imagen_jax.text.tokenizer import CaptionTokenizer, cut_tokens
@@ -109,11 +109,9 @@ class TextEncoder:
             UserError: no such folder or hub id, no network, quantised weights, not a T5 encoder, or a
                 tokenizer that is not its own or would run code.
         """
-        folder = epath.Path(packaged(folder_or_hub_id))
-        name = folder.name
-        if not folder.is_dir():
-            name = os.fspath(folder_or_hub_id)
-            folder = download(name)
+        folder = find_encoder(folder_or_hub_id)
+        is_local = epath.Path(packaged(folder_or_hub_id)).is_dir()
+        name = folder.name if is_local else os.fspath(folder_or_hub_id)
         model, tokenizer_folder = parts(folder)
 
         def placement(abstract: dict[str, jax.ShapeDtypeStruct]) -> Any:

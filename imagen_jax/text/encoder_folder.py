@@ -1,9 +1,11 @@
 """Where a text encoder's files are: a folder, a pipeline's folders or the hub; looked at and copied."""
 
+import os
 from collections.abc import Iterable
 
 from etils import epath
 
+from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
 from imagen_jax.files import copy_file, make_folder
 from imagen_jax.models.t5 import T5Config
@@ -60,6 +62,12 @@ def download(hub_id: str) -> epath.Path:
             f"text encoder {hub_id}: no such folder, and not to be had from the hub "
             f"({type(error).__name__}); check the name and the network, or give a local folder"
         ) from error
+
+
+def find_encoder(folder_or_hub_id: epath.PathLike) -> epath.Path:
+    """The local folder of an encoder: as it is named, the one in the box, or the hub's copy; raises as `download`."""
+    folder = epath.Path(packaged(folder_or_hub_id))
+    return folder if folder.is_dir() else download(os.fspath(folder_or_hub_id))
 
 
 def parts(folder: epath.Path) -> tuple[epath.Path, epath.Path]:

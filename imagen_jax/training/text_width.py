@@ -2,12 +2,9 @@
 
 from typing import Any
 
-from etils import epath
-
-from imagen_jax.demo import packaged
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config
-from imagen_jax.text.encoder_folder import download, parts
+from imagen_jax.text.encoder_folder import find_encoder, parts
 
 _FLAG = "--config.stage.network.text_width"
 
@@ -34,8 +31,7 @@ def _width(data: dict[str, Any]) -> int:
     name, encoder = "text_encoder", data.get("text_encoder")
     try:
         if isinstance(encoder, str):
-            folder = epath.Path(packaged(encoder))
-            return T5Config.from_folder(parts(folder if folder.is_dir() else download(encoder))[0]).width
+            return T5Config.from_folder(parts(find_encoder(encoder))[0]).width
         name = "path" if data.get("embeddings") is None else "embeddings"
         return embedding_width(str(data.get(name)))
     except UserError as error:
