@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="SPEC",
         help="captioned pictures: shapes[:count=N,resolution=PIXELS,language=en|zh|both,objects=1|2|equal|any,"
-        "world=plain|rich,jitter=narrow|wide], "
+        "world=plain|rich,jitter=narrow|wide,siblings=no|yes], "
         "webdataset:PATH/*.tar (img2dataset layout; {00000..00099}.tar, .tar.gz and https:// too), folder:PATH "
         "(captions.jsonl, metadata.jsonl, or a .txt per picture), "
         "tfds:NAME or parquet:PATH",
@@ -41,6 +41,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="if the folder --text_encoder is not there, make a small encoder of fixed random weights in it, "
         "which knows the words of this source (no download; no substitute for a trained one)",
+    )
+    parser.add_argument(
+        "--pretrain_on",
+        metavar="SPEC",
+        help="with --make_small_encoder: the encoder learns to find the pictures of this source by their captions, "
+        "so that its embeddings tell what belongs together (default: it stays as it was made)",
+    )
+    parser.add_argument(
+        "--pretrain_steps",
+        type=int,
+        default=1500,
+        metavar="N",
+        help="for how long, 256 pictures a step (%(default)s)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="record folder to write, local or cloud")
     parser.add_argument("--split", default="train", help="name of the split to write (%(default)s)")
@@ -88,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the job and prints its summary; returns the exit code."""
     # Imported here so that --help does not wait for JAX.
-    from imagen_jax.errors import UnknownTokensWarning
+    from imagen_jax.errors import UnknownTokensWarning, UserError
     from imagen_jax.text.precompute import PrecomputeConfig, precompute
     from imagen_jax.text.store import EmbeddingDtype
 
@@ -108,7 +121,9 @@ def run(args: argparse.Namespace) -> int:
         process_index=args.process_index,
     )
     if args.make_small_encoder:
-        _make_small_encoder(config)
+        _make_small_encoder(config, args.pretrain_on, args.pretrain_steps)
+    elif args.pretrain_on is not None:
+        raise UserError("--pretrain_on: goes with --make_small_encoder; other encoders stay as they are")
     with warnings.catch_warnings():
         warnings.simplefilter("always", UnknownTokensWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
@@ -117,22 +132,37 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_small_encoder(config: Any) -> None:
+def _make_small_encoder(config: Any, pretrain_on: str | None, steps: int) -> None:
     """Makes the small encoder unless it is there; of several processes, all may try at once."""
+    from imagen_jax.data.sources import open_source
+    from imagen_jax.errors import UserError
     from imagen_jax.files import is_cloud
     from imagen_jax.text.precompute import source_captions
+    from imagen_jax.text.pretraining import PretrainingConfig, pretrain
     from imagen_jax.text.small import make_small_encoder
+
+    def make(folder: epath.Path) -> None:
+        # An encoder that learns has use for a further layer; one of random weights only gets noisier.
+        layers = 2 if pretrain_on is None else 3
+        make_small_encoder(
+            folder, vocabulary_texts=source_captions(config), layers=layers, byte_fallback=True
+        )
+        if pretrain_on is not None:
+            source = open_source(pretrain_on, split=config.split, limit=None)
+            pretrain(folder, source, PretrainingConfig(steps=steps))
 
     target = epath.Path(config.text_encoder)
     if is_cloud(target):
+        if pretrain_on is not None:
+            raise UserError(f"--pretrain_on: {target} is in the cloud; make the encoder in a local folder")
         # Nothing is renamed there; several processes write the same bytes, and config.json last.
         if not (target / "config.json").exists():
-            make_small_encoder(target, vocabulary_texts=source_captions(config), byte_fallback=True)
+            make(target)
         return
     # A name per process: a killed one finds and overwrites its own.
     temporary = target.parent / f"incomplete.{target.name}.{config.process_index}"
     if not target.exists():
-        make_small_encoder(temporary, vocabulary_texts=source_captions(config), byte_fallback=True)
+        make(temporary)
         try:
             temporary.rename(target)
         except OSError:

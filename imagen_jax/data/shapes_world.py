@@ -6,10 +6,13 @@ hollow. A scene is a pure function of (split, index, kind, jitter), as there.
 
 import dataclasses
 import enum
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from imagen_jax.data.shapes import (
+    HELD_OUT,
     NUMBERS,
     PAIR_JITTER_ACROSS,
     PAIR_JITTER_ALONG,
@@ -58,6 +61,9 @@ _MARGIN = 0.015  # to the picture's edge and between objects, in sides
 _CLEAR = 2.0  # the distance along a relation over that across it, at least
 _TRIES = 2000
 
+_VALUES: dict[str, type[enum.Enum]] = {"shape": Shape, "colour": Colour, "size": Size, "texture": Texture}
+FAMILY = 4  # scenes of a family, see `sibling_scene`
+
 
 def world_scene(
     index: int, *, split: str = "train", kind: Kind | None = None, jitter: Jitter = Jitter.NARROW
@@ -83,6 +89,38 @@ def world_scene(
             scene = _pair(random, Split(split))
         case Kind.EQUAL:
             scene = _equal(random, Split(split), choose(random, tuple(NUMBERS)))
+    return _placed(random, scene, jitter)
+
+
+def sibling_scene(
+    index: int, *, split: str = "train", kind: Kind | None = None, jitter: Jitter = Jitter.NARROW
+) -> Scene:
+    """Scene number `index` of families that differ in one thing, for whoever is to learn what a caption says.
+
+    The first of a family's four is the scene `index // 4` of `world_scene`. The others have another shape, colour,
+    size, texture, number or relation, or two objects that have exchanged one of those or their places.
+
+    Args:
+        index: 0 or more; there is no end.
+        split: as for `world_scene`; in `train`, no object of a held-out pair comes of a change.
+        kind: of the family's first scene; None for all kinds.
+        jitter: how freely the objects lie.
+
+    Raises:
+        ValueError: A negative index, another split.
+    """
+    family, number = divmod(index, FAMILY)
+    scene = world_scene(family, split=split, kind=kind, jitter=jitter)
+    if number == 0:
+        return scene
+    changes = _changes(scene, Split(split))
+    order = scene_generator(family, split, series=2).permutation(len(changes))
+    random = scene_generator(index, split, series=3)
+    return _placed(random, choose(random, changes[order[(number - 1) % len(order)]]), jitter)
+
+
+def _placed(random: np.random.Generator, scene: Scene, jitter: Jitter) -> Scene:
+    """The scene with its objects at random places."""
     centres = _wide(random, scene) if jitter is Jitter.WIDE else _narrow(random, scene)
     nominal = scene.nominal_placements()
     items = tuple(
@@ -90,6 +128,55 @@ def world_scene(
         for item, (x, y), at in zip(scene.objects, centres, nominal)
     )
     return dataclasses.replace(scene, objects=items)
+
+
+def _changes(scene: Scene, split: Split) -> list[tuple[Scene, ...]]:
+    """The scenes that differ from this one in one thing, by what it is."""
+    changes = []
+    for candidates in _candidates(scene):
+        possible = []
+        for relation, items in candidates:
+            try:
+                changed = Scene(objects=items, relation=relation, background=scene.background)
+            except ValueError:
+                continue
+            known = split is Split.TEST or not any((item.colour, item.shape) in HELD_OUT for item in items)
+            if changed != scene and known and all(map(_can_be_textured, items, [len(items)] * len(items))):
+                possible.append(changed)
+        if possible:
+            changes.append(tuple(possible))
+    return changes
+
+
+def _candidates(scene: Scene) -> Iterator[list[tuple[Relation | None, tuple[SceneObject, ...]]]]:
+    """What the objects and their relation could be instead, by what is changed; not all of it can be drawn."""
+    items, relation = scene.objects, scene.relation
+    for name, values in _VALUES.items():
+        if relation is None:
+            yield [(None, (_with(items[0], name, value),) * len(items)) for value in values]
+        else:
+            first, second = items
+            changed = [(_with(first, name, value), second) for value in values]
+            changed += [(first, _with(second, name, value)) for value in values]
+            yield [(relation, pair) for pair in changed]
+            pair = _with(first, name, getattr(second, name)), _with(second, name, getattr(first, name))
+            yield [(relation, pair)]
+    if relation is None:
+        yield [(None, items[:1] * number) for number in (1, *NUMBERS)]
+    else:
+        yield [(relation, items[::-1])]
+        yield [(other, items) for other in Relation]
+
+
+def _with(item: SceneObject, name: str, value: enum.Enum | None) -> SceneObject:
+    """The object with another colour, shape, size or texture."""
+    changes: dict[str, Any] = {name: value}
+    return dataclasses.replace(item, **changes)
+
+
+def _can_be_textured(item: SceneObject, number: int) -> bool:
+    """Whether an object among so many is large enough for the texture that it has."""
+    return item.texture is Texture.SOLID or number == 1 or item.size is not Size.SMALL
 
 
 def _object(

@@ -25,6 +25,7 @@ _CHOICES = {
     "objects": ("1", "2", "equal", "any"),
     "world": ("plain", "rich"),
     "jitter": ("narrow", "wide"),
+    "siblings": ("no", "yes"),
 }
 _SHAPES_FORM = "count=N,resolution=PIXELS," + ",".join(
     f"{name}={'|'.join(_CHOICES[name])}" for name in _CHOICES
@@ -45,6 +46,7 @@ class ShapesOptions:
     objects: str = "any"  # shapes per picture: 1, 2, equal (2 to 4 of one kind) or any
     world: str = "plain"  # rich: also equal objects, textures, and sizes within pairs
     jitter: str = "narrow"  # wide: objects anywhere
+    siblings: str = "no"  # yes: families of four that differ in one thing
 
     def __post_init__(self):
         """Checks the values."""
@@ -61,7 +63,7 @@ class ShapesOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"--source: shapes wants {name}={'|'.join(choices)}, got {value!r}")
-        for name, value in (("objects", "equal"), ("jitter", "wide")):
+        for name, value in (("objects", "equal"), ("jitter", "wide"), ("siblings", "yes")):
             if self.world == "plain" and getattr(self, name) == value:
                 raise UserError(f"--source: shapes has {name}={value} with world=rich only")
 
@@ -104,7 +106,9 @@ class ShapesSource(Source):
     def fingerprint(self) -> str:
         """The options are all there is; those of the rich world are named where it is drawn."""
         rich = self._options.world == "rich"
+        siblings = self._options.siblings == "yes"
         names = ("count", "resolution", "language", "objects", *(("world", "jitter") if rich else ()))
+        names = (*names, "siblings") if siblings else names
         values = ", ".join(f"{name}={getattr(self._options, name)!r}" for name in names)
         return f"{ShapesOptions.__name__}({values})"
 
@@ -132,9 +136,8 @@ class ShapesSource(Source):
         if options.world == "plain":
             return shapes.scene(index, split=self._split, objects=_OBJECTS[options.objects])
         kind = None if options.objects == "any" else shapes_world.Kind(options.objects)
-        return shapes_world.world_scene(
-            index, split=self._split, kind=kind, jitter=shapes_world.Jitter(options.jitter)
-        )
+        draw = shapes_world.sibling_scene if options.siblings == "yes" else shapes_world.world_scene
+        return draw(index, split=self._split, kind=kind, jitter=shapes_world.Jitter(options.jitter))
 
 
 _Options = TypeVar("_Options")

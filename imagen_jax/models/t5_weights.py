@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from imagen_jax.errors import UserError
@@ -54,6 +55,15 @@ def t5_sources(config: T5Config, names: frozenset[str]) -> dict[str, TensorSourc
         sources["relative_bias"] = TensorSource(names=(bias.format(0),))
     sources["final_norm"] = TensorSource(names=("encoder.final_layer_norm.weight",))
     return sources
+
+
+def hub_tensors(config: T5Config, params: Mapping[str, jax.Array]) -> dict[str, np.ndarray]:
+    """An encoder's parameters under the names and in the shapes of a Hugging Face checkpoint: `load_t5` undone."""
+    tensors: dict[str, np.ndarray] = {}
+    for ours, source in t5_sources(config, frozenset({"shared.weight"})).items():
+        layers = np.asarray(params[ours]) if source.stacked else np.asarray(params[ours])[None]
+        tensors.update(zip(source.names, layers, strict=True))
+    return tensors
 
 
 def load_t5(

@@ -9,7 +9,7 @@ import pytest
 
 from imagen_jax.data import shapes, shapes_captions, shapes_render
 from imagen_jax.data.shapes import HELD_OUT, Colour, Relation, Scene, SceneObject, Shape, Size, Texture
-from imagen_jax.data.shapes_world import Jitter, Kind, world_scene
+from imagen_jax.data.shapes_world import FAMILY, Jitter, Kind, sibling_scene, world_scene
 
 
 @pytest.fixture(scope="module")
@@ -164,3 +164,47 @@ def test_every_resolution_shows_the_same_textures():
         small, large = (shapes_render.render(scene, side).astype(float) for side in (64, 256))
         reduced = large.reshape(64, 4, 64, 4, 3).mean((1, 3))
         assert np.abs(reduced - small).mean() <= 0.5
+
+
+def differences(first, other):
+    """Which of the things that a caption can say are not the same in both scenes."""
+    if len(first.objects) != len(other.objects):
+        return {"number"}
+    fields = ("colour", "shape", "size", "texture")
+    different = {
+        name
+        for name in fields
+        if any(getattr(a, name) != getattr(b, name) for a, b in zip(first.objects, other.objects))
+    }
+    if first.relation is not other.relation:
+        different.add("relation")
+    # Objects that have changed places differ in whatever they differ in.
+    return {"order"} if first.objects == other.objects[::-1] and different else different
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_siblings_differ_in_one_thing(split):
+    seen = collections.Counter()
+    for family in range(300):
+        first, *others = (sibling_scene(FAMILY * family + i, split=split) for i in range(FAMILY))
+        expected = world_scene(family, split=split)
+        assert first == expected and first.placements() == expected.placements()
+        for other in others:
+            different = differences(first, other)
+            assert len(different) == 1
+            assert other.background is first.background
+            seen.update(different)
+            if split == "train":
+                assert not any((item.colour, item.shape) in HELD_OUT for item in other.objects)
+    assert (
+        min(seen[name] for name in ("colour", "shape", "size", "texture", "number", "relation", "order")) > 20
+    )
+
+
+def test_siblings_lie_as_other_scenes_do():
+    for index in range(200):
+        scene = sibling_scene(index, jitter=Jitter.WIDE)
+        assert scene.placements() == sibling_scene(index, jitter=Jitter.WIDE).placements()
+        for item, (x, y, radius) in zip(scene.objects, scene.placements()):
+            assert radius < x < 1 - radius and radius < y < 1 - radius
+            assert item.texture is Texture.SOLID or len(scene.objects) == 1 or item.size is not Size.SMALL
