@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Trains on TPU slices of a GKE cluster through xpk (pip install xpk), which also restarts failed jobs.
 #
-#   launch/gke.sh --workload=base --cluster=my-cluster --zone=us-central2-b --tpu_type=v5litepod-256 \
-#       --image=us-docker.pkg.dev/project/repository/imagen-jax --config=imagen/base64.py --workdir=gs://bucket/base
+#   launch/gke.sh --workload=base --cluster=my-cluster --zone=ZONE --tpu_type=v5litepod-256 \
+#       --image=us-docker.pkg.dev/project/repository/imagen-jax --config=imagen/base64.py --workdir=gs://bucket/base \
+#       --config.data.path=gs://bucket/records
 #
 # Flags:
 #   --workload=NAME     name of the job
@@ -11,7 +12,7 @@
 #   --project=PROJECT   its project (default: gcloud's own)
 #   --tpu_type=TYPE     such as v5litepod-256
 #   --num_slices=N      slices (default 1)
-#   --image=IMAGE       container image in which imagen-jax is installed (pip install 'imagen_jax[gcs]', for gs://)
+#   --image=IMAGE       container image in which imagen-jax is installed with [gcs]: launch/Dockerfile makes one
 #   --restarts=N        restarts of the whole job (default 100)
 #   --dry_run           only print the command
 # Everything else goes to `imagen-jax train`. --workdir and records must be in cloud storage that all pods see.
@@ -36,7 +37,7 @@ done
 for value in "$workload" "$cluster" "$zone" "$tpu_type" "$image" "${train[*]-}"; do
   if [[ -z "$value" ]]; then
     echo "usage: $0 --workload=NAME --cluster=NAME --zone=ZONE --tpu_type=TYPE --image=IMAGE [--project=PROJECT]" \
-      "[--num_slices=N] [--restarts=N] [--dry_run] --config=FILE --workdir=gs://… [train flags]" >&2
+      "[--num_slices=N] [--restarts=N] [--dry_run] --config=FILE --workdir=gs://… --config.data.path=gs://… [train flags]" >&2
     exit 2
   fi
 done

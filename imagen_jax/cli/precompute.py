@@ -134,7 +134,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _make_small_encoder(config: Any, pretrain_on: str | None, steps: int) -> None:
     """Makes the small encoder unless it is there; of several processes, all may try at once."""
-    from imagen_jax.data.sources import open_source
     from imagen_jax.errors import UserError
     from imagen_jax.files import is_cloud
     from imagen_jax.text.precompute import source_captions
@@ -148,8 +147,7 @@ def _make_small_encoder(config: Any, pretrain_on: str | None, steps: int) -> Non
             folder, vocabulary_texts=source_captions(config), layers=layers, byte_fallback=True
         )
         if pretrain_on is not None:
-            source = open_source(pretrain_on, split=config.split, limit=None)
-            pretrain(folder, source, PretrainingConfig(steps=steps))
+            pretrain(folder, PretrainingConfig(source=pretrain_on, split=config.split, steps=steps))
 
     target = epath.Path(config.text_encoder)
     if is_cloud(target):

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.pictures import decode_picture, resize
+from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5 import T5Config, encode
 from imagen_jax.models.t5_weights import hub_tensors, load_t5
@@ -36,8 +37,10 @@ _SCALE, _MAX_LOG_SCALE = 14.0, 4.6  # logits over cosines at the start (1 / 0.07
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
-    """How the encoder learns."""
+    """From what the encoder learns, and how."""
 
+    source: str  # captioned pictures, as `--source` names them; read from the beginning again when they end
+    split: str = "train"  # of the source
     steps: int = 1500
     batch_size: int = 256  # consecutive examples of the source
     learning_rate: float = 1e-3  # peak, with a cosine to 0
@@ -98,15 +101,14 @@ def _unit(vectors: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
     return vectors / jnp.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
-def pretrain(folder: epath.PathLike, source: Source, config: PretrainingConfig) -> float:
+def pretrain(folder: epath.PathLike, config: PretrainingConfig) -> float:
     """Trains the encoder of a folder that `make_small_encoder` wrote, and writes its weights there.
 
-    The same source, config and number of processor cores give the same weights. Progress is shown on stderr.
+    The same config and number of processor cores give the same weights. Progress is shown on stderr.
 
     Args:
         folder: of the encoder.
-        source: captioned pictures, read from its beginning again when it ends.
-        config: how it learns.
+        config: from what it learns, and how.
 
     Returns:
         The share of captions whose pictures were found among those of their batch, in the last tenth of the steps.
@@ -115,6 +117,7 @@ def pretrain(folder: epath.PathLike, source: Source, config: PretrainingConfig) 
         UserError: the source has no captioned picture, or the folder no T5 encoder.
     """
     folder = epath.Path(folder)
+    source = open_source(config.source, split=config.split, limit=None)
     t5, encoder = load_t5(folder)
     pictures_graph, pictures = nnx.split(PictureEncoder(rngs=nnx.Rngs(config.seed)))
     head = jax.random.normal(jax.random.key(config.seed), (t5.width, _WIDTH)) / t5.width**0.5

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -45,15 +46,15 @@ def test_local_prints_a_command_for_each_process():
 
 def test_tpu_vm_starts_the_same_command_on_all_workers():
     flags = ["--name=pod", "--zone=us-central2-b", "--project=mine", "--restarts=7", "--dry_run"]
-    archive, copy, install, start = dry_run(LAUNCH / "tpu_vm.sh", *flags, *TRAIN)
-    assert archive[0] == "git" and archive[3] == "archive"
+    pack, copy, install, start = dry_run(LAUNCH / "tpu_vm.sh", *flags, *TRAIN)
+    assert pack[:2] == ["pack_checkout", str(ROOT)] and pack[2] == copy[5]
     for words in (copy, install, start):
         assert words[:4] == ["gcloud", "compute", "tpus", "tpu-vm"]
         assert {"--worker=all", "--zone=us-central2-b", "--project=mine"} <= set(words)
     [command] = [word.removeprefix("--command=") for word in start if word.startswith("--command=")]
     assert subprocess.run(["bash", "-n"], input=command, text=True).returncode == 0
     loop = shlex.split(command.replace(";", " ; "))
-    first = loop.index("python3")
+    first = loop.index(".venv/bin/python")
     check_train(loop[first : loop.index(";", first)], distributed=True)
     assert "seq 0 7" in command
     [only] = dry_run(LAUNCH / "tpu_vm.sh", *flags, "--no_install", *TRAIN)
@@ -64,23 +65,92 @@ def test_tpu_vm_starts_the_same_command_on_all_workers():
     ("codes", "runs", "result"), [([75, 137, 0], 3, 0), ([75, 1], 2, 1), ([134] * 9, 4, 134)]
 )
 def test_tpu_vm_starts_again_on_the_host_as_long_as_it_helps(codes, runs, result, tmp_path):
-    """The loop that is sent to the hosts, with a `python3` that ends as it is told."""
+    """The loop that is sent to the hosts, with a Python that ends as it is told."""
     [start] = dry_run(
         LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--restarts=3", "--no_install", "--dry_run", *TRAIN
     )
     [command] = [word.removeprefix("--command=") for word in start if word.startswith("--command=")]
-    (tmp_path / "imagen_jax").mkdir()
+    (tmp_path / "imagen_jax" / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / "codes").write_text("\n".join(map(str, codes)) + "\n")
-    fake = tmp_path / "python3"
+    fake = tmp_path / "imagen_jax" / ".venv" / "bin" / "python"
     fake.write_text(
         f"#!/bin/bash\necho run >> {tmp_path}/runs\ncode=$(head -1 {tmp_path}/codes)\n"
         f"sed -i 1d {tmp_path}/codes\nexit $code\n"
     )
     fake.chmod(0o755)
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == result
     assert (tmp_path / "runs").read_text().count("run") == runs
+
+
+def test_tpu_vm_makes_the_tpu_that_is_asked_for():
+    flags = ["--name=pod", "--zone=z", "--accelerator_type=v6e-16", "--spot", "--no_install", "--dry_run"]
+    create, start = dry_run(LAUNCH / "tpu_vm.sh", *flags, *TRAIN)
+    assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "pod"]
+    expected = {"--node-id=pod", "--zone=z", "--accelerator-type=v6e-16", "--spot"}
+    assert expected <= set(create) and "--runtime-version=v2-alpha-tpuv6e" in create
+    assert start[:5] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh"]
+    error = dry_run(LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--spot", *TRAIN, code=2)
+    assert "--spot" in error and "--accelerator_type" in error
+
+
+# What a false gcloud does: a queued resource's state is in a file; `ssh` takes the TPU away as often as told.
+GCLOUD = """#!/bin/bash
+cd {folder}
+echo "$4 $5" >> calls
+case "$3 $4" in
+  "queued-resources describe") [[ -s state ]] || exit 1; cat state; sed -i s/PROVISIONING/ACTIVE/ state ;;
+  "queued-resources create") echo PROVISIONING > state ;;
+  "queued-resources delete") : > state ;;
+  "tpu-vm ssh")
+    if [[ -s preemptions ]]; then sed -i 1d preemptions; echo SUSPENDED > state; exit 255; fi
+    exit {code} ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("preemptions", "code"), [(0, 0), (2, 0), (1, 1)])
+def test_tpu_vm_makes_a_preempted_tpu_again(preemptions, code, tmp_path):
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text(GCLOUD.format(folder=tmp_path, code=code))
+    gcloud.chmod(0o755)
+    (tmp_path / "preemptions").write_text("one\n" * preemptions)
+    flags = ["--name=pod", "--zone=z", "--accelerator_type=v5litepod-16", "--spot", "--no_install"]
+    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TPU_POLL_SECONDS": "0"}
+    command = ["bash", str(LAUNCH / "tpu_vm.sh"), *flags, *TRAIN]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls.count("create pod") == calls.count("ssh pod") == 1 + preemptions
+    assert calls.count("delete pod") == preemptions
+    assert done.stderr.count("has been preempted") == preemptions
+
+
+def test_tpu_vm_ships_the_checkout_as_it_is(tmp_path):
+    """Edited, new and deleted files, but none that git ignores."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    (tmp_path / "launch").mkdir()
+    shutil.copy(LAUNCH / "tpu_vm.sh", tmp_path / "launch")
+    files = {".gitignore": "ignored", "edited.py": "old", "deleted.py": "", "a name.py": ""}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    for command in (["init", "--quiet"], ["add", "--all"], ["commit", "--quiet", "--message=m"]):
+        subprocess.run([*git, *command], check=True)
+    (tmp_path / "edited.py").write_text("new")
+    (tmp_path / "deleted.py").unlink()
+    (tmp_path / "new.py").touch()
+    (tmp_path / "ignored").touch()
+    elsewhere = tmp_path / ".git" / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "gcloud").write_text("#!/bin/bash\n")
+    (elsewhere / "gcloud").chmod(0o755)
+    env = {**os.environ, "PATH": f"{elsewhere}:{os.environ['PATH']}", "TMPDIR": str(elsewhere)}
+    script = str(tmp_path / "launch" / "tpu_vm.sh")
+    subprocess.run(["bash", script, "--name=pod", "--zone=z", *TRAIN], env=env, check=True)
+    with tarfile.open(elsewhere / "imagen_jax.tar.gz") as tar:
+        names = set(tar.getnames())
+        assert tar.extractfile("edited.py").read() == b"new"
+    assert names == {".gitignore", "edited.py", "a name.py", "new.py", "launch/tpu_vm.sh"}
 
 
 GKE = [

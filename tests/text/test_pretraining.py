@@ -7,7 +7,6 @@ from safetensors.numpy import load_file
 
 from imagen_jax.cli.main import main
 from imagen_jax.data.shapes_captions import words
-from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
 from imagen_jax.models.t5_weights import hub_tensors, load_t5
 from imagen_jax.text.encoder import TextEncoder
@@ -55,10 +54,9 @@ def test_tensors_go_back_under_the_hubs_names(folder):
 
 
 def test_the_encoder_learns_which_picture_is_meant(folder, mixed_dtypes):
-    source = open_source(SOURCE, split="train", limit=None)
     caption = ["a small red circle on a white background"]
     before = TextEncoder.load(folder).encode(caption)[0]
-    right = pretrain(folder, source, PretrainingConfig(steps=60, batch_size=32, learning_rate=2e-3))
+    right = pretrain(folder, PretrainingConfig(source=SOURCE, steps=60, batch_size=32, learning_rate=2e-3))
     assert right > 0.1  # by chance 1 / 32
     after = TextEncoder.load(folder).encode(caption)[0]
     assert np.isfinite(after).all() and np.abs(after - before).max() > 0.1
@@ -67,15 +65,14 @@ def test_the_encoder_learns_which_picture_is_meant(folder, mixed_dtypes):
 def test_a_source_without_pictures_is_refused(folder, tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
     (tmp_path / "a.txt").write_text("")
-    source = open_source(f"folder:{tmp_path}", split="train", limit=None)
     with pytest.raises(UserError, match="without a captioned picture"):
-        pretrain(folder, source, PretrainingConfig(steps=1))
+        pretrain(folder, PretrainingConfig(source=f"folder:{tmp_path}", steps=1))
 
 
 @pytest.mark.parametrize("name", ["steps", "batch_size"])
 def test_nothing_is_not_a_number_of_steps(name):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        PretrainingConfig(**{name: 0})
+        PretrainingConfig(source=SOURCE, **{name: 0})
 
 
 def test_another_encoder_is_not_pretrained(folder, tmp_path, capsys):
