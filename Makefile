@@ -66,7 +66,7 @@ demo-model: $(VENV)/.installed  ## trains, exports and scores what --model=demo 
 	$(BIN)/imagen-jax precompute --source=$(DEMO_SOURCE),count=2000 --text_encoder=$(DEMO)/text_encoder \
 	    --out=$(DEMO)/records --split=test
 	$(MAKE) $(DEMO_JOBS) demo-base demo-sr
-	$(BIN)/imagen-jax export --from=$(DEMO)/base,$(DEMO)/sr --out=$(DEMO)/model --dtype=float16
+	$(BIN)/imagen-jax export --from=$(DEMO)/base,$(DEMO)/sr --out=$(DEMO)/model --dtype=int8
 	$(BIN)/python benchmarks/demo_scores.py --model=$(DEMO)/model --out=$(DEMO)/scores
 
 demo-base:

@@ -30,9 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16", "float16"],
-        help="of the stages' weights in the model folder; default: as they were trained. Drawing is not changed by "
-        "it, but for the weights' rounding",
+        choices=["float32", "bfloat16", "float16", "int8"],
+        help="of the stages' weights in the model folder; int8 has a scale a channel; default: as they were "
+        "trained. Drawing is not changed by it, but for the weights' rounding",
     )
     parser.add_argument(
         "--ema_decay",

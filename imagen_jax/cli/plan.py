@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "every stage of a cascade, base first",
     )
     parser.add_argument(
-        "--model", help="with --program=sample: model folder, all of whose stages are planned"
+        "--model", help="with --program=sample: model folder (or demo), all of whose stages are planned"
     )
     parser.add_argument("--topology", help="slice of v4, v5e, v5p or v6e chips, as v5e:16x16")
     parser.add_argument("--slices", type=int, default=1, help="number of such slices (1)")

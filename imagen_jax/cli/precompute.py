@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text_encoder",
         required=True,
         metavar="DIR_OR_HUB_ID",
-        help="T5 encoder: a folder or a hub id",
+        help="T5 encoder: a folder, a hub id (ID@REVISION for a revision), or demo, that of the model in the package",
     )
     parser.add_argument(
         "--make_small_encoder",

@@ -27,7 +27,7 @@ _PROMPTS_BYTES = 64 * 2**20  # of a list of prompts
 _BREAKS = re.compile("[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
 
 EXAMPLE = """example:
-  imagen-jax sample "a small red circle on a blue background" --model=model --out=pictures --num_images=4
+  imagen-jax sample "a small red circle on a blue background" --model=demo --out=pictures --num_images=4
 
 Writes one PNG a picture (all that makes it again is in its metadata), grid.png, and index.html with prompts and
 seeds. Image j of each prompt has seed SEED + j and depends on its prompt and that seed only. The same command
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
-        help="model folder (`imagen-jax export`); default with --like: the picture's",
+        help="model folder (`imagen-jax export`), or demo, that in the package; default with --like: the picture's",
     )
     parser.add_argument("--out", required=True, help="folder for the pictures")
     parser.add_argument(
@@ -279,7 +279,9 @@ def run(args: argparse.Namespace) -> int:
     seed = args.seed if args.seed is not None else 0 if like is None else like.seed
     folder = args.model if args.model is not None or like is None else like.model
     if folder is None:
-        raise UserError("--model is missing: the model folder (`imagen-jax export`)")
+        raise UserError(
+            "--model is missing: the model folder (`imagen-jax export`), or demo, the model in the package"
+        )
     negative = args.negative_prompt
     if negative is None and like is not None:
         negative = like.negative_prompt

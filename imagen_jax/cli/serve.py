@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
 EXAMPLE = """example:
-  imagen-jax serve --model=model
+  imagen-jax serve --model=demo
 
 Then open the address that it prints. Only this machine reaches the page unless --host says otherwise: there is
 no password. Requests are drawn one after the other. Ctrl-C ends it. Needs pip install 'imagen_jax[serve]'.
@@ -25,7 +25,9 @@ the machine), and to pages of its own only. Another name, such as a proxy's or t
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verb's flags."""
     parser.epilog = EXAMPLE
-    parser.add_argument("--model", required=True, help="model folder (`imagen-jax export`)")
+    parser.add_argument(
+        "--model", required=True, help="model folder (`imagen-jax export`), or demo, the model in the package"
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default %(default)s)")
     parser.add_argument(
         "--allow_host",

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init_from",
         metavar="DIR[@DECAY]",
         help="start from the averaged weights of a work directory (@DECAY: of that average, @0: of none) or of a "
-        "model folder",
+        "model folder, or demo, the model in the package",
     )
     parser.add_argument(
         "--profile_steps", metavar="FIRST:LAST", help="write a trace of these steps to WORKDIR/profile"

@@ -24,6 +24,7 @@ from imagen_jax.models.weight_files import WeightReader
 from imagen_jax.parallel.jax_internals import process_allgather
 
 _CODE_OF = {dtype: code for code, dtype in DTYPES.items()}
+SCALE = ":int8_scale"  # after a tensor's name, that of what its int8 values are multiplied by
 _ALIGNMENT = 64  # bytes: arrays that begin at a multiple of it are used by the CPU where they lie
 _TILE = 64  # of rows that are read or written side by side, few enough for the processor's cache
 
@@ -36,6 +37,8 @@ class TensorSource:
     # Our axis i is stored axis axes[i]; stored axes that are not among them have length one. None: as stored.
     axes: tuple[int, ...] | None = None
     stacked: bool = False  # whether ours has a leading axis over `names` (layers under a scan)
+    # What the stored int8 values are multiplied by: a tensor over our last axis. None: they are values as they are.
+    scale: str | None = None
 
     def __post_init__(self):
         if not self.names or (len(self.names) > 1 and not self.stacked):
@@ -66,6 +69,8 @@ class TensorSource:
         return np.stack(layers) if len(layers) > 1 else layers[0][None]
 
     def _read_one(self, reader: WeightReader, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        if self.scale is not None:
+            return reader.read(name, index).astype(np.float32) * reader.read(self.scale, index[-1:])
         if self.axes is None:
             return reader.read(name, index)
         stored_index = [slice(None)] * len(reader.shape(name))
@@ -182,6 +187,12 @@ def check_dtype(reader: WeightReader, source: TensorSource, dtype: Any) -> None:
     Raises:
         UserError: the parameter is floating-point and a stored tensor is not, or the other way round; names it.
     """
+    if source.scale is not None:
+        (name,) = source.names
+        dtypes = reader.dtype(name), reader.dtype(source.scale)
+        if dtypes != (np.int8, np.float32) or reader.shape(source.scale) != reader.shape(name)[-1:]:
+            raise UserError(f"{reader.location}: {source.scale} is no scale of {name}")
+        return
     for name in source.names:
         if jnp.issubdtype(dtype, jnp.floating):
             reader.check_float(name)
@@ -282,8 +293,27 @@ def _to_host(leaf: Any) -> np.ndarray:
     return np.asarray(leaf)
 
 
+def quantise_weights(state: Any) -> dict[str, Any]:
+    """A state's tensors by name, those of two and more axes in int8 and beside them what to multiply them by.
+
+    The largest magnitude of each index of the last axis (an output channel) becomes 127, so that a value is right to
+    within 1/254 of its channel's largest.
+    """
+    tensors: dict[str, Any] = {}
+    for name, leaf in flatten_names(state)[0].items():
+        if leaf.ndim < 2:
+            tensors[name] = leaf
+            continue
+        values = _to_host(leaf).astype(np.float32)
+        largest = np.abs(values).max(axis=tuple(range(leaf.ndim - 1)))
+        scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(127)
+        tensors[name] = np.rint(values / scale).astype(np.int8)
+        tensors[name + SCALE] = scale
+    return tensors
+
+
 def load_state(abstract_state: Any, path: epath.PathLike, *, shardings: Any = None, dtype: Any = None) -> Any:
-    """Reads what `save_state` wrote, as a state like `abstract_state`.
+    """Reads what `save_state` wrote, `quantise_weights` before it or not, as a state like `abstract_state`.
 
     Args:
         abstract_state: an `nnx.State` (or another tree) whose leaves have `shape` and `dtype`, as
@@ -302,8 +332,9 @@ def load_state(abstract_state: Any, path: epath.PathLike, *, shardings: Any = No
         for name in names:
             if name not in reader.names:
                 raise UserError(f"{path}: tensor {name} is missing; the file is of another network")
-        unexpected = sorted(reader.names - set(names))
+        scales = {name: name + SCALE for name in names if name + SCALE in reader.names}
+        unexpected = sorted(reader.names - set(names) - set(scales.values()))
         if unexpected:
             raise UserError(f"{path}: unexpected tensor {unexpected[0]}; the file is of another network")
-        sources = {name: TensorSource(names=(name,)) for name in names}
+        sources = {name: TensorSource(names=(name,), scale=scales.get(name)) for name in names}
         return load_tensors(abstract_state, reader, sources, shardings=shardings, dtype=dtype)

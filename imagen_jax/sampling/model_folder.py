@@ -22,7 +22,13 @@ from imagen_jax.errors import UserError
 from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import StageConfig
 from imagen_jax.models.network import Params
-from imagen_jax.models.weights import WeightReader, flatten_names, load_state, save_state
+from imagen_jax.models.weights import (
+    WeightReader,
+    flatten_names,
+    load_state,
+    quantise_weights,
+    save_state,
+)
 
 INDEX = "model_index.json"
 WEIGHTS = "model.safetensors"
@@ -69,12 +75,15 @@ def save_stage(
       folder: the model folder.
       config: the stage.
       params: its weights.
-      dtype: that they are stored in; None: the weights'. A stage computes as its config says, whatever is stored.
+      dtype: that they are stored in, "int8" with a float32 scale a channel; None: the weights'. A stage computes as
+        its config says, whatever is stored.
 
     Raises:
       UserError: a weight is too large for the dtype, naming it.
     """
-    if dtype is not None:
+    if dtype == "int8":
+        params = quantise_weights(params)
+    elif dtype is not None:
         params = _cast(params, dtype)
     folder = make_folder(epath.Path(folder) / config.name)
     save_state(params, folder / WEIGHTS)
