@@ -45,7 +45,7 @@ def export(
       copy_text_encoder: whether a local encoder is copied into the model folder, else it is referred to.
       ema_decay: which average of the weights, one of `train.ema_decay` and `train.ema_decays` of every stage, or 0
         for the weights as they are; None: `train.ema_decay`.
-      dtype: that the stages' weights are stored in, "float32", "bfloat16", "float16", "int8"; None: as they were trained.
+      dtype: of the stages' stored weights, "float32", "bfloat16", "float16", "int8"; None: as they were trained.
       objective: what a run of that config learned; None: diffusion.
 
     Returns:

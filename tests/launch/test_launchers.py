@@ -265,3 +265,16 @@ def test_shellcheck_finds_nothing():
     )
     done = subprocess.run([program, *map(str, scripts)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_printed_commands_name_their_records_and_no_zone():
+    lines = [
+        line
+        for file in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+        for line in file.read_text().splitlines()
+        if "launch/" in line and "--workdir=" in line
+    ]
+    assert len(lines) >= 4
+    for line in lines:
+        assert "--config.data.path=" in line
+        assert "--zone=" not in line or "--zone=ZONE" in line
