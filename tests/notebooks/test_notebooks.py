@@ -1,9 +1,11 @@
 """The notebooks as they are, with small numbers, in a kernel of their own."""
 
 import base64
+import importlib.util
 import io
 import json
 import re
+import subprocess
 from pathlib import Path
 
 import nbformat
@@ -77,16 +79,78 @@ def test_the_file_is_clean_and_opens_in_colab(name):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert not cell.outputs and cell.execution_count is None
-    first = notebook.cells[0].source
-    assert "colab-badge.svg" in first
-    link = rf"colab\.research\.google\.com/github/[^/]+/imagen_jax/blob/main/notebooks/{name}\.ipynb\)"
-    assert re.search(link, first)
     code = next(cell for cell in notebook.cells if cell.cell_type == "code")
-    assert "%pip install" in code.source and "REPOSITORY = " in code.source
+    assert code.source.startswith('PACKAGE = ""\nDRIVE = False\n')
+    assert "OWNER" not in (FOLDER / f"{name}.ipynb").read_text()
 
 
 def test_no_notebook_is_left_out():
     assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """install(PACKAGE, ...) → what the first cell leaves, the package being absent and pip ending with a code."""
+    source = nbformat.read(FOLDER / "sample.ipynb", as_version=4).cells[2].source
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    real = subprocess.run
+
+    def execute(package, pip=0):
+        commands = []
+
+        def run(command, **options):
+            if "pip" not in command:
+                return real(command, **options)
+            commands.append(command)
+            return subprocess.CompletedProcess(command, pip)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        names = {}
+        exec(source.replace('PACKAGE = ""', f"PACKAGE = {package!r}", 1), names)
+        return commands, names
+
+    return execute
+
+
+def test_every_notebook_installs_alike():
+    setups = {
+        tuple(cell.source for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells[1:5])
+        for name in NAMES
+    }
+    assert len(setups) == 1
+
+
+@pytest.mark.parametrize(
+    ("package", "reason"),
+    [
+        ("", "write here a git address"),
+        ("imagen_jax", "neither a git address"),
+        ("nowhere/imagen_jax-0.1.0-py3-none-any.whl", "no such file"),
+        ("git+imagen_jax", "not of the form git+https://"),
+        ("git+file:///nowhere/imagen_jax", "does not appear to be a git repository"),
+    ],
+)
+def test_what_cannot_be_installed_stops_the_notebook_before_pip(install, package, reason):
+    with pytest.raises(SystemExit, match=re.escape(reason)) as error:
+        install(package)
+    assert "\n" not in str(error.value)
+
+
+def test_an_installation_that_fails_stops_the_notebook(install, tmp_path):
+    wheel = tmp_path / "imagen_jax-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    with pytest.raises(SystemExit, match="pip could not install it"):
+        install(str(wheel), pip=1)
+    (command,), names = install(str(wheel))
+    assert command[-1] == str(wheel) and command[-2].startswith("jax")
+    assert names["CHANGED"] == []
+
+
+def test_a_git_address_may_name_a_branch(install, tmp_path):
+    subprocess.run(["git", "init", "--quiet", tmp_path / "imagen_jax"], check=True)
+    for ending in ("", "@main", "@feature/new"):
+        (command,), _ = install(f"git+file://{tmp_path}/imagen_jax{ending}")
+        assert command[-1].endswith(f"imagen_jax{ending}")
 
 
 def test_sample_draws_what_is_asked_for(run):
