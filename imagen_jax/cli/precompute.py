@@ -30,31 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(captions.jsonl, metadata.jsonl, or a .txt per picture), "
         "tfds:NAME or parquet:PATH",
     )
-    parser.add_argument(
-        "--text_encoder",
-        required=True,
-        metavar="DIR_OR_HUB_ID",
-        help="T5 encoder: a folder, a hub id (ID@REVISION for a revision), or demo, that of the model in the package",
-    )
-    parser.add_argument(
-        "--make_small_encoder",
-        action="store_true",
-        help="if the folder --text_encoder is not there, make a small encoder of fixed random weights in it, "
-        "which knows the words of this source (no download; no substitute for a trained one)",
-    )
-    parser.add_argument(
-        "--pretrain_on",
-        metavar="SPEC",
-        help="with --make_small_encoder: the encoder learns to find the pictures of this source by their captions, "
-        "so that its embeddings tell what belongs together (default: it stays as it was made)",
-    )
-    parser.add_argument(
-        "--pretrain_steps",
-        type=int,
-        default=1500,
-        metavar="N",
-        help="for how long, 256 pictures a step (%(default)s)",
-    )
+    _add_encoder_arguments(parser)
     parser.add_argument("--out", required=True, metavar="DIR", help="record folder to write, local or cloud")
     parser.add_argument("--split", default="train", help="name of the split to write (%(default)s)")
     parser.add_argument(
@@ -95,6 +71,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="I",
         help="of this process, from 0 to N-1: it writes the shards I, I+N, … (%(default)s)",
+    )
+
+
+def _add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--text_encoder",
+        required=True,
+        metavar="DIR_OR_HUB_ID",
+        help="T5 encoder: a folder, a hub id (ID@REVISION for a revision), or demo, that of the model in the package",
+    )
+    parser.add_argument(
+        "--make_small_encoder",
+        action="store_true",
+        help="if the folder --text_encoder is not there, make a small encoder of fixed random weights in it, "
+        "which knows the words of this source (no download; no substitute for a trained one)",
+    )
+    parser.add_argument(
+        "--pretrain_on",
+        metavar="SPEC",
+        help="with --make_small_encoder: the encoder learns to find the pictures of this source by their captions, "
+        "so that its embeddings tell what belongs together (default: it stays as it was made)",
+    )
+    parser.add_argument(
+        "--pretrain_steps",
+        type=int,
+        default=1500,
+        metavar="N",
+        help="for how long, 256 pictures a step (%(default)s)",
     )
 
 

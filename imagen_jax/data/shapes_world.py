@@ -141,7 +141,14 @@ def _changes(scene: Scene, split: Split) -> list[tuple[Scene, ...]]:
             except ValueError:
                 continue
             known = split is Split.TEST or not any((item.colour, item.shape) in HELD_OUT for item in items)
-            if changed != scene and known and all(map(_can_be_textured, items, [len(items)] * len(items))):
+            if (
+                changed != scene
+                and known
+                and all(
+                    item.texture is Texture.SOLID or _can_be_textured(item.size, len(items) == 1)
+                    for item in items
+                )
+            ):
                 possible.append(changed)
         if possible:
             changes.append(tuple(possible))
@@ -174,16 +181,16 @@ def _with(item: SceneObject, name: str, value: enum.Enum | None) -> SceneObject:
     return dataclasses.replace(item, **changes)
 
 
-def _can_be_textured(item: SceneObject, number: int) -> bool:
-    """Whether an object among so many is large enough for the texture that it has."""
-    return item.texture is Texture.SOLID or number == 1 or item.size is not Size.SMALL
+def _can_be_textured(size: Size | None, alone: bool) -> bool:
+    """Whether an object is large enough for stripes."""
+    return alone or size is not Size.SMALL
 
 
 def _object(
     random: np.random.Generator, kind: tuple[Colour, Shape], size: Size | None, alone: bool
 ) -> SceneObject:
     texture = Texture.SOLID
-    if alone or size is not Size.SMALL:  # too small for stripes
+    if _can_be_textured(size, alone):
         texture = tuple(_TEXTURES)[int(random.choice(len(_TEXTURES), p=list(_TEXTURES.values())))]
     return SceneObject(colour=kind[0], shape=kind[1], size=size, texture=texture)
 

@@ -23,6 +23,8 @@ from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.pictures import decode_picture, resize
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
+from imagen_jax.models.layers import to_patches
+from imagen_jax.models.stage import unit_pictures
 from imagen_jax.models.t5 import T5Config, encode
 from imagen_jax.models.t5_weights import hub_tensors, load_t5
 from imagen_jax.models.weights import save_state
@@ -68,12 +70,10 @@ class PictureEncoder(nnx.Module):
         self, pictures: UInt8[Array, "batch height width 3"]
     ) -> Float[Array, "batch embedding_width"]:
         """Vectors of pictures of 32×32 pixels."""
-        n, half = len(pictures), _SIDE // 2
-        x = pictures.astype(jnp.float32) / 127.5 - 1
-        x = x.reshape(n, half, 2, half, 2, 3).transpose(0, 1, 3, 2, 4, 5).reshape(n, half, half, 12)
+        x = to_patches(unit_pictures(pictures), 2)  # (N, 16, 16, 12)
         for conv, norm in zip(self.convs, self.norms, strict=True):
             x = nnx.relu(norm(conv(x)))  # (N, 16, 16, 48), (N, 8, 8, 96), (N, 8, 8, 96), (N, 4, 4, 128)
-        return self.out(x.reshape(n, -1))
+        return self.out(x.reshape(len(x), -1))
 
 
 def contrastive_loss(
