@@ -96,9 +96,8 @@ def _add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pretrain_steps",
         type=int,
-        default=1500,
         metavar="N",
-        help="for how long, 256 pictures a step (%(default)s)",
+        help="with --pretrain_on: for how long, 256 pictures a step (default: 1500)",
     )
 
 
@@ -124,9 +123,10 @@ def run(args: argparse.Namespace) -> int:
         num_processes=args.num_processes,
         process_index=args.process_index,
     )
+    pretraining = _pretraining(args)
     if args.make_small_encoder:
-        _make_small_encoder(config, args.pretrain_on, args.pretrain_steps)
-    elif args.pretrain_on is not None:
+        _make_small_encoder(config, pretraining)
+    elif pretraining is not None:
         raise UserError("--pretrain_on: goes with --make_small_encoder; other encoders stay as they are")
     with warnings.catch_warnings():
         warnings.simplefilter("always", UnknownTokensWarning)
@@ -136,26 +136,42 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _make_small_encoder(config: Any, pretrain_on: str | None, steps: int) -> None:
+def _pretraining(args: argparse.Namespace) -> Any:
+    """What the flags say about the small encoder's training: a `PretrainingConfig`, or None."""
+    from imagen_jax.errors import UserError
+    from imagen_jax.text.pretraining import PretrainingConfig
+
+    if args.pretrain_on is None:
+        if args.pretrain_steps is not None:
+            raise UserError(f"--pretrain_steps={args.pretrain_steps}: goes with --pretrain_on")
+        return None
+    steps = {} if args.pretrain_steps is None else {"steps": args.pretrain_steps}
+    try:
+        return PretrainingConfig(source=args.pretrain_on, split=args.split, **steps)
+    except ValueError as error:
+        raise UserError(f"--pretrain_steps: {error}") from error
+
+
+def _make_small_encoder(config: Any, pretraining: Any) -> None:
     """Makes the small encoder unless it is there; of several processes, all may try at once."""
     from imagen_jax.errors import UserError
     from imagen_jax.files import is_cloud
     from imagen_jax.text.precompute import source_captions
-    from imagen_jax.text.pretraining import PretrainingConfig, pretrain
+    from imagen_jax.text.pretraining import pretrain
     from imagen_jax.text.small import make_small_encoder
 
     def make(folder: epath.Path) -> None:
         # An encoder that learns has use for a further layer; one of random weights only gets noisier.
-        layers = 2 if pretrain_on is None else 3
+        layers = 2 if pretraining is None else 3
         make_small_encoder(
             folder, vocabulary_texts=source_captions(config), layers=layers, byte_fallback=True
         )
-        if pretrain_on is not None:
-            pretrain(folder, PretrainingConfig(source=pretrain_on, split=config.split, steps=steps))
+        if pretraining is not None:
+            pretrain(folder, pretraining)
 
     target = epath.Path(config.text_encoder)
     if is_cloud(target):
-        if pretrain_on is not None:
+        if pretraining is not None:
             raise UserError(f"--pretrain_on: {target} is in the cloud; make the encoder in a local folder")
         # Nothing is renamed there; several processes write the same bytes, and config.json last.
         if not (target / "config.json").exists():

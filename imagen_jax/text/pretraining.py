@@ -23,6 +23,7 @@ from imagen_jax.data.examples import Example, Source
 from imagen_jax.data.pictures import decode_picture, resize
 from imagen_jax.data.sources import open_source
 from imagen_jax.errors import UserError
+from imagen_jax.limits import MAX_BATCH, MAX_SEED, check_numbers
 from imagen_jax.models.layers import to_patches
 from imagen_jax.models.stage import unit_pictures
 from imagen_jax.models.t5 import T5Config, encode
@@ -53,6 +54,7 @@ class PretrainingConfig:
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_numbers(self, batch_size=MAX_BATCH, seed=MAX_SEED)
 
 
 class PictureEncoder(nnx.Module):

@@ -79,3 +79,24 @@ def test_another_encoder_is_not_pretrained(folder, tmp_path, capsys):
     arguments = ["--source=shapes:count=4", f"--text_encoder={folder}", f"--out={tmp_path}/records"]
     assert main(["precompute", *arguments, f"--pretrain_on={SOURCE}"]) != 0
     assert "--pretrain_on: goes with --make_small_encoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--pretrain_steps=7"], "--pretrain_steps=7: goes with --pretrain_on"),
+        (
+            [f"--pretrain_on={SOURCE}", "--pretrain_steps=0"],
+            "--pretrain_steps: steps must be at least 1, got 0",
+        ),
+        (
+            [f"--pretrain_on={SOURCE}", f"--pretrain_steps={10**10}"],
+            "--pretrain_steps: steps must be at most",
+        ),
+    ],
+)
+def test_a_number_of_steps_that_means_nothing(flags, said, tmp_path, capsys):
+    arguments = ["--source=shapes:count=4", f"--text_encoder={tmp_path}/encoder", f"--out={tmp_path}/records"]
+    assert main(["precompute", *arguments, "--make_small_encoder", *flags]) != 0
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
