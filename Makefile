@@ -19,7 +19,7 @@ WHEELS := grain ml-collections tensorflow-datasets diffusers etils array-record 
 WHEELS_OF_SOURCE := promise
 SUITE := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: quickstart demo-model demo-base demo-sr test test-parity test-browser test-cloud test-kill test-launch test-oldest test-newest wheels lint clean
+.PHONY: quickstart demo-model demo-base demo-sr test test-parity test-browser test-cloud test-kill test-launch test-oldest test-newest wheels docs lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -28,7 +28,7 @@ $(VENV)/.installed: setup.py
 	touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(PIP) --editable '.[test,plan]'
+	$(PIP) --editable '.[test,docs,plan]'
 	touch $@
 
 $(VENV)/.installed-parity: $(VENV)/.installed-test
@@ -111,7 +111,7 @@ $(VENV)-oldest/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet uv
 	VIRTUAL_ENV=$(abspath $(VENV)-oldest) $(VENV)-oldest/bin/uv pip install --quiet --resolution=lowest-direct \
-	    --editable '.[test,plan]'
+	    --editable '.[test,docs,plan]'
 	touch $@
 
 test-oldest: $(VENV)-oldest/.installed  ## the suite at the lower bounds of setup.py
@@ -119,11 +119,15 @@ test-oldest: $(VENV)-oldest/.installed  ## the suite at the lower bounds of setu
 
 $(VENV)-newest/.installed: setup.py
 	$(NEWEST_PYTHON) -m venv $(VENV)-newest
-	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy=eager --editable '.[test,plan]'
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy=eager --editable '.[test,docs,plan]'
 	touch $@
 
 test-newest: $(VENV)-newest/.installed  ## the suite on a newer Python with the newest releases
 	JAX_PLATFORMS=cpu $(VENV)-newest/bin/python $(SUITE)
+
+docs: $(VENV)/.installed-test  ## the documentation as a site in site/
+	$(BIN)/mkdocs build --strict --quiet
+	@echo 'site/index.html'
 
 wheels: $(VENV)/.installed  ## what a GPU machine without network lacks for benchmarks/gpu.sh, as files in wheels/
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --dest=wheels $(WHEELS)
@@ -131,4 +135,4 @@ wheels: $(VENV)/.installed  ## what a GPU machine without network lacks for benc
 	du -ch wheels/*.whl
 
 clean:
-	rm -rf $(VENV) $(VENV)-xpk $(VENV)-oldest $(VENV)-newest build wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-xpk $(VENV)-oldest $(VENV)-newest build site wheels *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -78,6 +78,8 @@ setup(
         "plan": ["libtpu>=0.0.42,<0.0.52"],
         # Pictures of telephones (.heic, .heif).
         "heif": ["pillow-heif>=1.1,<2"],
+        # The documentation as a site, and the check of its links.
+        "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0.8,<2"],
         # The plots of benchmarks.
         "plot": ["matplotlib>=3.10,<4"],
         "benchmark-sampling": ["torch==2.13.0", "imagen-pytorch==2.1.0"],
