@@ -85,7 +85,7 @@ def api_pages() -> Iterator[tuple[str, str]]:
 
 
 def _modules(folder: Path) -> Iterator[str]:
-    """Names of the public modules of a package, with those of packages in it; the whole package's are only its files."""
+    """Names of the public modules of a package and of packages in it; of imagen_jax itself only its files."""
     for path in sorted(folder.glob("*.py") if folder == PACKAGE else folder.rglob("*.py")):
         parts = path.relative_to(ROOT).with_suffix("").parts
         if not parts[-1].startswith("_"):
