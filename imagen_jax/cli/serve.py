@@ -44,6 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch_size", type=int, default=4, help="pictures drawn at a time (default 4)")
     parser.add_argument(
+        "--max_pictures",
+        type=int,
+        default=64,
+        metavar="N",
+        help="of a request at most, 1 to 64 (%(default)s)",
+    )
+    parser.add_argument(
+        "--max_steps",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="of a stage at most, 1 to 5000, where they are not its own (%(default)s)",
+    )
+    parser.add_argument(
         "--fsdp", type=int, default=1, help="devices over which weights are split (default 1)"
     )
     parser.add_argument(
@@ -70,8 +84,10 @@ def run(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("nicegui") is None:
         raise UserError("the page needs NiceGUI: pip install 'imagen_jax[serve]'")
     from imagen_jax.serving.guard import Hosts
+    from imagen_jax.serving.request import Limits
     from imagen_jax.serving.server import address, is_local, listen, serve
 
+    limits = Limits(pictures=args.max_pictures, steps=args.max_steps)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(args.host, args.port))
         hosts = Hosts.of(args.host, listener.getsockname()[0], args.allow_host)
@@ -83,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
         model = Imagen.load(args.model, mesh=_mesh(args.fsdp), cache=args.cache)
         out = args.out or stack.enter_context(tempfile.TemporaryDirectory(prefix="imagen-jax-"))
         temporary = args.out is None
-        studio = Studio(model, make_folder(out), batch_size=args.batch_size, temporary=temporary)
+        studio = Studio(
+            model, make_folder(out), batch_size=args.batch_size, temporary=temporary, limits=limits
+        )
         if studio.passed_over:
             print(
                 f"--out holds {len(studio.passed_over)} PNGs that stay and are not shown, such as "

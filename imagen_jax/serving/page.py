@@ -4,12 +4,15 @@ import base64
 import html
 import io
 import secrets
+from collections.abc import MutableMapping
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 from etils import epath
 from fastapi import FastAPI, HTTPException, Request, Response
-from nicegui import ui
+from nicegui import app, ui
+from nicegui.elements.mixins.value_element import ValueElement
 from PIL import Image
 
 from imagen_jax.diffusion.samplers import Sampler
@@ -19,9 +22,9 @@ from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.pictures import grid
 from imagen_jax.sampling.prompts import check_prompt
 from imagen_jax.serving.request import (
-    MAX_IMAGES,
     MAX_PROMPT,
     MAX_SEED,
+    Limits,
     PictureRequest,
     read_query,
     real_number,
@@ -38,11 +41,14 @@ _PREVIEW_SIDE = 128  # pixels, of one picture in a preview at most
 
 # NiceGUI brings its own fonts and scripts: nothing is asked of the network.
 _STYLE = """
-.picture { width: 14rem; display: flex; flex-direction: column; gap: .25rem; }
-.picture img { width: 14rem; height: 14rem; object-fit: contain; background: #8881; border-radius: .4rem; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(14rem, 1fr)); gap: 1rem; flex: 1 1 20rem; }
+.picture { display: flex; flex-direction: column; gap: .25rem; min-width: 0; }
+.picture img { width: 100%; aspect-ratio: 1; object-fit: contain; background: #8881; border-radius: .4rem; }
 img.small { image-rendering: pixelated; }
-.preview { width: 100%; object-fit: contain; border-radius: .4rem; }
+.preview { width: 100%; max-height: 40vh; object-fit: contain; border-radius: .4rem; }
 .prompt { display: -webkit-box; -webkit-line-clamp: 3; -webkit-box-orient: vertical; overflow: hidden; }
+.form { width: 24rem; max-width: 100%; }
+@media (min-width: 48rem) { .form { position: sticky; top: 1rem; max-height: calc(100vh - 2rem); overflow-y: auto; } }
 """
 
 
@@ -61,14 +67,19 @@ def _address(shown: Shown) -> str:
 class _StageFields:
     """A stage's row of the form; what is left empty is as the stage has it."""
 
-    def __init__(self, stage: StageConfig, overrides: SamplingOverrides):
+    def __init__(self, stage: StageConfig, overrides: SamplingOverrides, limits: Limits):
         own, self._name = stage.sampling, stage.name
+        most = max(limits.steps, own.sampler.steps)
         with ui.row().classes("w-full items-end gap-2 no-wrap"):
             self._steps = (
                 ui.number(
-                    f"{stage.name} steps", value=overrides.steps, placeholder=str(own.sampler.steps), min=1
+                    f"{stage.name} steps",
+                    value=overrides.steps,
+                    placeholder=str(own.sampler.steps),
+                    min=1,
+                    max=most,
                 )
-                .props(f'stack-label hint="own: {own.sampler.steps}"')
+                .props(f'stack-label hint="own: {own.sampler.steps}, at most {most}"')
                 .classes("flex-1")
             )
             self._guidance = (
@@ -86,6 +97,7 @@ class _StageFields:
             chosen = "" if overrides.sampler in (None, own.sampler.kind) else overrides.sampler.value
             self._sampler = ui.select(choices, label=f"{stage.name} sampler", value=chosen)
             self._sampler.props('hint=" "').classes("flex-1")
+        self.elements: tuple[ValueElement, ...] = (self._steps, self._guidance, self._sampler)
 
     def overrides(self) -> SamplingOverrides:
         """What the row says.
@@ -114,24 +126,29 @@ class Page:
           query: of its link.
           address: of who opened it.
         """
-        self._studio, self._client = studio, address
+        self._studio, self._client, self._query = studio, address, query
         self._job: Job | None = None
+        self._memory: MutableMapping[str, Any] | None = None  # what the browser's tab keeps over a reload
         self._cards: dict[str, ui.html] = {}  # of the pictures shown, by name, the newest first
         self._preview_call: tuple[str, int] | None = None
         ui.add_css(_STYLE)
         request, error = self._linked(query)
         with ui.row().classes("w-full gap-6 items-start"):
-            with ui.column().classes("w-96 max-w-full gap-3"):
+            with ui.column().classes("form gap-3"):
                 ui.label(f"{TITLE} · {epath.Path(studio.model.folder.name).name}").classes(
                     "text-lg font-medium"
                 )
-                self._build_form(request)
+                self._build_prompt(request)
                 self._build_status()
-            self._gallery = ui.row().classes("flex-1 gap-4").props('role=list aria-label="Gallery"')
+                self._build_settings(request)
+            self._gallery = ui.element("div").classes("gallery").props('role=list aria-label="Gallery"')
+        self._elements: list[ValueElement] = [self._prompt, self._negative, self._seed, self._count]
+        self._elements += [element for fields in self._fields for element in fields.elements]
         self._say(error)
         self.refresh()
-        # Whoever closes the page waits for nothing any more.
-        ui.context.client.on_delete(self._stop_job)
+        # Whoever closes the page waits for nothing any more. Who loads it again is back before it counts as closed.
+        ui.context.client.on_connect(self._remember)
+        ui.context.client.on_delete(self._leave_job)
         ui.timer(_REFRESH_SECONDS, self.refresh)
 
     def _linked(self, query: bytes) -> tuple[PictureRequest | None, str]:
@@ -146,14 +163,18 @@ class Page:
         except UserError as error:
             return None, str(error)
 
-    def _build_form(self, request: PictureRequest | None) -> None:
-        stages = self._studio.model.stages
-        overrides = (SamplingOverrides(),) * len(stages) if request is None else request.overrides
+    def _build_prompt(self, request: PictureRequest | None) -> None:
         self._prompt = (
             ui.textarea("Prompt", value=request.prompt if request else "")
-            .props(f"autogrow outlined autofocus maxlength={MAX_PROMPT}")
+            .props(f'autogrow outlined autofocus maxlength={MAX_PROMPT} hint="Ctrl+Enter draws"')
             .classes("w-full")
         )
+        for key in ("ctrl", "meta"):
+            self._prompt.on(f"keydown.{key}.enter", self._submit)
+
+    def _build_settings(self, request: PictureRequest | None) -> None:
+        stages, limits = self._studio.model.stages, self._studio.limits
+        overrides = (SamplingOverrides(),) * len(stages) if request is None else request.overrides
         self._negative = (
             ui.input("Negative prompt", value=(request.negative_prompt or "") if request else "")
             .props(f'maxlength={MAX_PROMPT} hint="what guidance leads away from"')
@@ -163,9 +184,12 @@ class Page:
             seed = ui.number("Seed", value=request.seed if request else 0, min=0, max=MAX_SEED)
             self._seed = seed.props('hint="of the first picture"').classes("flex-1")
             ui.button("Random", icon="casino", on_click=self._random_seed).props("flat no-caps")
-            count = ui.number("Pictures", value=request.num_images if request else 1, min=1, max=MAX_IMAGES)
-            self._count = count.props('hint=" "').classes("w-20")
-        self._fields = [_StageFields(stage, each) for stage, each in zip(stages, overrides, strict=True)]
+            number = request.num_images if request else 1
+            count = ui.number("Pictures", value=number, min=1, max=limits.pictures)
+            self._count = count.props(f'hint="1 to {limits.pictures}"').classes("w-20")
+        self._fields = [
+            _StageFields(stage, each, limits) for stage, each in zip(stages, overrides, strict=True)
+        ]
 
     def _build_status(self) -> None:
         with ui.row().classes("w-full gap-2 no-wrap"):
@@ -204,7 +228,7 @@ class Page:
         if self._job is not None and not self._job.state.over:  # one at a time a page
             return
         try:
-            self._job = self._studio.submit(self._request(), self._client)
+            self._wait_for(self._studio.submit(self._request(), self._client))
             self._say("")
         except UserError as error:
             self._say(str(error))
@@ -213,9 +237,43 @@ class Page:
     def _stop_job(self) -> None:
         if self._job is not None:
             self._job.stop()
+        self.refresh()
+
+    def _leave_job(self) -> None:
+        if self._job is not None:
+            self._job.leave(self)
+
+    def _wait_for(self, job: Job) -> None:
+        self._job = job
+        job.join(self)
+
+    def _remember(self) -> None:
+        """After the page has loaded: the form and the request as this tab of the browser had them before."""
+        if self._memory is not None:  # the connection was lost for a moment
+            return
+        self._memory = app.storage.tab
+        values = self._memory.get("form", [])
+        if self._memory.get("query") == self._query and len(values) == len(self._elements):
+            for element, value in zip(self._elements, values, strict=True):
+                element.value = value
+        job = self._studio.job(self._memory.get("job") or 0)
+        if job is not None and not job.state.over:
+            self._wait_for(job)
+        self._memory["query"] = self._query
+        self.refresh()
+
+    def _keep(self) -> None:
+        """Keeps what `_remember` brings back."""
+        if self._memory is None:
+            return
+        now = {"form": [element.value for element in self._elements], "job": self._job and self._job.number}
+        for name, value in now.items():
+            if self._memory.get(name) != value:
+                self._memory[name] = value
 
     def refresh(self) -> None:
         """Brings the page up to date."""
+        self._keep()
         job = self._job
         busy = job is not None and not job.state.over
         self._draw.set_enabled(not busy)
@@ -317,7 +375,7 @@ def make_app(studio: Studio) -> FastAPI:
     `/` is the page; `/pictures/NAME` a picture of the gallery, `/pictures/NAME/record` what made it, as JSON.
     One application a process: NiceGUI's pages are global.
     """
-    app = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
+    api = FastAPI(title=TITLE, docs_url=None, redoc_url=None, openapi_url=None)
 
     def found(name: str) -> Shown:
         shown = studio.find(name)
@@ -325,7 +383,7 @@ def make_app(studio: Studio) -> FastAPI:
             raise HTTPException(404, f"there is no picture {name}")
         return shown
 
-    @app.get("/pictures/{name}")
+    @api.get("/pictures/{name}")
     def picture(name: str, download: bool = False) -> Response:
         shown = found(name)
         try:
@@ -338,7 +396,7 @@ def make_app(studio: Studio) -> FastAPI:
             headers["Content-Disposition"] = f"attachment; filename*=UTF-8''{quote(shown.name)}"
         return Response(content, media_type="image/png", headers=headers)
 
-    @app.get("/pictures/{name}/record")
+    @api.get("/pictures/{name}/record")
     def record(name: str) -> dict:
         return found(name).record.to_metadata()
 
@@ -346,5 +404,5 @@ def make_app(studio: Studio) -> FastAPI:
     def page(request: Request) -> None:
         Page(studio, request.scope["query_string"], request.client.host if request.client else "")
 
-    ui.run_with(app, title=TITLE, dark=None, show_welcome_message=False, reconnect_timeout=_AWAY_SECONDS)
-    return app
+    ui.run_with(api, title=TITLE, dark=None, show_welcome_message=False, reconnect_timeout=_AWAY_SECONDS)
+    return api

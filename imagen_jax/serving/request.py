@@ -14,7 +14,7 @@ from imagen_jax.sampling.drawing import Drawing
 from imagen_jax.sampling.overrides import SamplingOverrides, override_all, parse_overrides
 from imagen_jax.sampling.prompts import check_prompt
 
-# Of a request: a slip of the finger must not keep the machine busy for a day.
+# Of a request: a slip of the finger must not keep the machine busy for a day. A server may set less, see `Limits`.
 MAX_IMAGES = 64
 MAX_STEPS = 5000  # of a stage, where they are not its own
 MAX_PROMPT = 4000  # characters
@@ -22,6 +22,31 @@ MAX_QUERY = 100_000  # bytes of a link: two prompts of the longest characters, a
 
 # Flag of `imagen-jax sample`, and parameter of a link → field of the overrides. These are what the form has.
 STAGE_FLAGS = {"steps": "steps", "guidance": "guidance_weight", "sampler": "sampler"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What a server draws for one request at most.
+
+    Raises:
+      UserError: naming the flag of `imagen-jax serve`.
+    """
+
+    pictures: int = MAX_IMAGES
+    steps: int = 1000  # of a stage, where they are not its own
+
+    def __post_init__(self) -> None:
+        for name, most in (("pictures", MAX_IMAGES), ("steps", MAX_STEPS)):
+            if not 1 <= getattr(self, name) <= most:
+                raise UserError(f"--max_{name} {getattr(self, name)}: must be 1 to {most}")
+
+    def check(self, request: "PictureRequest") -> None:
+        """Raises UserError for a request beyond them."""
+        if request.num_images > self.pictures:
+            raise UserError(f"the number of pictures must be 1 to {self.pictures}, got {request.num_images}")
+        for each in request.overrides:
+            if each.steps is not None and each.steps > self.steps:
+                raise UserError(f"a stage takes at most {self.steps} steps here, got {each.steps}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from imagen_jax.sampling.drawing import Drawing
 from imagen_jax.sampling.output import Place, find_place, save_picture
 from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.record import PictureRecord, read_record
-from imagen_jax.serving.request import PictureRequest
+from imagen_jax.serving.request import Limits, PictureRequest
 
 T = TypeVar("T")
 MAX_JOBS = 128  # that wait or are drawn
@@ -54,16 +54,23 @@ class Job:
 
     def __init__(self, number: int, request: PictureRequest, total_calls: int, client: str = ""):
         self.number, self.request, self.client = number, request, client
-        self.state = JobState.WAITING
+        self._state = JobState.WAITING
         self.message = ""  # one line, where it failed
         self.warnings: list[str] = []  # lines: what of its prompts the stages do not see
         self.names: list[str] = []  # files of its pictures, as they come
         self.preview: Preview | None = None
         self._total, self._finished = total_calls, 0  # network calls; those of completed runs of a stage
         self._stop = threading.Event()
+        self._watchers: set[object] = set()
         self._future: Future[None] | None = None
         self._started: float | None = None
         self._ended: float | None = None
+
+    @property
+    def state(self) -> JobState:
+        """How far it is. One that was stopped is over at once, though the compiler, which nothing ends, may go on."""
+        state = self._state
+        return JobState.STOPPED if self._stop.is_set() and not state.over else state
 
     @property
     def fraction(self) -> float:
@@ -87,15 +94,28 @@ class Job:
 
     def stop(self) -> None:
         """Takes it out of the queue; where it is being drawn it ends before the next network call."""
+        if self.state.over:
+            return
+        self._ended = time.monotonic()
         self._stop.set()
         if self._future is not None:
             self._future.cancel()  # does nothing to what runs
+
+    def join(self, watcher: object) -> None:
+        """Somebody waits for it."""
+        self._watchers.add(watcher)
+
+    def leave(self, watcher: object) -> None:
+        """Somebody waits no more; when nobody is left, it stops."""
+        self._watchers.discard(watcher)
+        if not self._watchers:
+            self.stop()
 
     def start(self) -> None:
         """Its turn has come."""
         if self._stop.is_set():
             raise _Stopped
-        self._started, self.state = time.monotonic(), JobState.RUNNING
+        self._started, self._state = time.monotonic(), JobState.RUNNING
 
     def watch(self, preview: Preview) -> None:
         """Called by the sampling loop."""
@@ -109,15 +129,18 @@ class Job:
 
     def finish(self, future: "Future[None]") -> None:
         """Says how it ended; an error that is no user's also goes to the terminal with its traceback."""
-        self._ended, self.preview = time.monotonic(), None  # nobody looks at it now, and it may be large
+        self._ended, self.preview = (
+            self._ended or time.monotonic(),
+            None,
+        )  # nobody looks now, and it may be large
         error = None if future.cancelled() else future.exception()
         if future.cancelled() or isinstance(error, _Stopped):
-            self.state = JobState.STOPPED
+            self._state = JobState.STOPPED
         elif error is None:
-            self.state = JobState.DONE
+            self._state = JobState.DONE
         else:
             self.message = _one_line(error)
-            self.state = JobState.FAILED
+            self._state = JobState.FAILED
 
 
 def _one_line(error: BaseException) -> str:
@@ -138,12 +161,21 @@ class Shown:
     name: str  # of its file
     record: PictureRecord
     again: PictureRequest | None  # what makes it again on the page; None: made with settings the page lacks
+    series: int  # pictures that were asked for together have the same, later ones a higher one
 
 
 class Studio:
     """A model, the queue before it and the folder of its pictures."""
 
-    def __init__(self, model: Imagen, folder: epath.Path, *, batch_size: int = 4, temporary: bool = False):
+    def __init__(
+        self,
+        model: Imagen,
+        folder: epath.Path,
+        *,
+        batch_size: int = 4,
+        temporary: bool = False,
+        limits: Limits | None = None,
+    ):
         """Takes up the newest pictures that lie in `folder`.
 
         Args:
@@ -151,13 +183,15 @@ class Studio:
           folder: gets the pictures, as `imagen-jax sample` writes them.
           batch_size: pictures drawn together.
           temporary: whether pictures are removed when they leave the gallery.
+          limits: of a request; None: the usual ones.
 
         Raises:
           UserError: if batch_size is out of range.
         """
         model.check(Drawing(wanted=()), batch_size=batch_size)
         self.model, self.folder, self._batch_size, self._temporary = model, folder, batch_size, temporary
-        self._numbers = itertools.count(1)
+        self.limits = limits or Limits()
+        self._numbers, self._series = itertools.count(1), itertools.count(1)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
         self._waiting: collections.OrderedDict[int, Job] = collections.OrderedDict()
         self._shown: dict[str, Shown] = {}  # oldest first
@@ -175,8 +209,13 @@ class Studio:
                 records.append((path.name, read_record(path, flag="--out")))
             except UserError as error:
                 self.passed_over.append(str(error).removeprefix("--out "))
+        last: PictureRecord | None = None
+        series = next(self._series)
         for name, record in reversed(records):
-            self._show(name, record)
+            if last is not None and (record.prompt, record.seed) != (last.prompt, last.seed + 1):
+                series = next(self._series)
+            self._show(name, record, series)
+            last = record
 
     def _sampling_calls(self, request: PictureRequest) -> int:
         batches = math.ceil(request.num_images / self._batch_size)
@@ -193,6 +232,7 @@ class Studio:
         Raises:
           UserError: if it cannot be drawn, or too many wait.
         """
+        self.limits.check(request)
         drawing = request.drawing(self.model.stages)
         self.model.check(drawing)
         warnings = self.model.text_warnings(drawing)
@@ -215,6 +255,11 @@ class Studio:
         with self._lock:
             self._waiting.pop(job.number)
 
+    def job(self, number: int) -> Job | None:
+        """A request that waits or is drawn, by its number."""
+        with self._lock:
+            return self._waiting.get(number)
+
     def before(self, job: Job) -> int:
         """How many requests come before this one."""
         with self._lock:
@@ -222,25 +267,26 @@ class Studio:
 
     def _draw(self, job: Job) -> None:
         job.start()
+        series = next(self._series)
         drawing = job.request.drawing(self.model.stages)
         records = [self.model.record(drawing, number) for number in range(len(drawing.wanted))]
         places = [find_place(self.folder, 0, record) for record in records]
         for place in places:
             if place.there:  # asked for before: the same picture would come out
-                self._done(job, place)
+                self._done(job, place, series)
         missing = [number for number, place in enumerate(places) if not place.there]
         pictures = self.model.draw(drawing.part(missing), batch_size=self._batch_size, preview=job.watch)
         for picture in pictures:
             place = places[missing[picture.index]]
             save_picture(place, picture.pixels)
-            self._done(job, place)
+            self._done(job, place, series)
 
-    def _done(self, job: Job, place: Place) -> None:
-        self._show(place.path.name, place.record)
+    def _done(self, job: Job, place: Place, series: int) -> None:
+        self._show(place.path.name, place.record, series)
         job.names.append(place.path.name)
 
-    def _show(self, name: str, record: PictureRecord) -> None:
-        shown = Shown(name=name, record=record, again=self._request_of(record))
+    def _show(self, name: str, record: PictureRecord, series: int) -> None:
+        shown = Shown(name=name, record=record, again=self._request_of(record), series=series)
         with self._lock:
             self._shown.pop(name, None)  # asked for again: to the front
             self._shown[name] = shown
@@ -275,9 +321,9 @@ class Studio:
         return request if again.same_picture(record.to_metadata()) else None
 
     def gallery(self) -> Sequence[Shown]:
-        """The pictures, newest first."""
+        """The pictures: what was asked for last comes first, and of that the lowest seed."""
         with self._lock:
-            return list(reversed(self._shown.values()))
+            return sorted(self._shown.values(), key=lambda shown: (-shown.series, shown.record.seed))
 
     def find(self, name: str) -> Shown | None:
         """A picture of the gallery by its file's name."""

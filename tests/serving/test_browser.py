@@ -152,10 +152,10 @@ def test_a_prompt_a_click_and_pictures(page, folder):
     assert cards(page).count() == 2
     shown = cards(page).locator("img")
     assert [shown.nth(i).evaluate("image => image.naturalWidth") for i in range(2)] == [16, 16]
-    assert "seed 6" in cards(page).nth(0).inner_text() and "seed 5" in cards(page).nth(1).inner_text()
+    assert "seed 5" in cards(page).nth(0).inner_text() and "seed 6" in cards(page).nth(1).inner_text()
     files = sorted(folder.glob("*.png"))
     assert len(files) == 2
-    for i, file in enumerate(reversed(files)):
+    for i, file in enumerate(files):
         np.testing.assert_array_equal(pixels(page, shown.nth(i)), np.asarray(Image.open(file)))
     screenshot = np.asarray(Image.open(io.BytesIO(page.screenshot())).convert("RGB"))
     box = shown.nth(0).bounding_box()
@@ -257,7 +257,7 @@ def test_a_broken_link_says_so(page, url):
     assert alert.count() == 1 and "\n" not in alert.inner_text()
 
 
-LONG = {"base_steps": MAX_STEPS, "Pictures": MAX_IMAGES}
+LONG = {"base_steps": 1000, "Pictures": MAX_IMAGES}
 
 
 def test_one_after_the_other_and_stop(page, browser, url):
@@ -287,6 +287,86 @@ def test_who_leaves_waits_for_nothing(page, browser, url):
     for each in pages:
         each.close()
     page.get_by_role("status").filter(has_text="1 picture in").wait_for()
+
+
+def test_a_reload_changes_nothing(page):
+    """What was written and chosen, the request that is being drawn, and the button that ends it."""
+    ask(page, "two green triangles", **LONG, Seed=3000, Negative_prompt="a red circle", sr_guidance=3)
+    page.get_by_role("status").filter(has_text="base: step").wait_for()
+    page.get_by_label("Seed", exact=True).fill("5")
+    page.wait_for_timeout(1000)  # the server looks four times a second
+    page.reload()
+    page.get_by_role("status").filter(has_text="base: step").wait_for()
+    wanted = {
+        "Prompt": "two green triangles",
+        "Negative prompt": "a red circle",
+        "Seed": "5",
+        "Pictures": "64",
+    }
+    for label, value in {**wanted, "base steps": "1000", "sr guidance": "3", "sr steps": ""}.items():
+        assert page.get_by_label(label, exact=True).input_value() == value, label
+    page.wait_for_timeout(15_000)  # longer than a page without a connection is waited for
+    assert page.get_by_role("status").filter(has_text="base: step").count() == 1
+    assert not page.get_by_role("button", name="Draw").is_enabled()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("status").filter(has_text="stopped after").wait_for()
+
+
+def test_another_tab_begins_anew(page, browser, url):
+    page.get_by_label("Prompt", exact=True).fill("a blue square")
+    page.wait_for_timeout(1000)
+    other = browser.new_page()
+    other.goto(url)
+    other.wait_for_timeout(1000)
+    assert other.get_by_label("Prompt", exact=True).input_value() == ""
+    other.close()
+
+
+@pytest.mark.parametrize("key", ["Control+Enter", "Meta+Enter"])
+def test_keys_that_draw(page, key):
+    before = cards(page).count()
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill(PROMPT)
+    page.get_by_label("Seed", exact=True).fill(str(4000 + len(key)))
+    prompt.press(key)
+    page.get_by_role("status").filter(has_text="1 picture in").wait_for()
+    assert cards(page).count() == before + 1
+    assert prompt.input_value() == PROMPT  # no new line in it
+
+
+def test_stop_while_a_program_is_compiled(page):
+    """Another number of pictures in a batch needs the compiler, which nothing ends."""
+    ask(page, base_steps=7, sr_steps=9, Seed=5000)
+    page.get_by_role("status").filter(has_text="preparing").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("status").filter(has_text="stopped after").wait_for(timeout=5000)
+    ask(page, base_steps=7, sr_steps=9, Seed=5001)  # at once: it waits for its turn
+    page.get_by_role("status").filter(has_text="1 picture in").wait_for()
+
+
+@pytest.mark.parametrize("size", [(1280, 800), (390, 844), (2560, 1300)], ids=["laptop", "phone", "wide"])
+def test_what_happens_is_in_view(page, size):
+    """Prompt, buttons, progress and preview without scrolling; the gallery takes the width there is."""
+    width, height = size
+    page.set_viewport_size({"width": width, "height": height})
+    draw(page, Seed=6000, Pictures=12, base_steps=2)
+    ask(page, **LONG, Seed=6100)
+    page.get_by_role("img", name="as they form").wait_for()
+    for role, name in (
+        ("button", "Draw"),
+        ("button", "Stop"),
+        ("progressbar", "Progress"),
+        ("img", "as they form"),
+    ):
+        box = page.get_by_role(role, name=name).bounding_box()
+        assert box["y"] >= 0 and box["y"] + box["height"] <= height, name
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width, name
+    page.get_by_role("button", name="Stop").click()
+    boxes = [cards(page).nth(i).bounding_box() for i in range(12)]
+    row = [box for box in boxes if box["y"] == boxes[0]["y"]]
+    assert max(box["x"] + box["width"] for box in row) > width - 120
+    assert len(row) == {1280: 3, 390: 1, 2560: 8}[width]
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 def get(url, target):

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 from etils import epath
 
+from imagen_jax.cli.main import main
 from imagen_jax.errors import UserError
 from imagen_jax.sampling.batches import Preview
 from imagen_jax.sampling.cascade import Imagen, Picture
 from imagen_jax.sampling.overrides import SamplingOverrides
 from imagen_jax.sampling.pictures import read_metadata, save_png
 from imagen_jax.serving import studio as studio_module
-from imagen_jax.serving.request import PictureRequest
+from imagen_jax.serving.request import Limits, PictureRequest
 from imagen_jax.serving.studio import MAX_CLIENT_JOBS, MAX_JOBS, JobState, Studio
 
 
@@ -87,8 +88,8 @@ def test_requests_are_drawn_one_after_the_other_and_say_how_far_they_are(studio,
     assert first.state is JobState.DONE and first.fraction == 1.0
     assert model.drawn == [("a red circle", 3), ("a red circle", 4), ("a blue square", 0)]
     shown = studio.gallery()
-    assert [(each.record.prompt, each.record.seed) for each in shown] == model.drawn[::-1]
-    assert [each.name for each in shown][:0:-1] == first.names
+    assert [(each.record.prompt, each.record.seed) for each in shown] == [*model.drawn[2:], *model.drawn[:2]]
+    assert [each.name for each in shown][1:] == first.names
     for each in shown:
         assert read_metadata(tmp_path / each.name) == each.record.to_metadata()
         assert studio.find(each.name) == each
@@ -138,6 +139,55 @@ def test_the_queue_has_an_end(studio, model):
     assert studio.submit(request(), "10.0.0.1").state is not None
 
 
+def test_what_is_stopped_is_over_at_once(studio, model):
+    """Also while it cannot end, as during compilation; whoever asks then waits for that."""
+    job = studio.submit(request(seed=1))
+    until(lambda: job.state is JobState.RUNNING)
+    job.stop()
+    assert job.state is JobState.STOPPED
+    seconds = job.seconds
+    other = studio.submit(request(seed=2))
+    assert (other.state, studio.before(other)) == (JobState.WAITING, 1)
+    model.go.release(100)
+    until(lambda: other.state is JobState.DONE)
+    assert job.state is JobState.STOPPED and job.seconds == seconds and job.names == []
+
+
+def test_a_request_ends_when_nobody_waits_for_it_any_more(studio, model):
+    job, left, reloaded = studio.submit(request(seed=1)), object(), object()
+    until(lambda: job.state is JobState.RUNNING)
+    job.join(left)
+    assert studio.job(job.number) is job
+    job.join(reloaded)
+    job.leave(left)
+    assert job.state is JobState.RUNNING
+    job.leave(reloaded)
+    assert job.state is JobState.STOPPED
+    model.go.release(100)
+    until(lambda: studio.job(job.number) is None)
+
+
+def test_a_server_has_limits(model, tmp_path):
+    made = Studio(model, epath.Path(tmp_path), limits=Limits(pictures=2, steps=7))
+    with pytest.raises(UserError, match="the number of pictures must be 1 to 2, got 3"):
+        made.submit(request(num_images=3))
+    with pytest.raises(UserError, match="a stage takes at most 7 steps here, got 8"):
+        made.submit(request(overrides=(SamplingOverrides(), SamplingOverrides(steps=8))))
+    model.go.release(100)
+    job = made.submit(request(num_images=2))
+    until(lambda: job.state.over)
+    assert job.state is JobState.DONE
+    made.close()
+
+
+@pytest.mark.parametrize(
+    "flag", ["--max_pictures=0", "--max_pictures=65", "--max_steps=0", "--max_steps=5001", "--max_steps=-1"]
+)
+def test_limits_that_are_none(flag, model_folder, capsys):
+    assert main(["serve", f"--model={model_folder}", "--port=0", flag]) == 1
+    assert flag.replace("=", " ") + ": must be 1 to" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("temporary", [False, True])
 def test_the_gallery_has_an_end(model, tmp_path, monkeypatch, temporary):
     """What leaves it stays on disk, unless the folder is the server's own."""
@@ -151,7 +201,8 @@ def test_the_gallery_has_an_end(model, tmp_path, monkeypatch, temporary):
     assert len(list(tmp_path.glob("*.png"))) == (3 if temporary else 5)
     made.close()
     again = Studio(model, epath.Path(tmp_path))
-    assert [each.record.seed for each in again.gallery()] == [4, 3, 2]
+    # Files do not say what was asked for together: following seeds of a prompt count as that.
+    assert [each.record.seed for each in again.gallery()] == [2, 3, 4]
     again.close()
 
 
