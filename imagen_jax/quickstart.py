@@ -7,7 +7,8 @@ from typing import Any
 
 from etils import epath
 
-from imagen_jax.data import shapes, shapes_captions
+from imagen_jax import demo
+from imagen_jax.data import shapes
 from imagen_jax.errors import UserError
 from imagen_jax.evaluation import oracle
 from imagen_jax.files import make_folder
@@ -15,7 +16,7 @@ from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.cascade import Imagen, Picture
 from imagen_jax.sampling.pictures import grid, save_png
 from imagen_jax.text.precompute import PrecomputeConfig, precompute
-from imagen_jax.text.small import make_small_encoder
+from imagen_jax.text.encoder import TextEncoder
 from imagen_jax.training.config import load_config
 from imagen_jax.training.export import export
 from imagen_jax.training.trainer import train
@@ -82,9 +83,9 @@ def quickstart(out: epath.PathLike, *, scale: str = "full") -> dict[str, Any]:
     sizes, out, started = SCALES[scale], epath.Path(out), time.monotonic()
     encoder, records, model_folder = out / "text_encoder", out / "records", out / "model"
     make_folder(out)
-    _announce(1, "a small frozen text encoder")
+    _announce(1, "the frozen text encoder, that of the model in the package")
     if not (encoder / "config.json").exists():
-        make_small_encoder(encoder, vocabulary_texts=shapes_captions.all_captions(), byte_fallback=True)
+        TextEncoder.load(demo.FOLDER / "text_encoder").save_copy(encoder)
     _announce(2, "captions and pictures → records with text embeddings")
     for split, count in (("train", sizes.train_pictures), ("test", sizes.test_pictures)):
         source = f"shapes:count={count},resolution=64"

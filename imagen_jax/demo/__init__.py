@@ -5,11 +5,11 @@ import os
 from etils import epath
 
 NAME = "demo"  # in the place of a model folder, or of a text encoder's
+FOLDER = epath.Path(__file__).parent
 
 
 def packaged(model: epath.PathLike) -> epath.PathLike:
     """The model in the box where "demo" is asked for and there is no folder of that name, else `model`."""
-    folder = epath.Path(__file__).parent
-    if os.fspath(model) == NAME and not os.path.isdir(NAME) and (folder / "model_index.json").exists():
-        return folder
+    if os.fspath(model) == NAME and not os.path.isdir(NAME) and (FOLDER / "model_index.json").exists():
+        return FOLDER
     return model

@@ -258,12 +258,19 @@ def test_missing_flags_show_the_usage(name):
     assert "usage:" in dry_run(LAUNCH / name, code=2)
 
 
-def test_shellcheck_finds_nothing():
-    scripts = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", *(ROOT / ".ci").iterdir()]
+SCRIPTS = [*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch", *(ROOT / ".ci").iterdir()]
+
+
+@pytest.mark.parametrize(
+    ("linter", "files"),
+    [("shellcheck", SCRIPTS), ("hadolint", [LAUNCH / "Dockerfile"])],
+    ids=["shell", "docker"],
+)
+def test_linters_find_nothing(linter, files):
     program = shutil.which(
-        "shellcheck", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        linter, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     )
-    done = subprocess.run([program, *map(str, scripts)], capture_output=True, text=True)
+    done = subprocess.run([program, *map(str, files)], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
