@@ -15,8 +15,8 @@ from imagen_jax.files import make_folder
 from imagen_jax.parallel.mesh import MeshConfig, make_mesh
 from imagen_jax.sampling.cascade import Imagen, Picture
 from imagen_jax.sampling.pictures import grid, save_png
-from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.text.encoder import TextEncoder
+from imagen_jax.text.precompute import PrecomputeConfig, precompute
 from imagen_jax.training.config import load_config
 from imagen_jax.training.export import export
 from imagen_jax.training.trainer import train
