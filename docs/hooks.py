@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -63,13 +64,14 @@ def commands() -> str:
     """The page of commands, from the parsers."""
     from imagen_jax.cli.main import VERBS, make_parser
 
-    os.environ["COLUMNS"] = "100"  # as wide as argparse writes
     parts = ["# Commands", "`imagen-jax COMMAND --help` shows the same."]
-    for verb, summary in VERBS.items():
-        parser = make_parser(verb)
-        choices = next(action.choices for action in parser._actions if action.dest == "verb")
-        text = choices[verb].format_help().rstrip()  # type: ignore[index, call-overload]
-        parts += [f"## {verb}", f"{summary[0].upper()}{summary[1:]}.", f"```text\n{text}\n```"]
+    # As wide as a page, and without a terminal's colours.
+    with mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"):
+        for verb, summary in VERBS.items():
+            parser = make_parser(verb)
+            choices = next(action.choices for action in parser._actions if action.dest == "verb")
+            text = choices[verb].format_help().rstrip()  # type: ignore[index, call-overload]
+            parts += [f"## {verb}", f"{summary[0].upper()}{summary[1:]}.", f"```text\n{text}\n```"]
     return "\n\n".join(parts) + "\n"
 
 

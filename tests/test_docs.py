@@ -45,15 +45,34 @@ def test_the_api_says_what_docstrings_say(site):
 
 
 @pytest.mark.parametrize(
-    "link", ["[a](nowhere.md)", "[a](other.md#nowhere)", "[a](#nowhere)", "![a](nowhere.png)"]
+    ("link", "faults"),
+    [
+        ("[a](other.md#two) ![b](b.png)", 0),
+        ("[a](nowhere.md)", 1),
+        ("[a](other.md#nowhere)", 1),
+        ("[a](#nowhere)", 1),
+        ("![a](nowhere.png)", 1),
+    ],
 )
-def test_a_broken_link_is_a_fault(link, tmp_path):
+def test_a_broken_link_is_a_fault(link, faults, tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "b.png").write_bytes(b"")
     for name, text in {"index": f"# One\n\n{link}\n", "other": "# Two\n"}.items():
-        (tmp_path / "docs").mkdir(exist_ok=True)
-        (tmp_path / "docs" / f"{name}.md").write_text(text)
-    plain = {"docs_dir": str(tmp_path / "docs"), "site_dir": str(tmp_path / "site"), "nav": None}
-    config = load_config(str(ROOT / "mkdocs.yml"), strict=True, hooks=[], plugins=[], **plain)
-    with pytest.raises(Abort, match="warnings in strict mode"):
+        (docs / f"{name}.md").write_text(text)
+    config = load_config(
+        str(ROOT / "mkdocs.yml"),
+        docs_dir=str(docs),
+        site_dir=str(tmp_path / "site"),
+        nav=["index.md", "other.md"],
+        hooks=[],
+        plugins=[],
+        strict=True,
+    )
+    if faults:
+        with pytest.raises(Abort, match=f"Aborted with {faults} warning"):
+            build(config)
+    else:
         build(config)
 
 

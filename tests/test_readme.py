@@ -1,5 +1,6 @@
 """Commands that README and docs print: all parsed, and README's run from an empty folder (`make test-readme`)."""
 
+import argparse
 import dataclasses
 import io
 import os
@@ -74,15 +75,30 @@ def blocks(path):
     ]
 
 
-def printed(program):
-    """(page, words) of all printed commands of a program."""
-    return [
-        pytest.param(words, id=f"{path.stem}-{i}-{'-'.join(words[1:2])}")
-        for path in PAGES
-        for i, words in enumerate(
-            words for block in blocks(path) for words in block.commands if words[0] == program
-        )
-    ]
+def printed(program, in_sentences=False):
+    """Words of all printed commands of a program, those in blocks or those in sentences, which leave things out."""
+    found = []
+    for path in PAGES:
+        commands = [words for block in blocks(path) for words in block.commands]
+        if in_sentences:
+            prose = _FENCE.sub("", path.read_text())
+            commands = [_words(text) for text in re.findall(r"`([^`\n]+)`", prose)]
+        commands = [words for words in commands if words[:1] == [program] and len(words) > 1]
+        found += [pytest.param(words, id=f"{path.stem}-{i}-{words[1]}") for i, words in enumerate(commands)]
+    return found
+
+
+@pytest.mark.parametrize("words", printed("imagen-jax", in_sentences=True))
+def test_a_command_in_a_sentence_has_such_flags(words):
+    verb = words[1]
+    if verb == "COMMAND":
+        return
+    commands = next(
+        each for each in make_parser(verb)._actions if isinstance(each, argparse._SubParsersAction)
+    )
+    known = {flag for action in commands.choices[verb]._actions for flag in action.option_strings}
+    named = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert {flag for flag in named if not flag.startswith("--config.")} <= known
 
 
 @pytest.mark.parametrize("words", printed("imagen-jax"))

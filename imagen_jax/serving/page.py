@@ -36,6 +36,7 @@ TITLE = "imagen-jax"
 GALLERY_PICTURES = 100  # newest ones that a page shows
 _REFRESH_SECONDS = 0.25  # between two looks at the queue and the gallery
 _AWAY_SECONDS = 10.0  # without a connection, after which a page is taken for closed
+_TAB_SECONDS = 86400.0  # that a tab's form is kept for after it changed last
 _ERROR_LENGTH = 500  # characters
 _PREVIEW_SIDE = 128  # pixels, of one picture in a preview at most
 
@@ -69,7 +70,7 @@ class _StageFields:
 
     def __init__(self, stage: StageConfig, overrides: SamplingOverrides, limits: Limits):
         own, self._name = stage.sampling, stage.name
-        most = max(limits.steps, own.sampler.steps)
+        most = limits.steps_of(stage)
         with ui.row().classes("w-full items-end gap-2 no-wrap"):
             self._steps = (
                 ui.number(
@@ -129,6 +130,7 @@ class Page:
         self._studio, self._client, self._query = studio, address, query
         self._job: Job | None = None
         self._memory: MutableMapping[str, Any] | None = None  # what the browser's tab keeps over a reload
+        self._id = ui.context.client.id
         self._cards: dict[str, ui.html] = {}  # of the pictures shown, by name, the newest first
         self._preview_call: tuple[str, int] | None = None
         ui.add_css(_STYLE)
@@ -159,6 +161,7 @@ class Page:
         try:
             request = PictureRequest.from_query(read_query(query), len(stages))
             request.sampling(stages)
+            self._studio.limits.check(request, stages)
             return request, ""
         except UserError as error:
             return None, str(error)
@@ -231,6 +234,7 @@ class Page:
             self._wait_for(self._studio.submit(self._request(), self._client))
             self._say("")
         except UserError as error:
+            self._job = None  # what it said last is of no use any more
             self._say(str(error))
         self.refresh()
 
@@ -247,27 +251,33 @@ class Page:
         self._job = job
         job.join(self)
 
-    def _remember(self) -> None:
+    async def _remember(self) -> None:
         """After the page has loaded: the form and the request as this tab of the browser had them before."""
         if self._memory is not None:  # the connection was lost for a moment
+            self._memory["page"] = self._id
             return
-        self._memory = app.storage.tab
-        values = self._memory.get("form", [])
-        if self._memory.get("query") == self._query and len(values) == len(self._elements):
-            for element, value in zip(self._elements, values, strict=True):
+        way = await ui.run_javascript("performance.getEntriesByType('navigation')[0].type")
+        memory: MutableMapping[str, Any] = app.storage.tab
+        memory["page"] = self._id  # the page before lives on for some seconds, and must not write any more
+        job = self._studio.job(memory.get("job") or 0)
+        # A link that is followed says what the form has, even if the tab has been there before.
+        if again := way in ("reload", "back_forward") and memory.get("query") == self._query:
+            for element, value in zip(self._elements, memory.get("form", [])):
                 element.value = value
-        job = self._studio.job(self._memory.get("job") or 0)
-        if job is not None and not job.state.over:
+        if job is not None and (again or not job.state.over):
             self._wait_for(job)
-        self._memory["query"] = self._query
+        memory["query"] = self._query
+        self._memory = memory
         self.refresh()
 
     def _keep(self) -> None:
         """Keeps what `_remember` brings back."""
-        if self._memory is None:
+        if self._memory is None or self._memory.get("page") != self._id:
             return
-        now = {"form": [element.value for element in self._elements], "job": self._job and self._job.number}
-        for name, value in now.items():
+        values = [element.value for element in self._elements]
+        # The browser's limit on lengths does not hold for a program in its place.
+        form = [value[:MAX_PROMPT] if isinstance(value, str) else value for value in values]
+        for name, value in {"form": form, "job": self._job and self._job.number}.items():
             if self._memory.get(name) != value:
                 self._memory[name] = value
 
@@ -404,5 +414,6 @@ def make_app(studio: Studio) -> FastAPI:
     def page(request: Request) -> None:
         Page(studio, request.scope["query_string"], request.client.host if request.client else "")
 
+    app.storage.max_tab_storage_age = _TAB_SECONDS
     ui.run_with(api, title=TITLE, dark=None, show_welcome_message=False, reconnect_timeout=_AWAY_SECONDS)
     return api

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
@@ -40,13 +40,17 @@ class Limits:
             if not 1 <= getattr(self, name) <= most:
                 raise UserError(f"--max_{name} {getattr(self, name)}: must be 1 to {most}")
 
-    def check(self, request: "PictureRequest") -> None:
+    def steps_of(self, stage: StageConfig) -> int:
+        """Of a stage: its own number is allowed in any case."""
+        return max(self.steps, stage.sampling.sampler.steps)
+
+    def check(self, request: "PictureRequest", stages: Sequence[StageConfig]) -> None:
         """Raises UserError for a request beyond them."""
         if request.num_images > self.pictures:
             raise UserError(f"the number of pictures must be 1 to {self.pictures}, got {request.num_images}")
-        for each in request.overrides:
-            if each.steps is not None and each.steps > self.steps:
-                raise UserError(f"a stage takes at most {self.steps} steps here, got {each.steps}")
+        for stage, each in zip(stages, request.overrides, strict=True):
+            if each.steps is not None and each.steps > (most := self.steps_of(stage)):
+                raise UserError(f"{stage.name} takes at most {most} steps here, got {each.steps}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import dataclasses
 import enum
 import itertools
 import math
+import secrets
 import threading
 import time
 import traceback
@@ -134,12 +135,14 @@ class Job:
             None,
         )  # nobody looks now, and it may be large
         error = None if future.cancelled() else future.exception()
-        if future.cancelled() or isinstance(error, _Stopped):
+        if error is not None and not isinstance(error, _Stopped):
+            self.message = _one_line(error)
+        # A stop that came after the last picture, or before a failure, stays one.
+        if future.cancelled() or self._stop.is_set():
             self._state = JobState.STOPPED
         elif error is None:
             self._state = JobState.DONE
         else:
-            self.message = _one_line(error)
             self._state = JobState.FAILED
 
 
@@ -191,9 +194,11 @@ class Studio:
         model.check(Drawing(wanted=()), batch_size=batch_size)
         self.model, self.folder, self._batch_size, self._temporary = model, folder, batch_size, temporary
         self.limits = limits or Limits()
-        self._numbers, self._series = itertools.count(1), itertools.count(1)
+        # A page remembers a number over a restart of the server, and must not find another's request by it.
+        self._numbers, self._series = itertools.count(1 + secrets.randbelow(2**48)), itertools.count(1)
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="studio")
         self._waiting: collections.OrderedDict[int, Job] = collections.OrderedDict()
+        self._over: collections.deque[Job] = collections.deque(maxlen=MAX_JOBS)
         self._shown: dict[str, Shown] = {}  # oldest first
         self._lock = threading.Lock()
         self.passed_over: list[str] = []  # what files of the folder are no part of the gallery, and why
@@ -232,7 +237,7 @@ class Studio:
         Raises:
           UserError: if it cannot be drawn, or too many wait.
         """
-        self.limits.check(request)
+        self.limits.check(request, self.model.stages)
         drawing = request.drawing(self.model.stages)
         self.model.check(drawing)
         warnings = self.model.text_warnings(drawing)
@@ -253,12 +258,12 @@ class Studio:
     def _end(self, job: Job, future: "Future[None]") -> None:
         job.finish(future)
         with self._lock:
-            self._waiting.pop(job.number)
+            self._over.append(self._waiting.pop(job.number))
 
     def job(self, number: int) -> Job | None:
-        """A request that waits or is drawn, by its number."""
+        """A request that waits, is drawn or was over not long ago, by its number."""
         with self._lock:
-            return self._waiting.get(number)
+            return next((job for job in (*self._waiting.values(), *self._over) if job.number == number), None)
 
     def before(self, job: Job) -> int:
         """How many requests come before this one."""

@@ -124,6 +124,7 @@ def copy_encoder(
     moves = [(file, epath.Path(folder)) for file in files]
     target = epath.Path(folder if tokenizer is None else tokenizer)
     moves += [(words / name, target) for name in TOKENIZER_FILES if (words / name).exists()]
-    for file, place in moves:
+    # A folder with a configuration is complete: it comes last.
+    for file, place in sorted(moves, key=lambda move: move[0].name == "config.json"):
         # Under another name first: an encoder that is in use has its file mapped.
         copy_file(file, make_folder(place) / file.name)

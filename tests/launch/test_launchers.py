@@ -207,6 +207,7 @@ def test_slurm_starts_a_step():
         (75, False, 75, True),
         (137, False, 137, True),
         (75, True, 75, True),
+        (1, True, 1, True),  # srun's answer to the signal while it waits for its nodes
         (0, True, 0, False),  # the signal came when the last step was made
     ],
 )

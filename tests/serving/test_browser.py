@@ -312,6 +312,42 @@ def test_a_reload_changes_nothing(page):
     page.get_by_role("status").filter(has_text="stopped after").wait_for()
 
 
+def test_two_reloads_in_a_row(page):
+    """The page before the first lives on for some seconds and must not bring back what it had."""
+    prompt = page.get_by_label("Prompt", exact=True)
+    prompt.fill("a red circle")
+    page.wait_for_timeout(1000)
+    page.reload()
+    page.wait_for_function("document.querySelector('textarea').value == 'a red circle'")
+    prompt.fill("two green triangles")
+    ask(page, "two green triangles", **LONG, Seed=7000)
+    page.get_by_role("status").filter(has_text="base: step").wait_for()
+    page.wait_for_timeout(1000)
+    page.reload()
+    page.get_by_role("status").filter(has_text="base: step").wait_for()
+    assert prompt.input_value() == "two green triangles"
+    page.wait_for_timeout(12_000)
+    page.get_by_role("status").filter(has_text="base: step").wait_for()
+    page.get_by_role("button", name="Stop").click()
+    page.get_by_role("status").filter(has_text="stopped after").wait_for()
+
+
+def test_a_link_that_is_followed_again_says_what_it_says(page, url):
+    link = f"{url}/?prompt=a+blue+square&seed=8"
+    prompt = page.get_by_label("Prompt", exact=True)
+    page.goto(link)
+    prompt.fill("a red circle")
+    page.wait_for_timeout(1000)
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_timeout(1000)
+    assert prompt.input_value() == "a blue square"
+    prompt.fill("a red circle")
+    page.wait_for_timeout(1000)
+    page.reload()
+    page.wait_for_function("document.querySelector('textarea').value == 'a red circle'")
+
+
 def test_another_tab_begins_anew(page, browser, url):
     page.get_by_label("Prompt", exact=True).fill("a blue square")
     page.wait_for_timeout(1000)

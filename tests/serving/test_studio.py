@@ -164,14 +164,18 @@ def test_a_request_ends_when_nobody_waits_for_it_any_more(studio, model):
     job.leave(reloaded)
     assert job.state is JobState.STOPPED
     model.go.release(100)
-    until(lambda: studio.job(job.number) is None)
+    following = studio.submit(request(seed=2))
+    until(lambda: following.state.over)
+    assert (
+        studio.job(job.number) is job and job.state is JobState.STOPPED
+    )  # whoever comes back sees how it ended
 
 
 def test_a_server_has_limits(model, tmp_path):
     made = Studio(model, epath.Path(tmp_path), limits=Limits(pictures=2, steps=7))
     with pytest.raises(UserError, match="the number of pictures must be 1 to 2, got 3"):
         made.submit(request(num_images=3))
-    with pytest.raises(UserError, match="a stage takes at most 7 steps here, got 8"):
+    with pytest.raises(UserError, match="sr takes at most 7 steps here, got 8"):
         made.submit(request(overrides=(SamplingOverrides(), SamplingOverrides(steps=8))))
     model.go.release(100)
     job = made.submit(request(num_images=2))
