@@ -67,15 +67,23 @@ demo-model: $(VENV)/.installed  ## trains, exports and scores what --model=demo 
 	    --out=$(DEMO)/records --split=train
 	$(BIN)/imagen-jax precompute --source=$(DEMO_SOURCE),count=2000 --text_encoder=$(DEMO)/text_encoder \
 	    --out=$(DEMO)/records --split=test
+	$(BIN)/imagen-jax precompute --source=$(DEMO_SOURCE),objects=2,count=70000 --text_encoder=$(DEMO)/text_encoder \
+	    --out=$(DEMO)/pairs --split=train
+	$(BIN)/imagen-jax precompute --source=$(DEMO_SOURCE),objects=2,count=2000 --text_encoder=$(DEMO)/text_encoder \
+	    --out=$(DEMO)/pairs --split=test
 	$(MAKE) $(DEMO_JOBS) demo-base demo-sr
 	$(BIN)/imagen-jax export --from=$(DEMO)/base,$(DEMO)/sr --out=$(DEMO)/model --dtype=int8
 	$(BIN)/python benchmarks/demo_scores.py --model=$(DEMO)/model --out=$(DEMO)/scores
 
 demo-base:
-	$(DEMO_TRAIN) --config=demo/base16.py --workdir=$(DEMO)/base
+	$(DEMO_TRAIN) --config=demo/base16.py --workdir=$(DEMO)/base-first
+	$(DEMO_TRAIN) --config=demo/base16.py:pairs --workdir=$(DEMO)/base-pairs --init_from=$(DEMO)/base-first \
+	    --config.data.path=$(DEMO)/pairs
+	$(DEMO_TRAIN) --config=demo/base16.py:further --workdir=$(DEMO)/base --init_from=$(DEMO)/base-pairs
 
 demo-sr:
-	$(DEMO_TRAIN) --config=demo/sr64.py --workdir=$(DEMO)/sr
+	$(DEMO_TRAIN) --config=demo/sr64.py --workdir=$(DEMO)/sr-first
+	$(DEMO_TRAIN) --config=demo/sr64.py:further --workdir=$(DEMO)/sr --init_from=$(DEMO)/sr-first
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

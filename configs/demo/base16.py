@@ -1,17 +1,30 @@
 """Base stage, 16×16, of the model in the box: the whole world of the embedded data, English and Chinese.
 
 Command:   imagen-jax train --config=demo/base16.py --workdir=runs/demo/base --config.data.path=runs/demo/records
-Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
+Variants:  "" (the whole world from nothing), "pairs" (on records of pairs alone), "further" (the whole world again), which
+           go on from one another by --init_from; "smoke" (a minute: only shows that everything runs)
+Hardware:  1 core of an AMD EPYC: 45 to 50 pictures a second, 3 hours for all three
 """
 
 import ml_collections
 
+# Steps, peak of the learning rate, shift of the schedule. After the first phase colours and places are right, but which
+# of two objects stands where is left to chance: where four of ten pictures have two, the caption's order is worth too
+# little. On pairs alone, at higher noise, where that is settled, it is learned in minutes; the last phase brings back the rest.
+PHASES = {
+    "": (8000, 1.5e-3, 0.0),
+    "pairs": (4500, 1.2e-3, -2.0),
+    "further": (3600, 1.0e-3, -2.0),
+    "smoke": (20, 1.5e-3, 0.0),
+}
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The config; `variant` is "" or "smoke"."""
-    if variant not in ("", "smoke"):
-        raise ValueError(f"demo/base16.py has the variants '' and 'smoke', not {variant!r}")
+    """The config; `variant` is "", "pairs", "further" or "smoke"."""
+    if variant not in PHASES:
+        raise ValueError(f"demo/base16.py has the variants {', '.join(map(repr, PHASES))}, not {variant!r}")
     smoke = variant == "smoke"
+    steps, learning_rate, shift = PHASES[variant]
     config = ml_collections.ConfigDict(
         {
             "stage": {
@@ -33,7 +46,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                     "embedding_width": 64 if smoke else 192,
                     "text_width": 96,
                 },
-                "schedule": {"kind": "cosine"},
+                "schedule": {"kind": "cosine", "shift": shift},
                 "prediction": "x0",
                 "sampling": {
                     "sampler": {"kind": "ddpm", "steps": 8 if smoke else 32},
@@ -42,10 +55,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             },
             # Nearly clean pictures weigh no more than an SNR of 4 does: what binds is learned at high noise.
             "loss": {"space": "v", "snr_cap": 4.0},
-            "optimizer": {"kind": "adam", "learning_rate": 1.5e-3, "warmup_steps": 200, "b2": 0.99},
+            "optimizer": {"kind": "adam", "learning_rate": learning_rate, "warmup_steps": 200, "b2": 0.99},
             "data": {"path": "records", "batch_size": 8 if smoke else 32, "num_threads": 2},
             "train": {
-                "steps": 20 if smoke else 12000,
+                "steps": steps,
                 "ema_decay": 0.999,
                 "log_every": 10 if smoke else 50,
                 "checkpoint_every": 10 if smoke else 500,

@@ -1,17 +1,23 @@
 """Super-resolution stage, 16×16 → 64×64, of the model in the box.
 
 Command:   imagen-jax train --config=demo/sr64.py --workdir=runs/demo/sr --config.data.path=runs/demo/records
-Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
+Variants:  "" (from nothing), "further" (goes on from that by --init_from), "smoke" (a minute: only shows that everything
+           runs)
+Hardware:  1 core of an AMD EPYC: 50 to 60 pictures a second, 3 hours for both
 """
 
 import ml_collections
 
+# Steps, and peak of the learning rate.
+PHASES = {"": (10_000, 2e-3), "further": (9000, 1.5e-3), "smoke": (20, 2e-3)}
+
 
 def get_config(variant: str = "") -> ml_collections.ConfigDict:
-    """The config; `variant` is "" or "smoke"."""
-    if variant not in ("", "smoke"):
-        raise ValueError(f"demo/sr64.py has the variants '' and 'smoke', not {variant!r}")
+    """The config; `variant` is "", "further" or "smoke"."""
+    if variant not in PHASES:
+        raise ValueError(f"demo/sr64.py has the variants {', '.join(map(repr, PHASES))}, not {variant!r}")
     smoke = variant == "smoke"
+    steps, learning_rate = PHASES[variant]
     config = ml_collections.ConfigDict(
         {
             "stage": {
@@ -43,10 +49,10 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 },
             },
             "loss": {"space": "x0"},
-            "optimizer": {"kind": "adam", "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.99},
+            "optimizer": {"kind": "adam", "learning_rate": learning_rate, "warmup_steps": 100, "b2": 0.99},
             "data": {"path": "records", "batch_size": 8 if smoke else 32, "num_threads": 2},
             "train": {
-                "steps": 20 if smoke else 16000,
+                "steps": steps,
                 "ema_decay": 0.999,
                 "log_every": 10 if smoke else 50,
                 "checkpoint_every": 10 if smoke else 500,

@@ -49,11 +49,11 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
             "optimizer": {"kind": "adam", "learning_rate": 2e-3, "warmup_steps": 100, "b2": 0.99},
             "data": {"path": "records", "batch_size": 8 if smoke else 32, "num_threads": 2},
             "train": {
-                "steps": 20 if smoke else 4200,
+                "steps": 20 if smoke else 3900,
                 "ema_decay": 0.995,
                 "log_every": 10 if smoke else 50,
-                "checkpoint_every": 10 if smoke else 700,
-                "sample_every": 20 if smoke else 1400,
+                "checkpoint_every": 10 if smoke else 650,
+                "sample_every": 20 if smoke else 1300,
                 "sample_split": "test",
             },
         }
