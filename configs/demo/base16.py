@@ -1,8 +1,8 @@
 """Base stage, 16×16, of the model in the box: the whole world of the embedded data, English and Chinese.
 
 Command:   imagen-jax train --config=demo/base16.py --workdir=runs/demo/base --config.data.path=runs/demo/records
-Variants:  "" (the whole world from nothing), "pairs" (on records of pairs alone), "further" (the whole world again), which
-           go on from one another by --init_from; "smoke" (a minute: only shows that everything runs)
+Variants:  "" (the whole world from nothing), "pairs" (on records of pairs alone), "further" (the whole world again),
+           which go on from one another by --init_from; "smoke" (a minute: only shows that everything runs)
 Hardware:  1 core of an AMD EPYC: 45 to 50 pictures a second, 3 hours for all three
 """
 
@@ -10,7 +10,7 @@ import ml_collections
 
 # Steps, peak of the learning rate, shift of the schedule. After the first phase colours and places are right, but which
 # of two objects stands where is left to chance: where four of ten pictures have two, the caption's order is worth too
-# little. On pairs alone, at higher noise, where that is settled, it is learned in minutes; the last phase brings back the rest.
+# little. On pairs alone, at higher noise, where that is settled, it is learned; the last phase brings back the rest.
 PHASES = {
     "": (8000, 1.5e-3, 0.0),
     "pairs": (4500, 1.2e-3, -2.0),

@@ -1,8 +1,8 @@
 """Super-resolution stage, 16×16 → 64×64, of the model in the box.
 
 Command:   imagen-jax train --config=demo/sr64.py --workdir=runs/demo/sr --config.data.path=runs/demo/records
-Variants:  "" (from nothing), "further" (goes on from that by --init_from), "smoke" (a minute: only shows that everything
-           runs)
+Variants:  "" (from nothing), "further" (goes on from that by --init_from), "smoke" (a minute: only shows that
+           everything runs)
 Hardware:  1 core of an AMD EPYC: 50 to 60 pictures a second, 3 hours for both
 """
 
