@@ -2,9 +2,9 @@
 
 Command:   imagen-jax train --config=shapes/base16.py --workdir=runs/base --config.data.path=RECORDS
 Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
-Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 110 pictures a second, 4 to 6 minutes
-Expect:    a loss of 0.13 over the first 100 steps, 0.06 after 300 and 0.03 at the end; background, colour and size
-           are right then, shapes are not: the super-resolution stage draws them
+Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 110 pictures a second, 12 minutes
+Expect:    a loss of 0.05 after 700 steps; with the SR stage, both colours of 96 % and the relation of 98 % of held-out
+           captions of two objects are right; shapes are not: the super-resolution stage draws them
 """
 
 import ml_collections

@@ -375,7 +375,7 @@ _WORK = (
     "imagen_jax.convert.deepfloyd.importing.save_state",
     "imagen_jax.plan.compile.lower",
     "imagen_jax.plan.compile.make_train_step",
-    "imagen_jax.quickstart.make_small_encoder",
+    "imagen_jax.quickstart._announce",
     *(("imagen_jax.serving.server.serve",) if WITH_PAGE else ()),
 )
 
