@@ -3,8 +3,8 @@
 Command:   imagen-jax train --config=shapes/sr64.py --workdir=runs/sr --config.data.path=RECORDS
 Variants:  "" (full), "smoke" (a minute: only shows that everything runs)
 Hardware:  2 cores of an AMD EPYC, --cpu_devices=2: 190 pictures a second, 12 minutes
-Expect:    a loss of 0.017 after 500 steps and 0.006 at the end; with the base, the shapes of 92 % of held-out one-object
-           captions are exact enough to be named
+Expect:    a loss of 0.017 after 500 steps and 0.006 at the end; with the base, the shapes of 92 % of held-out
+           one-object captions are exact enough to be named
 """
 
 import ml_collections
