@@ -164,7 +164,7 @@ def test_cascades_that_do_not_fit(stages):
 def test_demo_is_the_packaged_model(model_folder, tmp_path, monkeypatch):
     """By that name, for models and for text encoders, unless a folder here has it."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("imagen_jax.demo.__file__", str(model_folder / "__init__.py"))
+    monkeypatch.setattr("imagen_jax.demo.FOLDER", epath.Path(model_folder))
     opened = ModelFolder("demo")
     assert opened.path == epath.Path(model_folder) and opened.name == "demo"
     assert TextEncoder.load("demo").identity == TextEncoder.load(model_folder / "text_encoder").identity
