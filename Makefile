@@ -44,8 +44,8 @@ $(VENV)/.installed-cloud: $(VENV)/.installed-test
 	touch $@
 
 # The arrays of a step are kept and not given back to the system: a tenth of a step's time on a CPU.
-quickstart: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-quickstart: export MALLOC_TRIM_THRESHOLD_ = 8000000000
+quickstart demo-base demo-sr: export MALLOC_MMAP_THRESHOLD_ = 4000000000
+quickstart demo-base demo-sr: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded data, draw and score pictures
 	JAX_PLATFORMS=$(PLATFORM) $(BIN)/imagen-jax quickstart --out=$(OUT)
 
@@ -59,8 +59,6 @@ DEMO_JOBS := --jobs=2
 demo-base: DEMO_TRAIN := taskset --cpu-list 0 $(DEMO_TRAIN)
 demo-sr: DEMO_TRAIN := taskset --cpu-list 1 $(DEMO_TRAIN)
 endif
-demo-base demo-sr: export MALLOC_MMAP_THRESHOLD_ = 4000000000
-demo-base demo-sr: export MALLOC_TRIM_THRESHOLD_ = 8000000000
 demo-model: $(VENV)/.installed  ## trains, exports and scores what --model=demo is
 	$(BIN)/imagen-jax precompute --source=$(DEMO_SOURCE),count=120000 --text_encoder=$(DEMO)/text_encoder \
 	    --make_small_encoder --pretrain_on=$(DEMO_WORLD),resolution=32,siblings=yes,count=400000 \

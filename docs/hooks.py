@@ -62,15 +62,13 @@ def site_links(markdown: str) -> str:
 
 def commands() -> str:
     """The page of commands, from the parsers."""
-    from imagen_jax.cli.main import VERBS, make_parser
+    from imagen_jax.cli.main import VERBS, verb_parser
 
     parts = ["# Commands", "`imagen-jax COMMAND --help` shows the same."]
     # As wide as a page, and without a terminal's colours.
     with mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"):
         for verb, summary in VERBS.items():
-            parser = make_parser(verb)
-            choices = next(action.choices for action in parser._actions if action.dest == "verb")
-            text = choices[verb].format_help().rstrip()  # type: ignore[index, call-overload]
+            text = verb_parser(verb).format_help().rstrip()
             parts += [f"## {verb}", f"{summary[0].upper()}{summary[1:]}.", f"```text\n{text}\n```"]
     return "\n\n".join(parts) + "\n"
 

@@ -1,6 +1,5 @@
 """The documentation: it builds as a site, its links lead somewhere, and its words are those of the commands."""
 
-import argparse
 import re
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
-from imagen_jax.cli.main import VERBS, make_parser
+from imagen_jax.cli.main import VERBS, verb_parser
 from imagen_jax.config_help import describe
 from imagen_jax.training.config import TrainConfig
 
@@ -92,10 +91,7 @@ def test_the_fields_of_the_migration_page_are_there():
 def test_the_flags_of_the_migration_page_are_there():
     flags = set()
     for verb in VERBS:
-        commands = next(
-            each for each in make_parser(verb)._actions if isinstance(each, argparse._SubParsersAction)
-        )
-        flags.update(flag for action in commands.choices[verb]._actions for flag in action.option_strings)
+        flags.update(flag for action in verb_parser(verb)._actions for flag in action.option_strings)
     named = {name for cell in _here() for name in re.findall(r"--\w+", cell)}
     assert len(named) > 15
     assert named <= flags

@@ -1,6 +1,5 @@
 """Commands that README and docs print: all parsed, and README's run from an empty folder (`make test-readme`)."""
 
-import argparse
 import dataclasses
 import io
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from imagen_jax.cli.main import VERBS, make_parser
+from imagen_jax.cli.main import VERBS, make_parser, verb_parser
 from imagen_jax.data.shapes import scene
 from imagen_jax.data.shapes_render import render
 from imagen_jax.training.config import find_config_file, parse_override
@@ -40,7 +39,6 @@ ALSO = {
 class Block:
     """A block of commands or code."""
 
-    page: str
     language: str
     text: str
     only_parsed: bool
@@ -66,7 +64,6 @@ def blocks(path):
     text = path.read_text()
     return [
         Block(
-            page=path.name,
             language=match[2],
             text=match[3],
             only_parsed=bool(ONLY_PARSED.search(text[: match.start()])),
@@ -93,10 +90,7 @@ def test_a_command_in_a_sentence_has_such_flags(words):
     verb = words[1]
     if verb == "COMMAND":
         return
-    commands = next(
-        each for each in make_parser(verb)._actions if isinstance(each, argparse._SubParsersAction)
-    )
-    known = {flag for action in commands.choices[verb]._actions for flag in action.option_strings}
+    known = {flag for action in verb_parser(verb)._actions for flag in action.option_strings}
     named = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert {flag for flag in named if not flag.startswith("--config.")} <= known
 

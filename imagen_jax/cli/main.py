@@ -51,6 +51,13 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def verb_parser(verb: str) -> argparse.ArgumentParser:
+    """The parser of one verb's arguments, as `make_parser` has it."""
+    actions = make_parser(verb)._actions
+    commands = next(action for action in actions if isinstance(action, argparse._SubParsersAction))
+    return commands.choices[verb]
+
+
 def _import_jax() -> None:
     """Imports JAX without collecting garbage: it makes many objects and none, and looking takes a tenth of the time."""
     if "jax" in sys.modules or not gc.isenabled():

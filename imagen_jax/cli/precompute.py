@@ -139,12 +139,13 @@ def run(args: argparse.Namespace) -> int:
 def _pretraining(args: argparse.Namespace) -> Any:
     """What the flags say about the small encoder's training: a `PretrainingConfig`, or None."""
     from imagen_jax.errors import UserError
-    from imagen_jax.text.pretraining import PretrainingConfig
 
     if args.pretrain_on is None:
         if args.pretrain_steps is not None:
             raise UserError(f"--pretrain_steps={args.pretrain_steps}: goes with --pretrain_on")
         return None
+    from imagen_jax.text.pretraining import PretrainingConfig
+
     steps = {} if args.pretrain_steps is None else {"steps": args.pretrain_steps}
     try:
         return PretrainingConfig(source=args.pretrain_on, split=args.split, **steps)
@@ -157,7 +158,6 @@ def _make_small_encoder(config: Any, pretraining: Any) -> None:
     from imagen_jax.errors import UserError
     from imagen_jax.files import is_cloud
     from imagen_jax.text.precompute import source_captions
-    from imagen_jax.text.pretraining import pretrain
     from imagen_jax.text.small import make_small_encoder
 
     def make(folder: epath.Path) -> None:
@@ -167,6 +167,8 @@ def _make_small_encoder(config: Any, pretraining: Any) -> None:
             folder, vocabulary_texts=source_captions(config), layers=layers, byte_fallback=True
         )
         if pretraining is not None:
+            from imagen_jax.text.pretraining import pretrain
+
             pretrain(folder, pretraining)
 
     target = epath.Path(config.text_encoder)

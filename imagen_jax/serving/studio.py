@@ -130,10 +130,8 @@ class Job:
 
     def finish(self, future: "Future[None]") -> None:
         """Says how it ended; an error that is no user's also goes to the terminal with its traceback."""
-        self._ended, self.preview = (
-            self._ended or time.monotonic(),
-            None,
-        )  # nobody looks now, and it may be large
+        self._ended = self._ended or time.monotonic()
+        self.preview = None  # nobody looks at it now, and it may be large
         error = None if future.cancelled() else future.exception()
         if error is not None and not isinstance(error, _Stopped):
             self.message = _one_line(error)

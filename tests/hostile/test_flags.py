@@ -1,6 +1,5 @@
 """Every flag of every verb with values that it cannot mean: one line that names the flag."""
 
-import argparse
 import os
 
 import pytest
@@ -34,11 +33,9 @@ MEANT = {
 
 def _flags(verb):
     """(flag, values that it cannot mean) of a verb."""
-    from imagen_jax.cli.main import make_parser
+    from imagen_jax.cli.main import verb_parser
 
-    parser = make_parser(verb)
-    commands = next(each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
-    for action in commands.choices[verb]._actions:
+    for action in verb_parser(verb)._actions:
         flag = next((each for each in action.option_strings if each.startswith("--")), None)
         if flag is None or action.nargs == 0 or action.dest in ("help", "debug"):
             continue
