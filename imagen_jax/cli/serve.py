@@ -81,13 +81,14 @@ def _mesh(fsdp: int) -> "Mesh | None":
 
 def run(args: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
+    from imagen_jax.serving.request import Limits
+
+    limits = Limits(pictures=args.max_pictures, steps=args.max_steps)
     if importlib.util.find_spec("nicegui") is None:
         raise UserError("the page needs NiceGUI: pip install 'imagen_jax[serve]'")
     from imagen_jax.serving.guard import Hosts
-    from imagen_jax.serving.request import Limits
     from imagen_jax.serving.server import address, is_local, listen, serve
 
-    limits = Limits(pictures=args.max_pictures, steps=args.max_steps)
     with ExitStack() as stack:
         listener = stack.enter_context(listen(args.host, args.port))
         hosts = Hosts.of(args.host, listener.getsockname()[0], args.allow_host)
