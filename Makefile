@@ -11,6 +11,7 @@ DEMO ?= runs/demo
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
 NEWEST_PYTHON ?= python3.12
+COLAB_PYTHON ?= python3.13
 # Such a machine is taken to have JAX, Flax, Optax, Orbax, transformers and PyTorch, with what those need.
 WHEELS := grain ml-collections tensorflow-datasets diffusers etils array-record jaxtyping wadler-lindig google-crc32c \
     tensorboardX tensorflow-metadata simple-parsing docstring-parser immutabledict toml dm-tree absl-py \
@@ -19,7 +20,7 @@ WHEELS := grain ml-collections tensorflow-datasets diffusers etils array-record 
 WHEELS_OF_SOURCE := promise
 SUITE := -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: quickstart demo-model demo-base demo-sr test test-parity test-browser test-cloud test-kill test-readme test-launch test-oldest test-newest wheels docs lint clean
+.PHONY: quickstart demo-model demo-base demo-sr test test-parity test-browser test-cloud test-kill test-readme test-colab test-launch test-oldest test-newest wheels docs lint clean
 
 $(VENV)/.installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -50,8 +51,8 @@ quickstart: $(VENV)/.installed  ## install, train a small cascade on embedded da
 	JAX_PLATFORMS=$(PLATFORM) $(BIN)/imagen-jax quickstart --out=$(OUT)
 
 # The model in the box, from nothing: hours on 2 cores, minutes on an accelerator; a stopped run goes on.
-DEMO_WORLD := shapes:world=rich,jitter=wide,language=both
-DEMO_SOURCE := $(DEMO_WORLD),resolution=64
+DEMO_WORLD := shapes:world=rich,language=both
+DEMO_SOURCE := $(DEMO_WORLD),jitter=wide,resolution=64
 DEMO_TRAIN := $(BIN)/imagen-jax train --config.data.path=$(DEMO)/records
 # Two trainings side by side, a core for either, are nearly twice as fast as one on two cores after the other.
 ifeq ($(PLATFORM)-$(shell command -v taskset >/dev/null && echo yes),cpu-yes)
@@ -59,6 +60,7 @@ DEMO_JOBS := --jobs=2
 demo-base: DEMO_TRAIN := taskset --cpu-list 0 $(DEMO_TRAIN)
 demo-sr: DEMO_TRAIN := taskset --cpu-list 1 $(DEMO_TRAIN)
 endif
+# The text encoder learns from pictures without wide jitter: what it has to learn, which is beside which, shows sooner.
 demo-model: $(VENV)/.installed  ## trains, exports and scores what --model=demo is
 	$(BIN)/imagen-jax precompute --source=$(DEMO_SOURCE),count=120000 --text_encoder=$(DEMO)/text_encoder \
 	    --make_small_encoder --pretrain_on=$(DEMO_WORLD),resolution=32,siblings=yes,count=400000 \
@@ -107,6 +109,10 @@ test-kill: $(VENV)/.installed-test  ## jobs killed and restarted many times
 
 test-readme: $(VENV)/.installed-test  ## the commands of README, one after the other, in an empty folder
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m readme
+
+# COLAB_FREEZE: pip-freeze.txt of the repository googlecolab/backend-info.
+test-colab: $(VENV)/.installed-test  ## the notebooks in Colab's versions, from the installation on
+	COLAB_FREEZE=$(COLAB_FREEZE) COLAB_PYTHON=$(COLAB_PYTHON) JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m colab
 
 # xpk pins versions that do not go with ours: it gets an environment of its own.
 $(VENV)-xpk/.installed:

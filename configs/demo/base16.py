@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "name": "base16",
                 # Where things are and of which colour; the super-resolution stage draws their shapes.
                 "resolution": 16,
-                "max_text_length": 32,
+                "max_text_length": 36,
                 "network": {
                     "kind": "unet",
                     # 2×2 pixels become channels: nothing finer passes the blur of the stage above. So two wide levels,

@@ -24,7 +24,7 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
                 "name": "sr64",
                 "resolution": 64,
                 "low_resolution": 16,
-                "max_text_length": 32,
+                "max_text_length": 36,
                 "network": {
                     "kind": "efficient_unet",
                     # 2×2 pixels become channels; the three levels see 16×16, 8×8 and 4×4.

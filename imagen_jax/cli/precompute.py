@@ -97,7 +97,7 @@ def _add_encoder_arguments(parser: argparse.ArgumentParser) -> None:
         "--pretrain_steps",
         type=int,
         metavar="N",
-        help="with --pretrain_on: for how long, 256 pictures a step (default: 1500)",
+        help="with --pretrain_on: for how long, 128 pictures a step (default: 3000)",
     )
 
 

@@ -2,7 +2,10 @@
 
 Its captions and pictures are embedded in one space, in which those that belong together are near. What tells a
 caption from the others of a batch has to be in its embedding then: with captions in the batch that differ in one
-thing, also which adjective goes with which noun. The encoder is used frozen afterwards, as any other.
+thing, also which adjective goes with which noun. Where a picture has several captions, such as one a language, two
+of them are drawn near one another as well: which words belong together is told by that long before a small picture
+encoder sees it, and in all languages alike; where things are is told by the pictures alone. The encoder is used frozen
+afterwards, as any other.
 """
 
 import dataclasses
@@ -44,11 +47,11 @@ class PretrainingConfig:
 
     source: str  # captioned pictures, as `--source` names them; read from the beginning again when they end
     split: str = "train"  # of the source
-    steps: int = 1500
-    batch_size: int = 256  # consecutive examples of the source
+    steps: int = 3000
+    batch_size: int = 128  # consecutive examples of the source
     learning_rate: float = 1e-3  # peak, with a cosine to 0
     warmup_steps: int = 100
-    seed: int = 0  # of the picture encoder's weights, and of which of a picture's captions is read
+    seed: int = 0  # of the picture encoder's weights, and of which of a picture's captions are read
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -79,18 +82,18 @@ class PictureEncoder(nnx.Module):
 
 
 def contrastive_loss(
-    text: Float[Array, "batch embedding_width"],
-    pictures: Float[Array, "batch embedding_width"],
+    these: Float[Array, "batch embedding_width"],
+    others: Float[Array, "batch embedding_width"],
     log_scale: Float[Array, ""],
 ) -> Float[Array, ""]:
-    """Cross-entropy of finding the picture of a caption among the batch's, and the caption of a picture, in mean.
+    """Cross-entropy of finding the partner of a vector among the batch's, from both sides, in mean.
 
     Args:
-        text: vectors of captions, of any length above 0.
-        pictures: of their pictures.
+        these: vectors, such as of captions, of any length above 0.
+        others: their partners, such as of the captions' pictures.
         log_scale: natural logarithm of what cosines are multiplied by.
     """
-    cosines = _unit(text) @ _unit(pictures).T
+    cosines = _unit(these) @ _unit(others).T
     logits = jnp.exp(jnp.minimum(log_scale, _MAX_LOG_SCALE)) * cosines
     labels = jnp.arange(len(logits))
     losses = [
@@ -123,17 +126,22 @@ def pretrain(folder: epath.PathLike, config: PretrainingConfig) -> float:
     t5, encoder = load_t5(folder)
     pictures_graph, pictures = nnx.split(PictureEncoder(rngs=nnx.Rngs(config.seed)))
     head = jax.random.normal(jax.random.key(config.seed), (t5.width, _WIDTH)) / t5.width**0.5
-    params = {"t5": encoder, "head": head, "pictures": pictures, "log_scale": jnp.log(_SCALE)}
+    params = {"t5": encoder, "head": head, "pictures": pictures, "log_scales": jnp.full(2, jnp.log(_SCALE))}
     rate = optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, min(config.warmup_steps, config.steps), config.steps + 1
     )
     optimizer = optax.adam(rate, b2=0.99)
 
     def loss(params, tokens, pixels):
-        text = _sentence(t5, params["t5"], tokens) @ params["head"]
+        flat = tokens.reshape(-1, tokens.shape[-1])  # (captions · N, L)
+        text = (_sentence(t5, params["t5"], flat) @ params["head"]).reshape(*tokens.shape[:2], -1)
         seen = nnx.merge(pictures_graph, params["pictures"])(pixels)
-        right = (_unit(text) @ _unit(seen).T).argmax(axis=-1) == jnp.arange(len(text))
-        return contrastive_loss(text, seen, params["log_scale"]), right.mean()
+        with_picture, with_caption = params["log_scales"]
+        losses = [contrastive_loss(captions, seen, with_picture) for captions in text]
+        if len(text) == 2:
+            losses.append(contrastive_loss(*text, with_caption))
+        right = (_unit(text[0]) @ _unit(seen).T).argmax(axis=-1) == jnp.arange(len(seen))
+        return jnp.mean(jnp.stack(losses)), right.mean()
 
     @jax.jit
     def step(params, state, tokens, pixels):
@@ -166,14 +174,22 @@ def _sentence(
 
 def _batches(
     folder: epath.Path, source: Source, config: PretrainingConfig
-) -> Iterator[tuple[Int[np.ndarray, "batch length"], UInt8[np.ndarray, "batch height width 3"]]]:
-    """Token ids, padded with 0, and pictures of consecutive examples, without end."""
+) -> Iterator[tuple[Int[np.ndarray, "captions batch length"], UInt8[np.ndarray, "batch height width 3"]]]:
+    """Token ids, padded with 0, and pictures of consecutive examples, without end.
+
+    Two captions a picture (twice the same where it has one only), or one where no picture of the batch has more.
+    """
     tokenizer = CaptionTokenizer.load(folder, folder, rows=T5Config.from_folder(folder).vocab_size)
     random = np.random.default_rng(config.seed)
     examples = _examples(source)
     while True:
         chosen = list(itertools.islice(examples, config.batch_size))
-        captions = [example.captions[int(random.integers(len(example.captions)))] for example in chosen]
+        several = min(2, max(len(example.captions) for example in chosen))
+        drawn = [
+            [example.captions[i] for i in random.permutation(len(example.captions))[:several]]
+            for example in chosen
+        ]
+        captions = [texts[min(i, len(texts) - 1)] for i in range(several) for texts in drawn]
         rows = tokenizer.tokenize(captions, _LONGEST)
         # Few lengths: every one is compiled.
         length = -(-max(map(len, rows)) // 16) * 16
@@ -181,7 +197,7 @@ def _batches(
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = ids
         side = Size(_SIDE, _SIDE)
-        yield tokens, np.stack([_pixels(example, side) for example in chosen])
+        yield tokens.reshape(several, len(chosen), length), np.stack([_pixels(example, side) for example in chosen])
 
 
 def _pixels(example: Example, size: Size) -> UInt8[np.ndarray, "height width 3"]:

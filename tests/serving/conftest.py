@@ -1,8 +1,17 @@
-"""A tiny cascade with random weights: fresh ones would draw the same picture of every prompt."""
+"""A tiny cascade with random weights: fresh ones would draw the same picture of every prompt. And a browser."""
+
+import re
+import shutil
+import subprocess
+import sys
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.serving.in_browser import FOREIGN, PATIENCE
+
 TEXT_WIDTH = 16
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 PROMPTS = ("a red circle", "a blue square", "two green triangles")
 
 
@@ -49,3 +58,83 @@ def model_folder(tmp_path_factory, random_params):
     index = ModelIndex(stages=("base", "sr"), text_encoder="text_encoder", encoder=known, encoder_files=files)
     save_index(folder, index)
     return folder
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    assert found, f"none of {', '.join(BROWSERS)} is installed"
+    with sync_playwright() as playwright:
+        # Chromium's sandbox does not run as root, which continuous integration often is.
+        # As an attacker's name server would: a foreign name leads to this machine.
+        names = f"--host-resolver-rules=MAP {FOREIGN} 127.0.0.1"
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox", names])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def start(model_folder, subprocess_env, cache):
+    """start(flag, …) → (process, URL) of a server that has just begun."""
+    running = []
+
+    def begin(*flags, model=model_folder):
+        command = [sys.executable, "-m", "imagen_jax", "serve", f"--model={model}", "--port=0"]
+        environment = {**subprocess_env(), "IMAGEN_JAX_CACHE": str(cache)}
+        process = subprocess.Popen(
+            [*command, *flags], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        running.append(process)
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+", line)
+        assert found, line + process.stderr.read()
+        return process, found[0]
+
+    yield begin
+    for process in running:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("gallery")
+
+
+@pytest.fixture(scope="module")
+def url(start, folder):
+    return start(f"--out={folder}", "--batch_size=1")[1]
+
+
+@pytest.fixture
+def page(browser, url):
+    """An empty page; whatever it asks for beyond the server, and every error of its scripts, fails the test."""
+    context = browser.new_context(
+        viewport={"width": 1280, "height": 900}, accept_downloads=True, base_url=url
+    )
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    strange, errors = [], []
+
+    def look(request):
+        if (
+            urlsplit(request.url).scheme not in ("data", "blob")
+            and urlsplit(request.url).netloc not in served
+        ):
+            strange.append(request.url)
+
+    served = {urlsplit(url).netloc}
+    page.on("request", look)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda line: errors.append(line.text) if line.type == "error" else None)
+    page.goto(url)
+    yield page
+    context.close()
+    assert not strange and not errors
