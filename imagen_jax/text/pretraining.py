@@ -139,7 +139,7 @@ def pretrain(folder: epath.PathLike, config: PretrainingConfig) -> float:
         with_picture, with_caption = params["log_scales"]
         losses = [contrastive_loss(captions, seen, with_picture) for captions in text]
         if len(text) == 2:
-            losses.append(contrastive_loss(*text, with_caption))
+            losses.append(contrastive_loss(text[0], text[1], with_caption))
         right = (_unit(text[0]) @ _unit(seen).T).argmax(axis=-1) == jnp.arange(len(seen))
         return jnp.mean(jnp.stack(losses)), right.mean()
 
@@ -197,7 +197,10 @@ def _batches(
         for row, ids in zip(tokens, rows, strict=True):
             row[: len(ids)] = ids
         side = Size(_SIDE, _SIDE)
-        yield tokens.reshape(several, len(chosen), length), np.stack([_pixels(example, side) for example in chosen])
+        yield (
+            tokens.reshape(several, len(chosen), length),
+            np.stack([_pixels(example, side) for example in chosen]),
+        )
 
 
 def _pixels(example: Example, size: Size) -> UInt8[np.ndarray, "height width 3"]:
