@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 FREEZE = os.environ.get("COLAB_FREEZE")
 # What Colab's kernel has imported before a notebook begins, of what an installation may change.
 IMPORTED = ("numpy", "PIL", "google.protobuf")
+OURS = ("PYTHONPATH", "XLA_FLAGS")  # of these tests, not of Colab
 
 pytestmark = [
     pytest.mark.colab,
@@ -44,7 +45,9 @@ def colab(tmp_path_factory):
     lines = [line for line in Path(FREEZE).read_text().splitlines() if re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     published = {line.split("==")[0].lower(): line for line in lines}
     (folder / "constraints.txt").write_text("\n".join(lines) + "\n")
-    subprocess.run([os.environ.get("COLAB_PYTHON", sys.executable), "-m", "venv", folder / "venv"], check=True)
+    subprocess.run(
+        [os.environ.get("COLAB_PYTHON", sys.executable), "-m", "venv", folder / "venv"], check=True
+    )
     python = folder / "venv" / "bin" / "python"
     names = sorted({*dependencies(), "ipykernel", "ipython"} & published.keys())
     pip(python, "--constraint", folder / "constraints.txt", *names)
@@ -73,7 +76,7 @@ def client(colab, tmp_path_factory):
     startup = folder / "ipython" / "profile_default" / "startup"
     startup.mkdir(parents=True)
     (startup / "imported.py").write_text("".join(f"import {name}\n" for name in IMPORTED))
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    environment = {name: value for name, value in os.environ.items() if name not in OURS} | {
         "IMAGEN_JAX_NOTEBOOK_SCALE": "smoke",
         "IMAGEN_JAX_CACHE": str(folder / "cache"),
         "IPYTHONDIR": str(folder / "ipython"),
