@@ -95,20 +95,26 @@ def use_cpu_devices(count: int | None = None) -> None:
     """Splits the CPU into devices, so that a batch keeps all cores busy; to be called before JAX is used.
 
     XLA runs many of a small network's operations on one core; with one device a core they run side by side. It
-    changes nothing where there is an accelerator, nor where XLA_FLAGS already set the number.
+    changes nothing where there is an accelerator, where XLA_FLAGS already set the number, nor, unless a number is asked
+    for, where JAX has been used.
 
     Args:
       count: devices; None: the largest power of two that is at most the number of cores, and at most 8.
 
     Raises:
-      UserError: no such number of devices; names --cpu_devices, which is where it comes from.
+      UserError: no such number of devices, or JAX has been used; names --cpu_devices, which is where it comes from.
     """
+    asked = count is not None
     if count is not None and not 1 <= count <= _MAX_CPU_DEVICES:
         raise UserError(f"--cpu_devices {count}: must be from 1 to {_MAX_CPU_DEVICES}")
     if count is None:
         count = 2 ** int(math.log2(min(os.cpu_count() or 1, 8)))
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        jax.config.update("jax_num_cpu_devices", count)
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError as error:  # JAX has its devices already
+            if asked:
+                raise UserError(f"--cpu_devices {count}: {error}") from error
 
 
 def parameter_spec(shape: Sequence[int], mesh: Mesh) -> P:

@@ -1,6 +1,9 @@
 """Placement of arrays, and that what is computed does not depend on it."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 import types
 
 import jax
@@ -320,3 +323,23 @@ def test_batch_size_must_be_shared_equally():
     check_batch_size(16, mesh, "config.data.batch_size")
     with pytest.raises(UserError, match=r"config\.data\.batch_size=12 is not a multiple of the 8 devices"):
         check_batch_size(12, mesh, "config.data.batch_size")
+
+
+def test_devices_are_left_as_they_are_once_jax_has_been_used():
+    program = """
+import jax, os
+from imagen_jax.errors import UserError
+from imagen_jax.parallel.mesh import use_cpu_devices
+jax.numpy.ones(2) + 1
+before = jax.device_count()
+use_cpu_devices()
+assert jax.device_count() == before
+try:
+    use_cpu_devices(3)
+except UserError as error:
+    assert str(error).startswith("--cpu_devices 3: "), error
+else:
+    raise AssertionError("3 devices are taken to be there")
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
