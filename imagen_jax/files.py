@@ -88,6 +88,8 @@ def make_folder(path: epath.PathLike) -> epath.Path:
     path = epath.Path(path).expanduser()
     if is_cloud(path):
         return path  # gcsfs and s3fs would make a bucket, too, of a name that is misspelt
+    if path.is_file():
+        raise UserError(f"{path} is a file; a folder is wanted")
     with _naming_file(path):
         path.mkdir(parents=True, exist_ok=True)
     return path

@@ -15,12 +15,15 @@
 #   --runtime_version=NAME   system of a TPU that is made (default: the one for its type)
 #   --spot                   a TPU that is made is cheaper, and may be preempted
 #   --restarts=N             starts after a host or process has died, and TPUs made after a preemption (default 100)
+#   --delete                 deletes the TPU that it made once the training has ended by itself
 #   --no_install             the code is there already, in ~/imagen_jax, its environment in ~/imagen_jax/.venv
+#   --install_only           only that, for other commands: ~/imagen_jax/.venv/bin/imagen-jax
+#   --stop                   only tells a job that runs there to save and to end, on all hosts
 #   --dry_run                only print the commands
 # Everything else goes to `imagen-jax train`. --workdir and records must be in cloud storage that all hosts see.
 set -euo pipefail
 
-name="" zone="" project="" type="" version="" restarts=100 install=1 dry_run=0
+name="" zone="" project="" type="" version="" restarts=100 install=1 only_install=0 stop=0 delete=0 dry_run=0
 tier=() train=()
 for argument in "$@"; do
   case "$argument" in
@@ -31,12 +34,22 @@ for argument in "$@"; do
     --runtime_version=*) version="${argument#*=}" ;;
     --spot) tier=(--spot) ;;
     --restarts=*) restarts="${argument#*=}" ;;
+    --delete) delete=1 ;;
     --no_install) install=0 ;;
+    --install_only) only_install=1 ;;
+    --stop) stop=1 ;;
     --dry_run) dry_run=1 ;;
+    --[a-z]*-*)
+      if [[ "${argument%%=*}" == --*-* && "${argument%%=*}" != --config.* ]]; then
+        echo "$0: ${argument%%=*}: flags here have underscores" >&2
+        exit 2
+      fi
+      train+=("$argument")
+      ;;
     *) train+=("$argument") ;;
   esac
 done
-if [[ -z "$name" || -z "$zone" || ${#train[@]} -eq 0 ]]; then
+if [[ -z "$name" || -z "$zone" || (${#train[@]} -eq 0 && "$only_install$stop" == 00) ]]; then
   echo "usage: $0 --name=TPU --zone=ZONE [--project=PROJECT] [--accelerator_type=TYPE [--runtime_version=NAME] [--spot]]" \
     "[--restarts=N] [--no_install] [--dry_run] --config=FILE --workdir=gs://… --config.data.path=gs://… [train flags]" >&2
   exit 2
@@ -82,8 +95,17 @@ pack_checkout() {
   done | tar --create --gzip --file="$2" --null --files-from=-
 }
 
+# ACTIVE and so on; NONE: there is no such resource; UNKNOWN: Google could not be asked.
 state() {
-  gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>/dev/null || true
+  local answer
+  if answer="$(gcloud compute tpus queued-resources describe "$name" "${where[@]}" --format='value(state.state)' 2>&1)"; then
+    echo "${answer##*$'\n'}"
+  elif [[ "$answer" == *NOT_FOUND* || "$answer" == *"not found"* ]]; then
+    echo NONE
+  else
+    echo "${answer##*$'\n'}" >&2
+    echo UNKNOWN
+  fi
 }
 
 create() {
@@ -102,8 +124,12 @@ provide() {
     now="$(state)"
     case "$now" in
       ACTIVE) return ;;
-      "") create ;;
-      FAILED | SUSPENDED) gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet ;;
+      NONE) create ;;
+      FAILED)
+        echo "$name: Google could not make it; why: gcloud compute tpus queued-resources describe $name ${where[*]}" >&2
+        exit 1
+        ;;
+      SUSPENDED) gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet ;;
       *)
         if [[ "$now" != "$before" ]]; then
           echo "$name: $now" >&2
@@ -119,9 +145,10 @@ provide() {
 preempted() {
   local look
   for look in 1 2 3 4 5 6 7 8; do
-    if [[ "$(state)" != ACTIVE ]]; then
-      return 0
-    fi
+    case "$(state)" in
+      ACTIVE | UNKNOWN) ;;
+      *) return 0 ;;
+    esac
     if [[ "$look" -lt 8 ]]; then
       sleep "$seconds"
     fi
@@ -141,7 +168,8 @@ python3 -m uv pip install --quiet --python=imagen_jax/.venv/bin/python --editabl
 
 # Codes 1, 2 and 130 would come again: a wrong flag, a full disk, Ctrl-C.
 printf -v quoted '%q ' .venv/bin/python -m imagen_jax train "${train[@]}" --distributed
-loop="cd imagen_jax; for start in \$(seq 0 $restarts); do $quoted; code=\$?; case \$code in 0|1|2|130) exit \$code;; esac; echo \"ended with \$code, starting again\" >&2; done; exit \$code"
+# A lost connection must not end it; whoever stops it leaves a file.
+loop="trap '' HUP; rm -f imagen_jax.stop; cd imagen_jax; for start in \$(seq 0 $restarts); do $quoted; code=\$?; case \$code in 0|1|2|130) exit \$code;; esac; [ ! -e ../imagen_jax.stop ] || exit \$code; echo \"ended with \$code, starting again\" >&2; done; exit \$code"
 
 attempt() {
   if [[ "$install" == 1 ]]; then
@@ -150,17 +178,41 @@ attempt() {
   run gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" --command="$loop"
 }
 
+if [[ "$stop" == 1 ]]; then
+  run gcloud compute tpus tpu-vm ssh "$name" --worker=all "${where[@]}" \
+    --command="touch imagen_jax.stop; pkill -TERM -f 'imagen_jax train' || true"
+  exit
+fi
+if [[ "$only_install" == 1 ]]; then
+  if [[ -n "$type" ]]; then
+    provide
+  fi
+  prepare
+  exit
+fi
 if [[ -z "$type" ]]; then
   attempt
   exit
 fi
+
+# What is to become of a TPU that was made.
+finish() {
+  local away=(gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet)
+  if [[ "$delete" == 1 && "$1" != 130 ]]; then
+    run "${away[@]}"
+  elif [[ "$dry_run" == 0 ]]; then
+    echo "$name is still there, and is paid for, until: ${away[*]}" >&2
+  fi
+  exit "$1"
+}
+
 for ((start = 0; start <= restarts; start++)); do
   provide
   code=0
   attempt || code=$?
   if [[ "$code" == 0 || "$code" == 130 ]] || ! preempted; then
-    exit "$code"
+    finish "$code"
   fi
   echo "$name has been preempted, making it again" >&2
 done
-exit "$code"
+finish "$code"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
+import imagen_jax
 from imagen_jax.errors import UserError
 
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
     "export": "turn trained stages into a model folder",
     "import": "turn published weights of others into a model folder",
     "sample": "make pictures of prompts",
+    "edit": "make pictures of a picture and a prompt",
     "plan": "what a stage needs on a TPU slice that is not here: memory and predicted time",
     "serve": "a page in the browser that makes pictures",
 }
@@ -38,6 +40,7 @@ def make_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser with all verbs; only the chosen one's module is imported and its flags are added."""
     parser = argparse.ArgumentParser(prog="imagen-jax", description="Text-to-image diffusion in JAX.")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--version", action="version", version=f"imagen_jax {imagen_jax.__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for name, summary in VERBS.items():
         command = commands.add_parser(
@@ -229,6 +232,9 @@ def _run(argv: list[str], interrupts: _Interrupts) -> int:
     # Names and captions hold characters that a terminal's encoding may lack: no reason to fail after the work.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")
+    if not argv:
+        make_parser(None).print_help(sys.stderr)
+        return 2
     args: Any = argparse.Namespace(verb=verb, debug="--debug" in argv)
     try:
         args, rest = make_parser(verb).parse_known_args(argv)

@@ -225,20 +225,26 @@ class Scene:
     @property
     def caption(self) -> str:
         """The English caption."""
-        if self.relation is None:
-            what = _english(self.objects[0], len(self.objects))
-        else:
-            first, second = map(_english, self.objects)
-            what = f"{first} {self.relation.value} {second}"
-        return f"{what} on {_article(self.background.value)} background"
+        return f"{self.brief()} on {_article(self.background.value)} background"
 
     @property
     def caption_zh(self) -> str:
         """The Chinese caption."""
+        return f"{self.background.zh}背景上{'有' if self.relation is None else '，'}{self.brief_zh()}"
+
+    def brief(self, *, sizes: bool = True, textures: bool = True) -> str:
+        """The English caption without the background, nor what else is not to be said."""
+        first, *_, last = (_said(item, sizes, textures) for item in (*self.objects, *self.objects[-1:]))
         if self.relation is None:
-            return f"{self.background.zh}背景上有{_chinese(self.objects[0], len(self.objects))}"
-        first, second = map(_chinese, self.objects)
-        return f"{self.background.zh}背景上，{first}在{second}的{self.relation.zh}"
+            return _english(first, len(self.objects))
+        return f"{_english(first)} {self.relation.value} {_english(last)}"
+
+    def brief_zh(self, *, sizes: bool = True, textures: bool = True) -> str:
+        """The same in Chinese."""
+        first, *_, last = (_said(item, sizes, textures) for item in (*self.objects, *self.objects[-1:]))
+        if self.relation is None:
+            return _chinese(first, len(self.objects))
+        return f"{_chinese(first)}在{_chinese(last)}的{self.relation.zh}"
 
     def placements(self) -> tuple[tuple[float, float, float], ...]:
         """The centre (x, y) and the radius of each object, as fractions of the picture's side."""
@@ -258,6 +264,13 @@ class Scene:
             return tuple((0.5 + SLOT * x, 0.5 + SLOT * y, radius) for (x, y), radius in zip(SLOTS, radii))
         dx, dy = (PAIR_DISTANCE / 2 * step for step in self.relation.direction)
         return tuple((0.5 + sign * dx, 0.5 + sign * dy, radius) for sign, radius in zip((1, -1), radii))
+
+
+def _said(item: SceneObject, size: bool, texture: bool) -> SceneObject:
+    """The object as a caption has it that leaves out its size or texture."""
+    return dataclasses.replace(
+        item, size=item.size if size else None, texture=item.texture if texture else Texture.SOLID
+    )
 
 
 def _article(noun: str) -> str:

@@ -119,6 +119,26 @@ def sibling_scene(
     return _placed(random, choose(random, changes[order[(number - 1) % len(order)]]), jitter)
 
 
+def short_captions(scene: Scene, index: int, *, split: str = "train") -> tuple[str, str]:
+    """English and Chinese, half of them whole; the others leave out the background, sizes or textures, or all of it.
+
+    Args:
+        scene: what is described.
+        index: its number; decides what is left out.
+        split: it is of.
+    """
+    random = scene_generator(index, split, series=4)
+    if random.random() < 0.5:
+        return scene.caption, scene.caption_zh
+    background, sizes, textures = (bool(random.random() < share) for share in (0.3, 0.4, 0.7))
+    english = scene.brief(sizes=sizes, textures=textures)
+    chinese = scene.brief_zh(sizes=sizes, textures=textures)
+    if background:
+        english = f"{english}{scene.caption[len(scene.brief()) :]}"
+        chinese = f"{scene.caption_zh.removesuffix(scene.brief_zh())}{chinese}"
+    return english, chinese
+
+
 def _placed(random: np.random.Generator, scene: Scene, jitter: Jitter) -> Scene:
     """The scene with its objects at random places."""
     centres = _wide(random, scene) if jitter is Jitter.WIDE else _narrow(random, scene)

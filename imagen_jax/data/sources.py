@@ -26,6 +26,7 @@ _CHOICES = {
     "world": ("plain", "rich"),
     "jitter": ("narrow", "wide"),
     "siblings": ("no", "yes"),
+    "captions": ("whole", "short"),
 }
 _SHAPES_FORM = "count=N,resolution=PIXELS," + ",".join(
     f"{name}={'|'.join(_CHOICES[name])}" for name in _CHOICES
@@ -47,6 +48,7 @@ class ShapesOptions:
     world: str = "plain"  # rich: also equal objects, textures, and sizes within pairs
     jitter: str = "narrow"  # wide: objects anywhere
     siblings: str = "no"  # yes: families of four that differ in one thing
+    captions: str = "whole"  # short: half of them leave out the background, sizes or textures
 
     def __post_init__(self):
         """Checks the values."""
@@ -63,7 +65,12 @@ class ShapesOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise UserError(f"--source: shapes wants {name}={'|'.join(choices)}, got {value!r}")
-        for name, value in (("objects", "equal"), ("jitter", "wide"), ("siblings", "yes")):
+        for name, value in (
+            ("objects", "equal"),
+            ("jitter", "wide"),
+            ("siblings", "yes"),
+            ("captions", "short"),
+        ):
             if self.world == "plain" and getattr(self, name) == value:
                 raise UserError(f"--source: shapes has {name}={value} with world=rich only")
 
@@ -109,6 +116,7 @@ class ShapesSource(Source):
         siblings = self._options.siblings == "yes"
         names = ("count", "resolution", "language", "objects", *(("world", "jitter") if rich else ()))
         names = (*names, "siblings") if siblings else names
+        names = (*names, "captions") if self._options.captions == "short" else names
         values = ", ".join(f"{name}={getattr(self._options, name)!r}" for name in names)
         return f"{ShapesOptions.__name__}({values})"
 
@@ -123,11 +131,10 @@ class ShapesSource(Source):
             scene = self._scene(index)
             encoded = io.BytesIO()
             Image.fromarray(shapes_render.render(scene, options.resolution)).save(encoded, "PNG")
-            captions = {
-                "en": (scene.caption,),
-                "zh": (scene.caption_zh,),
-                "both": (scene.caption, scene.caption_zh),
-            }[options.language]
+            both = scene.caption, scene.caption_zh
+            if options.captions == "short":
+                both = shapes_world.short_captions(scene, index, split=self._split)
+            captions = {"en": both[:1], "zh": both[1:], "both": both}[options.language]
             key = f"{self._split}-{index:08d}"
             yield Example(file="shapes", key=key, image=encoded.getvalue(), captions=captions)
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from imagen_jax.diffusion.rules import Denoised, SamplerState, at_call
+from imagen_jax.diffusion.process import diffuse, renoise
+from imagen_jax.diffusion.rules import Denoised, SamplerState, at_call, each_example
 from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.diffusion.schedules import Schedule
 
@@ -21,6 +22,7 @@ Denoiser = Callable[
 
 # Steps use the numbers from 0 up for their noise, and a stage the last one of int32 for its input's.
 _HOOK_NOISE = 2**31 - 2
+_WAY_BACK = 2**31 - 3  # and the way back from a step, with the number of the call
 
 
 class Moment(NamedTuple):
@@ -68,9 +70,26 @@ def _moments(
     return [Moment(step, log_snr, keys_of_hook(index)) for index in range(len(hooks))]
 
 
-def start(keys: Key[Array, " batch"], shape: tuple[int, ...], config: SamplerConfig) -> SamplerState:
-    """Noise of each image's own key, before the first network call."""
+def start(
+    keys: Key[Array, " batch"],
+    shape: tuple[int, ...],
+    config: SamplerConfig,
+    *,
+    picture: Float[Array, "batch *shape"] | None = None,
+    schedule: Schedule | None = None,
+) -> SamplerState:
+    """Noise of each image's own key, before the first network call.
+
+    Args:
+      keys: one key an image.
+      shape: of an image.
+      config: sampler, grid and steps.
+      picture: x0 that is noised to the level of the first step (SDEdit, arXiv 2108.01073); None: noise alone.
+      schedule: noise level as a function of time, for a picture.
+    """
     x_1 = image_noise(keys, 0, shape)
+    if picture is not None and schedule is not None:
+        x_1 = diffuse(picture, x_1, each_example(config.log_snrs(schedule)[0], picture))
     return SamplerState(x_1, jnp.zeros_like(x_1), config.rule.start(x_1))
 
 
@@ -101,11 +120,20 @@ def advance(
       The state after `last` calls. After all of them its x0 is the sample: no noise is added after the last
       network call, and the last step is of first order whatever the sampler.
     """
-    rule = config.rule
-    plan = rule.plan(config.log_snrs(schedule))
+    rule, log_snrs = config.rule, config.log_snrs(schedule)
+    plan, walk = rule.plan(log_snrs), config.walk
+
+    def way_back(number: Array, x: Array) -> Array:
+        """From the step just reached to the one that the next call makes again; the same x where that follows."""
+        places = jnp.asarray((*walk, walk[-1] + 1) if walk is not None else ())
+        reached, following = places[number] + 1, places[number + 1]
+        levels = (each_example(log_snrs[jnp.minimum(i, len(log_snrs) - 1)], x) for i in (reached, following))
+        back = jax.vmap(lambda key: jax.random.fold_in(key, _WAY_BACK))(keys)
+        noisier = renoise(x, image_noise(back, number, x.shape[1:]), *levels)
+        return jnp.where(following < reached, noisier, x)
 
     def iterate(number: Array, state: SamplerState) -> SamplerState:
-        call = at_call(plan, number)
+        call = at_call(plan, number if walk is None else jnp.asarray(walk)[number])
         moments = _moments(hooks, number, call.step, call.log_snr, keys)
         for hook, moment in zip(hooks, moments, strict=True):
             state = state._replace(x=hook.before_call(state.x, moment))
@@ -114,8 +142,12 @@ def advance(
             denoised = Denoised(denoised, None)
         for hook, moment in zip(hooks, moments, strict=True):
             denoised = denoised._replace(x0=hook.after_x0(denoised.x0, moment))
-        noise = image_noise(keys, call.step + 1, state.x.shape[1:]) if rule.stochastic else None
+        # A step that is made again takes other noise.
+        own = call.step if walk is None else number
+        noise = image_noise(keys, own + 1, state.x.shape[1:]) if rule.stochastic else None
         x, memory = rule.update(call, state, denoised, noise)
+        if walk is not None:
+            x = way_back(number, x)
         return SamplerState(x, denoised.x0, memory)
 
     return jax.lax.fori_loop(first, config.network_calls if last is None else last, iterate, state)
@@ -129,11 +161,14 @@ def sample(
     schedule: Schedule,
     config: SamplerConfig,
     hooks: Sequence[Hook] = (),
+    picture: Float[Array, "batch *shape"] | None = None,
 ) -> Float[Array, "batch *shape"]:
-    """Draws a batch from noise to data: `start`, then all calls of `advance`, whose arguments these are.
+    """Draws a batch from noise, or from a picture with noise, to data.
+
+    `start`, then all calls of `advance`, whose arguments these are.
 
     Returns:
       The last x̂0, float32, (batch, *shape).
     """
-    state = start(keys, shape, config)
+    state = start(keys, shape, config, picture=picture, schedule=schedule)
     return advance(denoiser, state, keys=keys, schedule=schedule, config=config, hooks=hooks).x0

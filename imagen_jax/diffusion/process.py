@@ -41,6 +41,29 @@ def diffuse(
     return alpha * x0 + sigma * epsilon
 
 
+def renoise(
+    x_s: Float[Array, "batch *shape"],
+    noise: Float[Array, "batch *shape"],
+    log_snr_s: Float[Array, " batch"],
+    log_snr_t: Float[Array, " batch"],
+) -> Float[Array, "batch *shape"]:
+    """Draws x_t ~ q(x_t | x_s) at more noise, t > s (arXiv 2202.00512, appendix B; RePaint's way back).
+
+    (α_t/α_s)·x_s + σ_{t|s}·noise, where σ_{t|s}² = (1 − SNR(t)/SNR(s))·σ_t².
+
+    Args:
+      x_s: at the level `log_snr_s`.
+      noise: of unit variance.
+      log_snr_s: where `x_s` is.
+      log_snr_t: where to go; not above `log_snr_s`.
+    """
+    log_snr_s, log_snr_t = expand_to(log_snr_s, x_s), expand_to(log_snr_t, x_s)
+    alpha_s, _ = alpha_sigma(log_snr_s)
+    alpha_t, sigma_t = alpha_sigma(log_snr_t)
+    std = jnp.sqrt(-jnp.expm1(jnp.minimum(log_snr_t - log_snr_s, 0.0))) * sigma_t
+    return alpha_t / jnp.maximum(alpha_s, SMALLEST_AMPLITUDE) * x_s + std * noise
+
+
 def to_x0_and_epsilon(
     value: Float[Array, "batch *shape"],
     *,

@@ -5,6 +5,7 @@ import enum
 import math
 from collections.abc import Callable
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from imagen_jax.diffusion.ddpm import DDIM, DDPM
@@ -45,6 +46,12 @@ class SamplerConfig:
         0.0  # heun: S_churn of arXiv 2206.00364, algorithm 2: noise put back, shared among all steps
     )
     churn_noise: float = 1.0  # heun: S_noise, the standard deviation of the noise put back (EDM: 1 to 1.007)
+    first_step: int = (
+        0  # steps of the grid that are left out, the noisiest: who starts from a picture begins there
+    )
+    # ddpm, ddim: how often a stretch of `jump` steps is walked, noise being put back between (arXiv 2201.09865).
+    resamplings: int = 1
+    jump: int = 4
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -57,7 +64,16 @@ class SamplerConfig:
         for name in ("churn", "churn_noise"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        check_numbers(self, steps=MAX_STEPS, churn_noise=10.0)
+        check_numbers(self, steps=MAX_STEPS, churn_noise=10.0, resamplings=MAX_STEPS, jump=MAX_STEPS)
+        if not 0 <= self.first_step < self.steps:
+            raise ValueError(f"first_step must be in [0, {self.steps}), got {self.first_step}")
+        for name in ("resamplings", "jump"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.resamplings > 1 and self.kind not in (Sampler.DDPM, Sampler.DDIM):
+            raise ValueError(
+                f"resamplings {self.resamplings} need ddpm or ddim, which remember nothing, not {self.kind.value}"
+            )
 
     @property
     def rule(self) -> Rule:
@@ -67,7 +83,23 @@ class SamplerConfig:
     @property
     def network_calls(self) -> int:
         """Network calls a picture, each on the doubled batch when guided: steps; heun 2·steps − 1."""
-        return self.rule.network_calls(self.steps)
+        return self.rule.network_calls(self.steps - self.first_step) if self.walk is None else len(self.walk)
+
+    @property
+    def walk(self) -> tuple[int, ...] | None:
+        """Which step each network call makes, from 0, where some are made again; None: one after the other.
+
+        The last step ends without noise, and is made once.
+        """
+        if self.resamplings == 1:
+            return None
+        steps, calls = self.steps - self.first_step, list[int]()
+        for begin in range(0, steps, self.jump):
+            end = min(begin + self.jump, steps)
+            for turn in range(self.resamplings):
+                last = turn == self.resamplings - 1
+                calls += range(begin, end if last or end < steps else end - 1)
+        return tuple(calls)
 
     @property
     def stochastic(self) -> bool:
@@ -75,9 +107,17 @@ class SamplerConfig:
         return self.rule.stochastic
 
     def log_snrs(self, schedule: Schedule) -> Float[Array, " steps"]:
-        """Log-SNR of each step on the config's grid."""
+        """Log-SNR of each step on the config's grid, from `first_step` on."""
         grid = self.grid or GridConfig(kind=self.rule.GRID)
-        return grid.log_snrs(schedule, self.steps)
+        return grid.log_snrs(schedule, self.steps)[self.first_step :]
+
+    def step_at(self, time: float, schedule: Schedule) -> int:
+        """The step of the whole grid that begins nearest to a time of the schedule, in [0, 1]."""
+        grid = dataclasses.replace(self, first_step=0).log_snrs(schedule)
+        wanted = schedule.log_snr(jnp.asarray(time, jnp.float32))
+        # Between levels that both are without signal, or without noise, time cannot tell.
+        angles = jnp.arctan(jnp.exp(-0.5 * grid)) - jnp.arctan(jnp.exp(-0.5 * wanted))
+        return int(jnp.argmin(jnp.abs(angles)))
 
 
 # A new sampler is a file with its `Rule`, a name in `Sampler` and an entry here.

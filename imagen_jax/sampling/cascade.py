@@ -25,10 +25,12 @@ from imagen_jax.parallel.spatial import split_rows
 from imagen_jax.sampling import memory
 from imagen_jax.sampling.batches import Preview, Watcher
 from imagen_jax.sampling.drawing import Drawing, StagePlan
+from imagen_jax.sampling.given import GivenPicture
 from imagen_jax.sampling.identity import check_encoder, encoder_identity, stage_identity
 from imagen_jax.sampling.inputs import to_pixels
 from imagen_jax.sampling.model_folder import ModelFolder
 from imagen_jax.sampling.opened import OpenStages
+from imagen_jax.sampling.overrides import resampled
 from imagen_jax.sampling.prompts import PromptEncoder, prompt_warnings
 from imagen_jax.sampling.record import PictureRecord, StageRecord
 from imagen_jax.sampling.stage_run import StageRun, program_spec
@@ -210,6 +212,48 @@ class Imagen:
             warnings.warn(warning, stacklevel=2)
         return list(self.draw(drawing, **how))
 
+    def edit(
+        self,
+        picture: Image.Image | GivenPicture,
+        prompt: str,
+        *,
+        strength: float | Mapping[str, float] | None = None,
+        resamplings: int | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        **options: Unpack[Options],
+    ) -> list[Image.Image]:
+        """Variations of a picture that show a prompt, as PIL images.
+
+        Args:
+          picture: what to begin with, and perhaps a mask of what is to be painted; it is brought to a size that the
+            model draws.
+          prompt: what the result shows.
+          strength: the schedule's time at which the way begins, in (0, 1], for all stages or by name; 1: with noise
+            alone. None: 1 with a mask, else 0.6.
+          resamplings: with a mask, how often a stretch of steps is walked (`resampled`).
+          seed: variation j has seed + j.
+          num_images: variations.
+          **options: as of `pictures`.
+
+        Raises:
+          UserError: a strength is out of range, or as `draw`.
+        """
+        fields, how = _split(options)
+        given = picture
+        if not isinstance(given, GivenPicture):
+            given = GivenPicture(pixels=np.asarray(given.convert("RGB")))
+        if strength is None:
+            strength = 0.6 if given.mask is None else 1.0
+        if given.mask is not None:
+            known = {stage.name: stage.sampling for stage in self.stages}
+            fields["sampling"] = resampled({**known, **(fields.get("sampling") or {})}, resamplings)
+        if not isinstance(strength, Mapping):
+            strength = {stage.name: float(strength) for stage in self.stages}
+        drawing = Drawing.of([prompt], seed=seed, num_images=num_images, strength=strength, **fields)
+        drawing = drawing.beginning_with(given, self.stages)
+        return [drawn.image() for drawn in self.draw(drawing, **how)]
+
     def draw(
         self,
         drawing: Drawing,
@@ -267,13 +311,14 @@ class Imagen:
                 StageRecord(
                     name=stage.name,
                     identity=identities[stage.name],
-                    sampling=drawing.sampling.get(stage.name, stage.sampling),
+                    sampling=drawing.stage_sampling(stage),
                 )
                 for stage in drawing.stages(self.stages)
             ),
             text_encoder=encoder,
             model=self.folder.name,
             size=None if drawing.size is None else (drawing.size.width, drawing.size.height),
+            given=drawing.given[index].sha256 if drawing.given else None,
         )
 
     @functools.cached_property

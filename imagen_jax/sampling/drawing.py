@@ -6,14 +6,37 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Float, Int
 
 from imagen_jax.config import nearest
+from imagen_jax.diffusion.editing import KnownRegion
 from imagen_jax.diffusion.loop import Hook
 from imagen_jax.errors import UserError
 from imagen_jax.limits import MAX_PICTURES, MAX_SEED, shown
 from imagen_jax.models.configs import SamplingConfig, StageConfig
+from imagen_jax.sampling.given import GivenPicture
 from imagen_jax.sampling.prompts import check_prompt
 from imagen_jax.sizes import Size
+
+_MOST_PICTURES = 4  # of a stage's own size, in one picture that is edited at the size it has
+
+
+def nearest_size(size: Size, last: StageConfig, stages: Sequence[StageConfig]) -> Size:
+    """The size of about the last stage's own area, and of about the shape of `size`, that all stages draw.
+
+    `size` itself where they draw it and it is not larger than a few of the last stage's own pictures.
+
+    Args:
+      size: of a picture.
+      last: the stage that makes the result.
+      stages: all that are drawn.
+    """
+    least = max(stage.network.side_multiple * last.resolution // stage.resolution for stage in stages)
+    own = last.resolution**2
+    if not any(side % least for side in size) and size.height * size.width <= _MOST_PICTURES * own:
+        return size
+    factor = (own / (size.height * size.width)) ** 0.5
+    return Size(*(max(least, round(side * factor / least) * least) for side in size))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,7 +46,25 @@ class StagePlan:
     stage: StageConfig
     sampling: SamplingConfig
     size: Size  # of its pictures
-    hooks: tuple[Hook, ...] = ()
+    hooks: tuple[Hook, ...] = ()  # arrays have an axis over the pictures first
+    given: tuple[GivenPicture, ...] = ()  # one a picture, or none
+
+    @property
+    def begins_with_picture(self) -> bool:
+        """Whether the way begins with the given pictures, and not with noise alone."""
+        return bool(self.given) and self.sampling.sampler.first_step > 0
+
+    def pictures(self, chosen: Int[np.ndarray, " batch"]) -> Float[np.ndarray, "batch height width 3"]:
+        """Some of the given pictures at the stage's size, in [−1, 1]."""
+        return np.stack([self.given[i].at(self.size) for i in chosen])
+
+    def batch_hooks(self, chosen: Int[np.ndarray, " batch"]) -> tuple[Hook, ...]:
+        """The hooks of some of the pictures. What is known of given ones comes last: no other hook changes it."""
+        hooks = jax.tree.map(lambda array: np.asarray(array)[chosen], self.hooks)
+        if not self.given or self.given[0].mask is None:
+            return hooks
+        mask = np.stack([self.given[i].mask_at(self.size) for i in chosen])
+        return (*hooks, KnownRegion(picture=self.pictures(chosen), mask=mask))
 
 
 def wanted_pictures(prompts: Sequence[str], seed: int, num_images: int) -> tuple[tuple[str, int], ...]:
@@ -65,6 +106,11 @@ class Drawing:
     size: Size | None = None  # of the pictures of the last stage drawn; None: square, of its resolution
     # By stage name, what changes its pictures on their way; arrays have an axis over the pictures first.
     hooks: Mapping[str, tuple[Hook, ...]] = dataclasses.field(default_factory=dict)
+    # What is edited: a picture for each one wanted, all with a mask or all without; none: all is drawn from noise.
+    given: tuple[GivenPicture, ...] = ()
+    # By stage name, the schedule's time at which the way begins with the given picture, in (0, 1]; left out or 1: with
+    # noise alone (SDEdit, arXiv 2108.01073, section 3.2).
+    strength: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "wanted", tuple((prompt, seed) for prompt, seed in self.wanted))
@@ -74,12 +120,34 @@ class Drawing:
                 raise UserError(f"seeds must lie in 0 … {MAX_SEED}, got {shown(seed)}")
         if self.negative_prompt is not None:
             check_prompt(self.negative_prompt, "negative prompt")
+        if self.given and len(self.given) != len(self.wanted):
+            raise UserError(f"{len(self.given)} pictures are given for {len(self.wanted)} wanted")
+        if len({picture.mask is None for picture in self.given}) > 1:
+            raise UserError("of the given pictures some have a mask and some have none")
+        for name, strength in self.strength.items():
+            if not 0.0 < strength <= 1.0:  # nan too
+                raise UserError(f"--strength {strength}: must be above 0 and at most 1 (stage {name!r})")
 
     @classmethod
     def of(cls, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **how: Any) -> "Drawing":
         """Pictures of prompts, `wanted_pictures`; the rest as the fields."""
         how = {name: value for name, value in how.items() if value is not None}
         return cls(wanted=wanted_pictures(prompts, seed, num_images), **how)
+
+    def beginning_with(self, given: GivenPicture, known: Sequence[StageConfig]) -> "Drawing":
+        """The same pictures, made of a given one at a size that the stages draw, nearest to its own.
+
+        Args:
+          given: the picture, for all that are wanted.
+          known: the model's stages, base first.
+
+        Raises:
+          UserError: as `stages`.
+        """
+        last = self.stages(known)[-1]
+        size = self.size or nearest_size(given.size, last, self.stages(known))
+        fitted = given.fitted(size)
+        return dataclasses.replace(self, given=(fitted,) * len(self.wanted), size=size)
 
     @property
     def prompts(self) -> list[str]:
@@ -93,6 +161,7 @@ class Drawing:
         return dataclasses.replace(
             self,
             wanted=tuple(self.wanted[i] for i in index),
+            given=tuple(self.given[i] for i in index) if self.given else (),
             hooks={
                 name: jax.tree.map(lambda leaf: np.asarray(leaf)[index], hooks)
                 for name, hooks in self.hooks.items()
@@ -126,16 +195,17 @@ class Drawing:
             given while no stage is guided.
         """
         names = [stage.name for stage in known]
-        for name in (*self.sampling, *self.hooks):
+        for name in (*self.sampling, *self.hooks, *self.strength):
             if name not in names:
                 raise UserError(f"{model}: there is no stage {name!r} to sample{nearest(name, names)}")
         stages = self.stages(known)
         plans = tuple(
             StagePlan(
                 stage=stage,
-                sampling=self.sampling.get(stage.name, stage.sampling),
+                sampling=self.stage_sampling(stage),
                 size=self._stage_size(stage, stages[-1]),
                 hooks=tuple(self.hooks.get(stage.name, ())),
+                given=self.given,
             )
             for stage in stages
         )
@@ -144,6 +214,15 @@ class Drawing:
                 f"negative_prompt {self.negative_prompt!r} needs guidance, but every stage's guidance weight is 1 (off)"
             )
         return plans
+
+    def stage_sampling(self, stage: StageConfig) -> SamplingConfig:
+        """How a stage is sampled, from the step on at which its strength has it begin."""
+        sampling = self.sampling.get(stage.name, stage.sampling)
+        if not self.given or stage.name not in self.strength:
+            return sampling
+        sampler = sampling.sampler
+        first = sampler.step_at(self.strength[stage.name], stage.schedule)
+        return dataclasses.replace(sampling, sampler=dataclasses.replace(sampler, first_step=first))
 
     def _stage_size(self, stage: StageConfig, last: StageConfig) -> Size:
         if self.size is None:

@@ -17,6 +17,8 @@ class StageInputs(NamedTuple):
     low_res: Float[Any, "batch low_height low_width channels"] | None = None
     negative_text: Float[Any, "batch length text_width"] | None = None  # None: where nothing is guided
     negative_mask: Bool[Any, "batch length"] | None = None
+    # What the way begins with instead of noise alone, in [−1, 1]; None: noise.
+    picture: Float[Any, "batch height width channels"] | None = None
     hooks: tuple[Any, ...] = ()  # see `diffusion.loop.Hook`; their arrays have an axis over the batch first
 
 

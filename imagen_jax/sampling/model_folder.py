@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from imagen_jax.config import build, to_dict
+from imagen_jax.config import build, nearest, to_dict
 from imagen_jax.data.encoder_identity import EncoderIdentity
-from imagen_jax.demo import packaged
+from imagen_jax.demo import NAME, packaged
 from imagen_jax.errors import UserError
 from imagen_jax.files import check_regular, exists, is_cloud, make_folder, read_json, write_text
 from imagen_jax.models.configs import StageConfig
@@ -121,7 +121,8 @@ class ModelFolder:
         there = exists(folder)  # asked first: no path is made of an address of a kind that is not read
         self.path = epath.Path(folder)
         if not there or not self.path.is_dir():
-            raise UserError(f"--model {folder}: there is no such folder")
+            near = nearest(str(folder), [NAME])
+            raise UserError(f"--model {folder}: there is no such folder{near}")
         if not (self.path / INDEX).exists():
             raise UserError(f"--model {folder} is not a model folder: it has no {INDEX}")
         self.index = build(ModelIndex, read_json(self.path / INDEX), str(self.path / INDEX))

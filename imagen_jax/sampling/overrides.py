@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from imagen_jax.diffusion.grids import NAMED_COUNTS, Grid, GridConfig
@@ -150,3 +150,31 @@ def override_all(
         return [each.apply(config) for config, each in zip(configs, overrides, strict=True)]
     except ValueError as error:
         raise UserError(f"sampling settings: {error}") from error
+
+
+RESAMPLINGS = 4  # of stretches around a known region, where nothing else is asked for
+
+
+def resampled(configs: Mapping[str, SamplingConfig], times: int | None = None) -> dict[str, SamplingConfig]:
+    """Configs that walk stretches of steps several times, so that what is painted fits what is known.
+
+    Args:
+      configs: by stage name.
+      times: how often; None: `RESAMPLINGS`, and once where the sampler remembers what it did.
+
+    Raises:
+      UserError: so many are none, or a sampler remembers what it did.
+    """
+    made = {}
+    for name, config in configs.items():
+        sampler = config.sampler
+        if times is None:
+            memoryless = sampler.kind in (Sampler.DDPM, Sampler.DDIM)
+            sampler = dataclasses.replace(sampler, resamplings=RESAMPLINGS if memoryless else 1)
+        else:
+            try:
+                sampler = dataclasses.replace(sampler, resamplings=times)
+            except ValueError as error:
+                raise UserError(f"--resamplings {times}: {error}") from error
+        made[name] = dataclasses.replace(config, sampler=sampler)
+    return made

@@ -55,6 +55,7 @@ class ProgramSpec:
     sampling: SamplingConfig
     batch: int  # pictures drawn together
     negative: bool = False  # whether there is something that guidance leads away from
+    picture: bool = False  # whether the way begins with pictures
     mesh: Mesh | None = None  # None: one device
     size: Size | None = None  # of the pictures; None: the stage's own
     hooks: HookShapes = HookShapes()
@@ -71,8 +72,10 @@ class ProgramSpec:
         size = self.size or stage.size
         if stage.low_resolution is not None:
             inputs["low_res"] = jax.ShapeDtypeStruct((n, *size.over(stage.scale), channels), jnp.float32)
-        inputs["hooks"] = self.hooks.batch(n)
         picture = jax.ShapeDtypeStruct((n, *size, channels), jnp.float32)
+        if self.picture:
+            inputs["picture"] = picture
+        inputs["hooks"] = self.hooks.batch(n)
         rule = self.sampling.sampler.rule
         return inputs, jax.eval_shape(lambda x: SamplerState(x, x, rule.start(x)), picture)
 

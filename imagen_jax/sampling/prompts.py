@@ -34,7 +34,8 @@ def prompt_warnings(
     found: list[UserWarning] = []
     for prompt in dict.fromkeys(prompts):
         shown = _shown(prompt, _SHOWN_PROMPT)
-        if words := tokenizer.unknown_words(prompt):
+        words = tokenizer.unknown_words(prompt)
+        if words:
             unknown = _shown(", ".join(words), _SHOWN_REST)
             found.append(
                 UnknownTokensWarning(f"prompt {shown!r}: words unknown to the text encoder: {unknown}")
@@ -46,6 +47,7 @@ def prompt_warnings(
                 CutTextWarning(
                     f"prompt {shown!r} is cut to the {shortest} tokens of {names}; left out: "
                     f"{_shown(rest, _SHOWN_REST)!r}"
+                    f"{' (an unknown word takes a token a letter or more)' if words and tokenizer.spells else ''}"
                 )
             )
     return found

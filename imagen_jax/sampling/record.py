@@ -7,6 +7,7 @@ from etils import epath
 
 import imagen_jax
 from imagen_jax.config import build, differences, to_dict
+from imagen_jax.diffusion.samplers import SamplerConfig
 from imagen_jax.errors import UserError
 from imagen_jax.files import exists, json_field
 from imagen_jax.limits import MAX_SEED, MAX_SIDE, check_numbers
@@ -14,6 +15,7 @@ from imagen_jax.models.configs import SamplingConfig
 from imagen_jax.sampling.pictures import read_metadata
 
 FORMAT = 1
+_SINCE_EDITING = ("first_step", "resamplings", "jump")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,12 @@ class PictureRecord:
     model: str  # the model folder, as it was called then
     negative_prompt: str | None = None
     size: tuple[int, ...] | None = None  # width and height in pixels; None: the last stage's own
+    given: str | None = (
+        None  # SHA-256 of the pixels, and of the mask, that it was made from; None: from noise alone
+    )
+    given_file: str | None = None  # where those were, as they were called then
+    mask_file: str | None = None
+    outpaint: tuple[int, ...] | None = None  # margins: left, top, right, bottom
     version: str = imagen_jax.__version__  # of this package
     format: int = FORMAT
 
@@ -51,15 +59,23 @@ class PictureRecord:
     def to_metadata(self) -> dict[str, Any]:
         """JSON types, as `save_png` takes them."""
         values = to_dict(self)
-        if self.size is None:
-            del values["size"]  # as in records from before there were other sizes
+        # What is not used is left out, as in records from before it was there.
+        for name in ("size", "given", "given_file", "mask_file", "outpaint"):
+            if values[name] is None:
+                del values[name]
+        for stage in values["stages"]:
+            sampler = stage["sampling"]["sampler"]
+            for field in dataclasses.fields(SamplerConfig):
+                if field.name in _SINCE_EDITING and sampler[field.name] == field.default:
+                    del sampler[field.name]
         return values
 
     def same_picture(self, metadata: dict[str, Any] | None) -> bool:
         """Whether the metadata are those of this very picture, wherever its model lay."""
         if metadata is None:
             return False
-        return {**metadata, "model": ""} == {**self.to_metadata(), "model": ""}
+        places = dict.fromkeys(("model", "given_file", "mask_file"), "")
+        return {**metadata, **places} == {**self.to_metadata(), **places}
 
 
 def read_record(path: epath.PathLike, *, flag: str = "--like") -> PictureRecord:

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 from tqdm import tqdm
 
 from imagen_jax.limits import shown
@@ -32,9 +31,10 @@ def program_spec(plan: StagePlan, *, batch_size: int, pictures: int, mesh: Mesh 
         sampling=plan.sampling,
         batch=-(-min(batch_size, pictures) // parts) * parts,
         negative=plan.sampling.guidance_weight != 1.0,
+        picture=plan.begins_with_picture,
         mesh=mesh,
         size=plan.size,
-        hooks=HookShapes.of(plan.hooks),
+        hooks=HookShapes.of(plan.batch_hooks(np.zeros(1, int))),
     )
 
 
@@ -51,13 +51,9 @@ class StageRun:
 
     def _inputs(self, begin: int, low_res: np.ndarray | None) -> StageInputs:
         """A batch, filled up from the front."""
-        count = len(self.drawing.wanted)
-        chosen = np.arange(begin, begin + self.program.spec.batch) % count
+        count, spec = len(self.drawing.wanted), self.program.spec
+        chosen = np.arange(begin, begin + spec.batch) % count
         seeds = np.array([seed for _, seed in self.drawing.wanted], np.uint32)
-
-        def take(array: Array | np.ndarray) -> np.ndarray:
-            return np.asarray(array)[chosen]
-
         return StageInputs(
             seeds=seeds[chosen],
             text=self.text.embeddings[chosen],
@@ -65,7 +61,8 @@ class StageRun:
             low_res=None if low_res is None else low_res[chosen],
             negative_text=None if self.negative is None else self.negative.embeddings,
             negative_mask=None if self.negative is None else self.negative.mask,
-            hooks=jax.tree.map(take, self.plan.hooks),
+            picture=self.plan.pictures(chosen) if spec.picture else None,
+            hooks=self.plan.batch_hooks(chosen),
         )
 
     def __call__(

@@ -122,7 +122,7 @@ def sample_stage(
     size: Size | None = None,
     mesh: Mesh | None = None,
 ) -> SamplerState:
-    """The program of a stage: a batch from noise to pictures, or a part of that way.
+    """The program of a stage: a batch from noise, or from pictures with noise, to pictures, or a part of that way.
 
     To be called under `jax.jit`. The picture is `x0` of the state after all network calls, in [−1, 1] but for
     what thresholding leaves; before, `x0` is what the network then takes the picture to be.
@@ -162,10 +162,13 @@ def sample_stage(
         denoised = denoise(shard_pictures(x_t, mesh), log_snr, step)
         return jax.tree.map(lambda x: shard_pictures(x, mesh), denoised)
 
+    def begin() -> SamplerState:
+        return start(keys, shape, config.sampler, picture=inputs.picture, schedule=stage.schedule)
+
     if state is None:
-        state = start(keys, shape, config.sampler)
+        state = begin()
     elif not isinstance(first, int):
-        state = jax.lax.cond(first == 0, lambda: start(keys, shape, config.sampler), lambda: state)
+        state = jax.lax.cond(first == 0, begin, lambda: state)
     return advance(
         sharded,
         state,

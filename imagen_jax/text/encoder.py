@@ -88,7 +88,7 @@ class TextEncoder:
         cls,
         folder_or_hub_id: str | os.PathLike,
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
         mesh: jax.sharding.Mesh | None = None,
         copied: bool | None = None,
         progress: bool = False,
@@ -99,7 +99,8 @@ class TextEncoder:
             folder_or_hub_id: a folder with config.json, weights and the tokenizer's files; a
                 pipeline folder with `text_encoder` and `tokenizer` in it; a hub id such as
                 "google/t5-v1_1-small"; or "demo", the encoder of the model in the box.
-            dtype: of the parameters and of the matrix products (norms and softmax are float32).
+            dtype: of the parameters and of the matrix products (norms and softmax are float32); None: bfloat16 on
+                accelerators, whose memory T5-XXL in float32 would not fit, and float32 on CPUs.
             mesh: of this process's devices, which share each batch; None: one device does everything.
             copied: whether every device of the mesh holds all parameters, or they are spread over them and `encode`
                 gathers a layer's when it runs; None: what their memory has room for.
@@ -109,6 +110,8 @@ class TextEncoder:
             UserError: no such folder or hub id, no network, quantised weights, not a T5 encoder, or a
                 tokenizer that is not its own or would run code.
         """
+        if dtype is None:
+            dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         folder = find_encoder(folder_or_hub_id)
         is_local = epath.Path(packaged(folder_or_hub_id)).is_dir()
         name = folder.name if is_local else os.fspath(folder_or_hub_id)

@@ -50,9 +50,11 @@ class CaptionTokenizer:
     Attributes:
         unknown: ids that stand for what the vocabulary lacks: the unknown token's, and those of single bytes of a
             vocabulary that spells what it lacks. Empty: it lacks nothing.
+        spells: whether what the vocabulary lacks is spelled, a token a byte.
     """
 
     unknown: frozenset[int]
+    spells: bool
 
     def __init__(self, tokenizer: Any, *, rows: int, where: str):
         """Takes over a tokenizer of transformers, or a `PlainTokenizer`.
@@ -72,7 +74,7 @@ class CaptionTokenizer:
         vocabulary = self.get_vocab()
         spelled = {vocabulary[piece] for piece in BYTE_PIECES if piece in vocabulary}
         unknown = set() if tokenizer.unk_token_id is None else {int(tokenizer.unk_token_id)}
-        self.unknown = frozenset(unknown | spelled)
+        self.unknown, self.spells = frozenset(unknown | spelled), bool(spelled)
         word = max(vocabulary, key=vocabulary.__getitem__, default=None)
         if word is not None:
             self._check_id(vocabulary[word], f" ({word!r})")

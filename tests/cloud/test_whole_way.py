@@ -161,7 +161,7 @@ def test_the_whole_way(bucket, local, text_encoder, config_file, tmp_path, monke
     np.testing.assert_array_equal(pixels(made), pixels(local / "pictures" / made.name))
 
     sample(bucket)
-    assert "1 of 1 pictures are there already" in capsys.readouterr().err
+    assert "1 of 1 picture is there already" in capsys.readouterr().err
 
     # A damaged checkpoint is set aside, and the run goes on from the one before.
     for path in (run / "checkpoints" / "4" / "state").iterdir():

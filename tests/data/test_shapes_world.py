@@ -9,7 +9,16 @@ import pytest
 
 from imagen_jax.data import shapes, shapes_captions, shapes_render
 from imagen_jax.data.shapes import HELD_OUT, Colour, Relation, Scene, SceneObject, Shape, Size, Texture
-from imagen_jax.data.shapes_world import FAMILY, Jitter, Kind, sibling_scene, world_scene
+from imagen_jax.data.shapes_world import (
+    FAMILY,
+    Jitter,
+    Kind,
+    short_captions,
+    sibling_scene,
+    world_scene,
+)
+from imagen_jax.data.sources import open_source
+from imagen_jax.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -208,3 +217,35 @@ def test_siblings_lie_as_other_scenes_do():
         for item, (x, y, radius) in zip(scene.objects, scene.placements()):
             assert radius < x < 1 - radius and radius < y < 1 - radius
             assert item.texture is Texture.SOLID or len(scene.objects) == 1 or item.size is not Size.SMALL
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_short_captions_leave_things_out_and_say_nothing_else(split):
+    """What they say is a part of the whole caption, in order; in both languages the same is left out."""
+    kept, cases = [], range(600)
+    for index in cases:
+        scene = world_scene(index, split=split)
+        english, chinese = short_captions(scene, index, split=split)
+        words = iter(scene.caption.replace("an ", "a ").split())
+        assert all(word in words for word in english.replace("an ", "a ").split()), (english, scene.caption)
+        characters = iter(scene.caption_zh)
+        assert all(character in characters for character in chinese), (chinese, scene.caption_zh)
+        first = scene.objects[0]
+        for item in (first, scene.objects[-1]):
+            assert item.colour.value in english and item.shape.value in english
+            assert item.colour.zh in chinese and item.shape.zh in chinese
+        kept.append([english == scene.caption, "background" in english])
+        assert (english == scene.caption) == (chinese == scene.caption_zh)
+        assert ("background" in english) == ("背景" in chinese)
+    whole, background = np.mean(kept, axis=0)
+    assert 0.45 < whole < 0.68 and 0.6 < background < 0.75
+
+
+def test_short_captions_are_an_option_of_the_source():
+    source = open_source("shapes:world=rich,language=zh,captions=short,count=3", split="train", limit=None)
+    examples = [example for unit in source.units() for example in source.read(unit)]
+    expected = [(short_captions(world_scene(i), i)[1],) for i in range(3)]
+    assert [example.captions for example in examples] == expected
+    assert source.fingerprint().endswith("captions='short')")
+    with pytest.raises(UserError, match="captions=short with world=rich only"):
+        open_source("shapes:captions=short", split="train", limit=None)

@@ -83,6 +83,20 @@ def test_tpu_vm_starts_again_on_the_host_as_long_as_it_helps(codes, runs, result
     assert (tmp_path / "runs").read_text().count("run") == runs
 
 
+def test_tpu_vm_does_not_start_again_what_was_stopped(tmp_path):
+    """A file that --stop leaves; and the connection's end does not end it."""
+    [start] = dry_run(LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--no_install", "--dry_run", *TRAIN)
+    [command] = [word.removeprefix("--command=") for word in start if word.startswith("--command=")]
+    python = tmp_path / "imagen_jax" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text("#!/bin/bash\nkill -HUP $$\necho run >> ../runs\ntouch ../imagen_jax.stop\nexit 75\n")
+    python.chmod(0o755)
+    (tmp_path / "imagen_jax.stop").touch()  # of an earlier job
+    done = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 75
+    assert (tmp_path / "runs").read_text() == "run\n"
+
+
 def test_tpu_vm_makes_the_tpu_that_is_asked_for():
     flags = ["--name=pod", "--zone=z", "--accelerator_type=v6e-16", "--spot", "--no_install", "--dry_run"]
     create, start = dry_run(LAUNCH / "tpu_vm.sh", *flags, *TRAIN)
@@ -94,13 +108,19 @@ def test_tpu_vm_makes_the_tpu_that_is_asked_for():
     assert "--spot" in error and "--accelerator_type" in error
 
 
-# What a false gcloud does: a queued resource's state is in a file; `ssh` takes the TPU away as often as told.
+# What a false gcloud does: a queued resource's state is in a file; `ssh` takes the TPU away as often as told. As often
+# as told it cannot be asked.
 GCLOUD = """#!/bin/bash
 cd {folder}
 echo "$4 $5" >> calls
 case "$3 $4" in
-  "queued-resources describe") [[ -s state ]] || exit 1; cat state; sed -i s/PROVISIONING/ACTIVE/ state ;;
-  "queued-resources create") echo PROVISIONING > state ;;
+  "queued-resources describe")
+    if [[ -s silences ]]; then sed -i 1d silences; echo "ERROR: There was a problem refreshing tokens" >&2; exit 1; fi
+    if [[ ! -s state ]]; then echo "ERROR: (gcloud) NOT_FOUND: Resource was not found" >&2; exit 1; fi
+    cat state; sed -i s/PROVISIONING/ACTIVE/ state ;;
+  "queued-resources create")
+    if [[ -s state ]]; then echo ALREADY_EXISTS >&2; exit 1; fi
+    echo {made} > state ;;
   "queued-resources delete") : > state ;;
   "tpu-vm ssh")
     if [[ -s preemptions ]]; then sed -i 1d preemptions; echo SUSPENDED > state; exit 255; fi
@@ -109,21 +129,70 @@ esac
 """
 
 
+@pytest.fixture
+def on_tpu(tmp_path):
+    """on_tpu(flag, …) → the ended launcher and the calls of the false gcloud."""
+
+    def run(*flags, preemptions=0, silences=0, code=0, made="PROVISIONING"):
+        gcloud = tmp_path / "gcloud"
+        gcloud.write_text(GCLOUD.format(folder=tmp_path, code=code, made=made))
+        gcloud.chmod(0o755)
+        (tmp_path / "preemptions").write_text("one\n" * preemptions)
+        (tmp_path / "silences").write_text("one\n" * silences)
+        env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TPU_POLL_SECONDS": "0"}
+        command = ["bash", str(LAUNCH / "tpu_vm.sh"), "--name=pod", "--zone=z", *flags]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return run
+
+
+MADE = ["--accelerator_type=v5litepod-16", "--spot", "--no_install"]
+
+
 @pytest.mark.parametrize(("preemptions", "code"), [(0, 0), (2, 0), (1, 1)])
-def test_tpu_vm_makes_a_preempted_tpu_again(preemptions, code, tmp_path):
-    gcloud = tmp_path / "gcloud"
-    gcloud.write_text(GCLOUD.format(folder=tmp_path, code=code))
-    gcloud.chmod(0o755)
-    (tmp_path / "preemptions").write_text("one\n" * preemptions)
-    flags = ["--name=pod", "--zone=z", "--accelerator_type=v5litepod-16", "--spot", "--no_install"]
-    env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "TPU_POLL_SECONDS": "0"}
-    command = ["bash", str(LAUNCH / "tpu_vm.sh"), *flags, *TRAIN]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+def test_tpu_vm_makes_a_preempted_tpu_again(preemptions, code, on_tpu):
+    done, calls = on_tpu(*MADE, *TRAIN, preemptions=preemptions, code=code)
     assert done.returncode == code, done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
     assert calls.count("create pod") == calls.count("ssh pod") == 1 + preemptions
     assert calls.count("delete pod") == preemptions
     assert done.stderr.count("has been preempted") == preemptions
+    assert "is paid for, until: gcloud compute tpus queued-resources delete pod --zone=z" in done.stderr
+
+
+def test_tpu_vm_deletes_what_it_made_if_it_is_told_to(on_tpu):
+    done, calls = on_tpu(*MADE, "--delete", *TRAIN, code=1)
+    assert done.returncode == 1 and calls[-1] == "delete pod"
+
+
+def test_tpu_vm_waits_while_google_cannot_be_asked(on_tpu):
+    """Neither is a TPU made twice, nor taken for preempted."""
+    done, calls = on_tpu(*MADE, *TRAIN, silences=3)
+    assert done.returncode == 0 and calls.count("create pod") == 1
+    assert done.stderr.count("problem refreshing tokens") == 3
+
+
+def test_tpu_vm_ends_where_google_makes_none(on_tpu):
+    done, calls = on_tpu(*MADE, *TRAIN, made="FAILED")
+    assert done.returncode == 1 and calls.count("create pod") == 1
+    assert "Google could not make it" in done.stderr
+
+
+def test_tpu_vm_stops_a_job_and_installs_alone(on_tpu):
+    done, calls = on_tpu("--stop")
+    assert done.returncode == 0 and calls == ["ssh pod"]
+    done, calls = on_tpu("--install_only")
+    assert done.returncode == 0 and [call.split()[0] for call in calls] == ["ssh", "scp", "ssh"]
+
+
+def test_tpu_vm_refuses_flags_that_are_spelt_as_gclouds():
+    error = dry_run(
+        LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--accelerator-type=v6e-8", *TRAIN, code=2
+    )
+    assert "--accelerator-type: flags here have underscores" in error
+    dry_run(
+        LAUNCH / "tpu_vm.sh", "--name=pod", "--zone=z", "--dry_run", *TRAIN, "--config.data.path=gs://a-b/c-d"
+    )
 
 
 def test_tpu_vm_ships_the_checkout_as_it_is(tmp_path):

@@ -150,7 +150,7 @@ def test_other_settings_go_beside(sample, tmp_path):
     said = sample(CIRCLE, "--until=8", "--guidance=5")
     assert "base8.guidance_weight: 2.0 → 5.0" in said and "00000-a-red-circle-0-2.png" in said
     assert (tmp_path / "out" / "00000-a-red-circle-0.png").read_bytes() == before
-    assert "1 of 1 pictures are there already" in sample(CIRCLE, "--until=8", "--guidance=5")
+    assert "1 of 1 picture is there already" in sample(CIRCLE, "--until=8", "--guidance=5")
 
 
 def test_prompts_from_a_file_and_from_standard_input(sample, tmp_path, monkeypatch):

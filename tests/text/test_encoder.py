@@ -321,3 +321,11 @@ def test_small_encoder_keeps_each_token_its_own(encoder):
 
     assert 0.6 < cosine(red[2], blue[2]) < 0.95  # the same word after another
     assert cosine(red[2], square[2]) < 0.6  # another word in the same place
+
+
+@pytest.mark.parametrize(("backend", "dtype"), [("cpu", "float32"), ("tpu", "bfloat16"), ("gpu", "bfloat16")])
+def test_accelerators_compute_in_bfloat16_unless_told_otherwise(folder, monkeypatch, backend, dtype):
+    """T5-XXL in float32 is larger than the memory of most."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert TextEncoder.load(folder).dtype == dtype
+    assert TextEncoder.load(folder, dtype="float32").dtype == "float32"
