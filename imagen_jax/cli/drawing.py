@@ -269,7 +269,13 @@ def draw_missing(
     places = [place for place in places if place.path not in lost]
     if fault is not None and not places:
         raise fault
-    shown = output.write_grid(out / "grid.png", places, args.num_images if args.num_images > 1 else None)
+    # A row a prompt; one prompt's many pictures would make a thread.
+    row = (
+        args.num_images
+        if args.num_images > 1 and (len(places) > args.num_images or args.num_images <= 8)
+        else None
+    )
+    shown = output.write_grid(out / "grid.png", places, row)
     output.write_contact_sheet(out / "index.html", places)
     all_of_them = "all" if shown == len(places) else f"the first {shown}"
     print(

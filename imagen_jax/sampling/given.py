@@ -57,7 +57,9 @@ class GivenPicture:
     """
 
     pixels: UInt8[np.ndarray, "height width 3"]
-    mask: Bool[np.ndarray, "mask_height mask_width"] | None = None  # True: to be painted; None: there is no mask
+    mask: Bool[np.ndarray, "mask_height mask_width"] | None = (
+        None  # True: to be painted; None: there is no mask
+    )
 
     def __post_init__(self) -> None:
         if self.mask is None:

@@ -3,6 +3,7 @@ import sys
 
 import pytest
 
+import imagen_jax
 from imagen_jax.cli.main import VERBS, main
 
 
@@ -25,7 +26,20 @@ def test_help_lists_the_verbs(capsys):
     assert all(f"\n    {verb}" in text for verb in VERBS)
 
 
-@pytest.mark.parametrize("arguments", [[], ["draw"], ["train"]])
+def test_nothing_at_all_shows_the_commands(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().err
+    assert "usage: imagen-jax" in said and all(f"\n    {verb}" in said for verb in VERBS)
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"imagen_jax {imagen_jax.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["draw"], ["train"]])
 def test_a_command_line_that_is_none_shows_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)

@@ -197,3 +197,18 @@ def test_what_is_wrong_is_named(flags, part, model_folder, tmp_path, capsys):
 def test_without_a_model(capsys, tmp_path):
     assert main(["sample", CIRCLE, f"--out={tmp_path}"]) == 1
     assert "--model is missing" in capsys.readouterr().err
+
+
+def test_words_without_quotation_marks_are_noticed(sample):
+    said = sample("a", "red", "circle", "--until=8")
+    assert '3 prompts of one word; a caption of several goes in quotation marks: "a red circle"' in said
+    assert "quotation marks" not in sample(CIRCLE, SQUARE, "red", "--until=8")
+
+
+def test_a_file_in_the_folders_place_is_said(sample, tmp_path):
+    (tmp_path / "out").touch()
+    assert "is a file; a folder is wanted" in sample(CIRCLE, code=1)
+
+
+def test_the_model_in_the_package_is_offered_where_it_is_misspelt(sample):
+    assert "demmo: there is no such folder (did you mean 'demo'?)" in sample(CIRCLE, model="demmo", code=1)
