@@ -73,6 +73,9 @@ FULL = StageConfig(
             churn=2.0,
             churn_noise=1.003,
             learned_variance=False,
+            first_step=3,
+            resamplings=2,
+            jump=5,
         ),
         guidance_weight=8.0,
         guidance=GuidanceConfig(log_snr_min=-3.0, log_snr_max=3.0, oscillate_after=4, rescale=0.7),
@@ -194,6 +197,9 @@ def test_dictionary_is_plain():
         "churn": 2.0,
         "churn_noise": 1.003,
         "learned_variance": False,
+        "first_step": 3,
+        "resamplings": 2,
+        "jump": 5,
     }
     assert type(values["prediction"]) is str
 

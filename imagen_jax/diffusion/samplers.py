@@ -51,7 +51,7 @@ class SamplerConfig:
     )
     # ddpm, ddim: how often a stretch of `jump` steps is walked, noise being put back between (arXiv 2201.09865).
     resamplings: int = 1
-    jump: int = 4
+    jump: int = 4  # steps of such a stretch
 
     def __post_init__(self) -> None:
         if self.steps < 1:
