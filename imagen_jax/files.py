@@ -318,6 +318,21 @@ def read_bytes(path: epath.PathLike, *, limit: int | None = None) -> bytes:
     return content
 
 
+def read_given(path: epath.PathLike, flag: str, *, limit: int) -> bytes:
+    """The content of a file that a flag names.
+
+    Raises:
+      UserError: there is no such file, or it cannot be read or is longer than `limit` bytes; names the flag.
+    """
+    try:
+        check_regular(path)
+        if not exists(path):
+            raise UserError(f"{path}: there is no such file")
+        return read_bytes(path, limit=limit)
+    except UserError as error:
+        raise UserError(f"{flag} {error}") from error
+
+
 def parse_json(text: str | bytes, where: str) -> Any:
     """Reads JSON from anybody; a byte order mark is passed over.
 

@@ -74,6 +74,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 archive="${TMPDIR:-/tmp}/imagen_jax.tar.gz"
 seconds="${TPU_POLL_SECONDS:-15}" # between two looks at a queued resource
 
+away=(gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet)
+
 run() {
   if [[ "$dry_run" == 1 ]]; then
     printf '%q ' "$@"
@@ -129,7 +131,7 @@ provide() {
         echo "$name: Google could not make it; why: gcloud compute tpus queued-resources describe $name ${where[*]}" >&2
         exit 1
         ;;
-      SUSPENDED) gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet ;;
+      SUSPENDED) "${away[@]}" ;;
       *)
         if [[ "$now" != "$before" ]]; then
           echo "$name: $now" >&2
@@ -197,7 +199,6 @@ fi
 
 # What is to become of a TPU that was made.
 finish() {
-  local away=(gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet)
   if [[ "$delete" == 1 && "$1" != 130 ]]; then
     run "${away[@]}"
   elif [[ "$dry_run" == 0 ]]; then

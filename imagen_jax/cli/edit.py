@@ -146,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     names = [stage.name for stage in model.stages]
     strength: dict[str, float] = {}
     if args.strength is not None or like is None:
-        strength = _strengths(args.strength or ("0.6" if given.mask is None else "1"), names)
+        strength = _strengths(args.strength or str(given.usual_strength), names)
     if given.mask is not None and (args.resamplings is not None or like is None):
         sampling = resampled(sampling, args.resamplings)
     drawing = Drawing.of(
@@ -157,9 +157,8 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         until=until,
         size=wanted_size(args, like),
-        strength=strength,
     )
-    drawing = drawing.beginning_with(given, model.stages)
+    drawing = drawing.beginning_with(given, model.stages, strength)
     if drawing.given[0].size != given.size:
         print(
             f"PICTURE is of {given.size} pixels; the model draws {drawing.given[0].size}, to which it is brought",

@@ -16,7 +16,7 @@ from imagen_jax.cli.drawing import (
     wanted_size,
 )
 from imagen_jax.errors import UserError
-from imagen_jax.files import check_regular, exists, read_bytes
+from imagen_jax.files import read_given
 
 _PROMPTS_BYTES = 64 * 2**20  # of a list of prompts
 _BREAKS = re.compile("[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]+")
@@ -67,13 +67,7 @@ def read_prompts(prompts: list[str], file: str | None) -> list[str]:
         found += _standard_input()
     elif file is not None:
         where = f"--prompts_file {file}"
-        try:
-            check_regular(file)
-            if not exists(file):
-                raise UserError(f"{file}: there is no such file")
-            content = read_bytes(file, limit=_PROMPTS_BYTES)
-        except UserError as error:
-            raise UserError(f"--prompts_file {error}") from error
+        content = read_given(file, "--prompts_file", limit=_PROMPTS_BYTES)
         found += prompt_lines(content, where)
     return found
 

@@ -244,14 +244,14 @@ class Imagen:
         if not isinstance(given, GivenPicture):
             given = GivenPicture(pixels=np.asarray(given.convert("RGB")))
         if strength is None:
-            strength = 0.6 if given.mask is None else 1.0
+            strength = given.usual_strength
         if given.mask is not None:
             known = {stage.name: stage.sampling for stage in self.stages}
             fields["sampling"] = resampled({**known, **(fields.get("sampling") or {})}, resamplings)
         if not isinstance(strength, Mapping):
             strength = {stage.name: float(strength) for stage in self.stages}
-        drawing = Drawing.of([prompt], seed=seed, num_images=num_images, strength=strength, **fields)
-        drawing = drawing.beginning_with(given, self.stages)
+        drawing = Drawing.of([prompt], seed=seed, num_images=num_images, **fields)
+        drawing = drawing.beginning_with(given, self.stages, strength)
         return [drawn.image() for drawn in self.draw(drawing, **how)]
 
     def draw(
@@ -311,7 +311,7 @@ class Imagen:
                 StageRecord(
                     name=stage.name,
                     identity=identities[stage.name],
-                    sampling=drawing.stage_sampling(stage),
+                    sampling=drawing.sampling.get(stage.name, stage.sampling),
                 )
                 for stage in drawing.stages(self.stages)
             ),

@@ -1,7 +1,7 @@
 """What is asked of a cascade, checked once, whoever asks: a command, Python, the page or a picture's own record."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,16 +21,16 @@ from imagen_jax.sizes import Size
 _MOST_PICTURES = 4  # of a stage's own size, in one picture that is edited at the size it has
 
 
-def nearest_size(size: Size, last: StageConfig, stages: Sequence[StageConfig]) -> Size:
+def nearest_size(size: Size, stages: Sequence[StageConfig]) -> Size:
     """The size of about the last stage's own area, and of about the shape of `size`, that all stages draw.
 
     `size` itself where they draw it and it is not larger than a few of the last stage's own pictures.
 
     Args:
       size: of a picture.
-      last: the stage that makes the result.
-      stages: all that are drawn.
+      stages: all that are drawn, base first.
     """
+    last = stages[-1]
     least = max(stage.network.side_multiple * last.resolution // stage.resolution for stage in stages)
     own = last.resolution**2
     if not any(side % least for side in size) and size.height * size.width <= _MOST_PICTURES * own:
@@ -56,14 +56,22 @@ class StagePlan:
 
     def pictures(self, chosen: Int[np.ndarray, " batch"]) -> Float[np.ndarray, "batch height width 3"]:
         """Some of the given pictures at the stage's size, in [−1, 1]."""
-        return np.stack([self.given[i].at(self.size) for i in chosen])
+        return self._stacked(chosen, lambda picture: picture.at(self.size))
+
+    def _stacked(
+        self, chosen: Int[np.ndarray, " batch"], of: Callable[[GivenPicture], np.ndarray]
+    ) -> np.ndarray:
+        """What is made of some of the given pictures; once of one that is given for several."""
+        pictures = [self.given[i] for i in chosen]
+        made = {picture: of(picture) for picture in set(pictures)}
+        return np.stack([made[picture] for picture in pictures])
 
     def batch_hooks(self, chosen: Int[np.ndarray, " batch"]) -> tuple[Hook, ...]:
         """The hooks of some of the pictures. What is known of given ones comes last: no other hook changes it."""
         hooks = jax.tree.map(lambda array: np.asarray(array)[chosen], self.hooks)
         if not self.given or self.given[0].mask is None:
             return hooks
-        mask = np.stack([self.given[i].mask_at(self.size) for i in chosen])
+        mask = self._stacked(chosen, lambda picture: picture.mask_at(self.size))
         return (*hooks, KnownRegion(picture=self.pictures(chosen), mask=mask))
 
 
@@ -108,9 +116,6 @@ class Drawing:
     hooks: Mapping[str, tuple[Hook, ...]] = dataclasses.field(default_factory=dict)
     # What is edited: a picture for each one wanted, all with a mask or all without; none: all is drawn from noise.
     given: tuple[GivenPicture, ...] = ()
-    # By stage name, the schedule's time at which the way begins with the given picture, in (0, 1]; left out or 1: with
-    # noise alone (SDEdit, arXiv 2108.01073, section 3.2).
-    strength: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "wanted", tuple((prompt, seed) for prompt, seed in self.wanted))
@@ -124,9 +129,6 @@ class Drawing:
             raise UserError(f"{len(self.given)} pictures are given for {len(self.wanted)} wanted")
         if len({picture.mask is None for picture in self.given}) > 1:
             raise UserError("of the given pictures some have a mask and some have none")
-        for name, strength in self.strength.items():
-            if not 0.0 < strength <= 1.0:  # nan too
-                raise UserError(f"--strength {strength}: must be above 0 and at most 1 (stage {name!r})")
 
     @classmethod
     def of(cls, prompts: Sequence[str], *, seed: int = 0, num_images: int = 1, **how: Any) -> "Drawing":
@@ -134,20 +136,33 @@ class Drawing:
         how = {name: value for name, value in how.items() if value is not None}
         return cls(wanted=wanted_pictures(prompts, seed, num_images), **how)
 
-    def beginning_with(self, given: GivenPicture, known: Sequence[StageConfig]) -> "Drawing":
+    def beginning_with(
+        self, given: GivenPicture, known: Sequence[StageConfig], strength: Mapping[str, float]
+    ) -> "Drawing":
         """The same pictures, made of a given one at a size that the stages draw, nearest to its own.
 
         Args:
           given: the picture, for all that are wanted.
           known: the model's stages, base first.
+          strength: by stage name, the schedule's time at which the way begins with the picture, in (0, 1]; 1: with
+            noise alone (SDEdit, arXiv 2108.01073, section 3.2). Stages left out begin where their sampling says.
 
         Raises:
-          UserError: as `stages`.
+          UserError: a strength is out of range or of no stage, or as `stages`.
         """
-        last = self.stages(known)[-1]
-        size = self.size or nearest_size(given.size, last, self.stages(known))
-        fitted = given.fitted(size)
-        return dataclasses.replace(self, given=(fitted,) * len(self.wanted), size=size)
+        sampling, stages = dict(self.sampling), {stage.name: stage for stage in known}
+        for name, time in strength.items():
+            if not 0.0 < time <= 1.0:  # nan too
+                raise UserError(f"--strength {time}: must be above 0 and at most 1 (stage {name!r})")
+            if name not in stages:
+                raise UserError(f"there is no stage {name!r} to begin{nearest(name, stages)}")
+            config = sampling.get(name, stages[name].sampling)
+            first = config.sampler.step_at(time, stages[name].schedule)
+            sampler = dataclasses.replace(config.sampler, first_step=first)
+            sampling[name] = dataclasses.replace(config, sampler=sampler)
+        size = self.size or nearest_size(given.size, self.stages(known))
+        fitted = (given.fitted(size),) * len(self.wanted)
+        return dataclasses.replace(self, given=fitted, size=size, sampling=sampling)
 
     @property
     def prompts(self) -> list[str]:
@@ -195,14 +210,14 @@ class Drawing:
             given while no stage is guided.
         """
         names = [stage.name for stage in known]
-        for name in (*self.sampling, *self.hooks, *self.strength):
+        for name in (*self.sampling, *self.hooks):
             if name not in names:
                 raise UserError(f"{model}: there is no stage {name!r} to sample{nearest(name, names)}")
         stages = self.stages(known)
         plans = tuple(
             StagePlan(
                 stage=stage,
-                sampling=self.stage_sampling(stage),
+                sampling=self.sampling.get(stage.name, stage.sampling),
                 size=self._stage_size(stage, stages[-1]),
                 hooks=tuple(self.hooks.get(stage.name, ())),
                 given=self.given,
@@ -214,15 +229,6 @@ class Drawing:
                 f"negative_prompt {self.negative_prompt!r} needs guidance, but every stage's guidance weight is 1 (off)"
             )
         return plans
-
-    def stage_sampling(self, stage: StageConfig) -> SamplingConfig:
-        """How a stage is sampled, from the step on at which its strength has it begin."""
-        sampling = self.sampling.get(stage.name, stage.sampling)
-        if not self.given or stage.name not in self.strength:
-            return sampling
-        sampler = sampling.sampler
-        first = sampler.step_at(self.strength[stage.name], stage.schedule)
-        return dataclasses.replace(sampling, sampler=dataclasses.replace(sampler, first_step=first))
 
     def _stage_size(self, stage: StageConfig, last: StageConfig) -> Size:
         if self.size is None:

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 from imagen_jax.data.pictures import DECODE_ERRORS, decode_picture, fault_text, resize
 from imagen_jax.errors import UserError
-from imagen_jax.files import check_regular, exists, read_bytes
+from imagen_jax.files import read_given
 from imagen_jax.sampling.inputs import to_unit
 from imagen_jax.sizes import Size
 
@@ -22,13 +22,7 @@ _HALF = 128  # grey level from which a mask is white
 
 def _decoded(path: epath.PathLike, flag: str) -> tuple[UInt8[np.ndarray, "height width 3"], bytes]:
     """A file's picture, and the file."""
-    try:
-        check_regular(path)
-        if not exists(path):
-            raise UserError(f"{path}: there is no such file")
-        data = read_bytes(path, limit=_MOST_BYTES)
-    except UserError as error:
-        raise UserError(f"{flag} {error}") from error
+    data = read_given(path, flag, limit=_MOST_BYTES)
     try:
         return np.asarray(decode_picture(data).convert("RGB")), data
     except DECODE_ERRORS as error:
@@ -78,6 +72,11 @@ class GivenPicture:
     def size(self) -> Size:
         """In pixels."""
         return Size(*self.pixels.shape[:2])
+
+    @property
+    def usual_strength(self) -> float:
+        """Where nothing else is asked for: noise alone where a mask says what is kept."""
+        return 0.6 if self.mask is None else 1.0
 
     def fitted(self, size: Size) -> "GivenPicture":
         """The picture at another size, a little stretched where that has another shape, so that nothing is cut."""

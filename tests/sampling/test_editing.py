@@ -92,7 +92,7 @@ def test_margins_are_painted_around_the_picture(imagen, pixels):
 )
 def test_a_size_that_the_stages_draw(stages, size, expected):
     """Multiples of 2 here: the base is half as large."""
-    found = nearest_size(Size(*size), stages[-1], stages)
+    found = nearest_size(Size(*size), stages)
     assert found == Size(*expected)
 
 
